@@ -1,0 +1,4 @@
+//! Capture sources. All of them fill the same kind of ring with the same records; everything behind it is one path.
+
+pub mod in_flight;
+pub mod nbd;

@@ -1,0 +1,369 @@
+//! Ring → frames → source journal: one thread that owns the consumer, the pool and the writer.
+//!
+//! ```text
+//!  ring ── peek ──► batch ── submit ──► pool (zstd, CRC) ── recv, in order ──► seal (chain) ──► append ──► release
+//! ```
+//!
+//! Invariants
+//! * Frames are appended in ring order; ring room is released only for records that are appended *and* done.
+//! * Records at or below the journal's position (left by a dead owner between append and release) are not journaled
+//!   twice.
+//! * What cannot be journaled (quota, full or failing disk) is never dropped silently: the ring goes to the dirty
+//!   map, the gap is remembered durably *before* the room of a record that is in no journal is given back, and the
+//!   clients go on.
+//! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the truth.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use journal::compress::{Compression, EncodePool};
+use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
+use journal::record::{Op, Record};
+use journal::retention::SourcePolicy;
+use journal::writer::Writer;
+use journal::{Extent, Lsn, Position, VolumeId, record};
+use kfilter::{Consumer, Mapping, Mode, RecordRef};
+
+use crate::SharedRing;
+use crate::clock::now_ns;
+use crate::error::{Error, ErrorKind, Result};
+use crate::progress::Progress;
+use crate::state::{Gap, StateFile};
+use crate::status::{Board, State};
+
+/// Raw bytes in the pool at most: four of the largest batches keep every compression thread busy.
+const POOL_BYTES: usize = 4 << 20;
+/// Sleep when there is nothing to do; also bounds how late an overflow shows in status.
+const IDLE: Duration = Duration::from_millis(50);
+/// Sleep while records wait for their backing write before their room can be released.
+const NOT_DONE: Duration = Duration::from_millis(1);
+
+/// How frames are made.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchSettings {
+    /// Level while the ring is calm.
+    pub compression: Compression,
+    /// Go to faster levels as the ring fills.
+    pub adaptive: bool,
+    /// A batch is closed at this many raw bytes.
+    pub max_bytes: usize,
+    /// A batch is closed at this age.
+    pub max_delay: Duration,
+    /// Bytes on disk.
+    pub quota_bytes: u64,
+    /// Threads that compress.
+    pub threads: usize,
+}
+
+/// What the pipeline shares with the rest of the agent.
+#[derive(Clone)]
+pub struct Shared {
+    /// The group's ring.
+    pub ring: Arc<SharedRing>,
+    /// Positions.
+    pub progress: Arc<Progress>,
+    /// States.
+    pub board: Arc<Board>,
+    /// Durable state.
+    pub state: Arc<Mutex<StateFile>>,
+    /// Why the running synchronisation runs; becomes the text of its `resync-begin`.
+    pub sync_cause: Arc<Mutex<String>>,
+    /// Set while the offline synchronisation is the only producer: then a full quota waits instead of degrading.
+    pub may_wait: Arc<AtomicBool>,
+    /// Ends the pipeline once the ring is drained.
+    pub stop: Arc<AtomicBool>,
+    /// Bytes of the journal on disk, for status.
+    pub journal_bytes: Arc<std::sync::atomic::AtomicU64>,
+}
+
+/// The pipeline's own state.
+pub struct Pipeline {
+    shared: Shared,
+    consumer: Consumer<Mapping, Arc<SharedRing>>,
+    writer: Writer,
+    pool: EncodePool,
+    settings: BatchSettings,
+    stamp: Stamp,
+    batch: Batch,
+    opened: Option<Instant>,
+    /// Newest lsn that is journaled; its room may be released.
+    releasable: Lsn,
+    /// Nothing is journaled any more in this run.
+    broken: bool,
+}
+
+impl Pipeline {
+    /// Takes over ring and journal. `writer` stands in the epoch of `stamp`.
+    ///
+    /// # Errors
+    /// The ring has a consumer already, or threads cannot be started.
+    pub fn new(shared: Shared, writer: Writer, stamp: Stamp, settings: BatchSettings) -> Result<Pipeline> {
+        let consumer = Consumer::new(shared.ring.clone())
+            .map_err(|_| Error::new(ErrorKind::Busy, "the ring already has a consumer in this process"))?;
+        let mut pool = EncodePool::new("af-pack", settings.threads, POOL_BYTES)?;
+        let batch = pool.batch();
+        let releasable = writer.appended().lsn;
+        let pipeline =
+            Pipeline { shared, consumer, writer, pool, settings, stamp, batch, opened: None, releasable, broken: false };
+        pipeline.publish_size();
+        Ok(pipeline)
+    }
+
+    /// Runs until `stop` is set and everything captured is journaled and synced. Returns the last position and whether
+    /// the run was unbroken.
+    ///
+    /// # Errors
+    /// The ring's memory was overwritten, or the state file cannot be written.
+    pub fn run(mut self) -> Result<(Position, bool)> {
+        loop {
+            let took = self.gather()?;
+            self.commit_ready()?;
+            let aged = self.opened.is_some_and(|opened| opened.elapsed() >= self.settings.max_delay);
+            let stopping = self.shared.stop.load(Ordering::Acquire);
+            if self.batch.records() > 0 && (aged || stopping) {
+                self.close_batch()?;
+            }
+            let held = self.release()?;
+            self.watch_overflow();
+            if took {
+                continue;
+            }
+            if self.pool.in_flight() > 0 {
+                self.commit_next()?;
+                continue;
+            }
+            if stopping && self.batch.records() == 0 && !held {
+                break;
+            }
+            let pause = match self.opened {
+                Some(opened) => self.settings.max_delay.saturating_sub(opened.elapsed()),
+                None => IDLE,
+            };
+            self.consumer.wait(if held { pause.min(NOT_DONE) } else { pause });
+        }
+        if !self.broken && let Err(error) = self.writer.sync() {
+            self.break_off("the source journal cannot be synced", &error)?;
+        }
+        Ok((self.writer.appended(), !self.broken && self.shared.ring.mode() == Mode::Ring))
+    }
+
+    /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so that
+    /// finished frames do not wait.
+    fn gather(&mut self) -> Result<bool> {
+        let mut gathered = 0;
+        while gathered < self.settings.max_bytes {
+            let Some(record) = self.consumer.peek().map_err(ring_lost)? else { break };
+            let bytes = record::HEADER_BYTES + record.payload().len();
+            gathered += bytes;
+            if self.broken {
+                // Covered by the gap that `give_up` remembered.
+                self.releasable = Lsn(record.lsn());
+                self.consumer.advance().map_err(ring_lost)?;
+                continue;
+            }
+            if record.lsn() > self.writer.appended().lsn.0 {
+                if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0 {
+                    if !self.submit()? {
+                        return Ok(true);
+                    }
+                    continue;
+                }
+                push(&mut self.batch, &record, &self.shared.sync_cause);
+                self.opened.get_or_insert_with(Instant::now);
+            }
+            self.consumer.advance().map_err(ring_lost)?;
+        }
+        Ok(gathered > 0)
+    }
+
+    /// Hands the open batch to the pool; false when the pool is full (then a frame is committed instead).
+    fn submit(&mut self) -> Result<bool> {
+        if self.pool.is_full() {
+            self.commit_next()?;
+            return Ok(false);
+        }
+        let next = self.pool.batch();
+        let batch = std::mem::replace(&mut self.batch, next);
+        match self.pool.submit(batch, self.stamp, self.compression()) {
+            Ok(()) => {
+                self.opened = None;
+                Ok(true)
+            }
+            Err(batch) => {
+                self.batch = batch;
+                self.commit_next()?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn close_batch(&mut self) -> Result<()> {
+        while !self.broken && !self.submit()? {}
+        Ok(())
+    }
+
+    /// As the ring fills (25, 50, 75 %) level → −5 → raw, so that only the disk's own speed can overflow it.
+    fn compression(&self) -> Compression {
+        let fill = self.shared.ring.fill_ratio();
+        match self.settings.compression {
+            Compression::Zstd(_) if self.settings.adaptive && fill >= 0.5 => Compression::Off,
+            Compression::Zstd(level) if self.settings.adaptive && fill >= 0.25 => Compression::Zstd(level.min(-5)),
+            calm => calm,
+        }
+    }
+
+    fn commit_ready(&mut self) -> Result<()> {
+        while let Some(frame) = self.pool.try_recv() {
+            self.commit(frame?)?;
+        }
+        Ok(())
+    }
+
+    fn commit_next(&mut self) -> Result<()> {
+        match self.pool.recv() {
+            Some(frame) => self.commit(frame?),
+            None => Ok(()),
+        }
+    }
+
+    /// Seals a frame onto the chain and appends it.
+    fn commit(&mut self, frame: EncodedFrame) -> Result<()> {
+        if self.broken {
+            return Ok(());
+        }
+        let (bytes, _) = frame.seal(self.writer.appended().chain);
+        let header = FrameHeader::parse(&bytes)?;
+        if !self.make_room(bytes.len() as u64)? {
+            let gib = self.settings.quota_bytes as f64 / f64::from(1 << 30);
+            let why = format!(
+                "the source journal's quota of {gib:.1} GiB is used up by frames the receiver has not acknowledged"
+            );
+            return self.give_up(&why);
+        }
+        match self.writer.append(&bytes, &header, now_ns()) {
+            Ok(()) => {
+                self.releasable = header.last_lsn;
+                self.shared.progress.journaled(header.position(), header.first_time_ns, bytes.len() as u64);
+                self.pool.recycle(bytes);
+                self.publish_size();
+                Ok(())
+            }
+            Err(error) => self.break_off("the source journal cannot be written", &error),
+        }
+    }
+
+    /// Keeps the journal within its quota by dropping acknowledged segments, oldest first; false when that is not
+    /// enough. During an offline synchronisation it waits for acknowledgements instead.
+    fn make_room(&mut self, bytes: u64) -> Result<bool> {
+        loop {
+            if self.writer.journal_bytes() + bytes <= self.settings.quota_bytes {
+                return Ok(true);
+            }
+            let peer = self.shared.progress.peer();
+            let acknowledged = Position {
+                lineage: self.stamp.lineage,
+                epoch: journal::Epoch { number: peer.epoch, ..self.stamp.epoch },
+                lsn: peer.received,
+                chain: 0,
+            };
+            let policy = SourcePolicy { quota_bytes: self.settings.quota_bytes.saturating_sub(bytes) };
+            if let Some(keep_from) = policy.keep_from(self.writer.segments(), &acknowledged) {
+                if let Err(error) = self.writer.drop_before(keep_from) {
+                    self.break_off("old segments of the source journal cannot be dropped", &error)?;
+                    return Ok(true);
+                }
+                if self.writer.journal_bytes() + bytes <= self.settings.quota_bytes {
+                    return Ok(true);
+                }
+            }
+            let waits = self.shared.may_wait.load(Ordering::Acquire) && !self.shared.stop.load(Ordering::Acquire);
+            if !waits {
+                return Ok(false);
+            }
+            std::thread::sleep(IDLE);
+        }
+    }
+
+    fn break_off(&mut self, what: &str, error: &journal::Error) -> Result<()> {
+        let cause = match &error.source {
+            Some(source) => format!("{what}: {error}: {source}"),
+            None => format!("{what}: {error}"),
+        };
+        self.give_up(&cause)
+    }
+
+    /// Journaling ends for this run. Order: 1 the ring takes no more records, 2 every volume is dirty in the ring's
+    /// mapping (which outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of
+    /// records that no journal holds is given back (by `gather`).
+    fn give_up(&mut self, cause: &str) -> Result<()> {
+        self.shared.ring.set_mode_bitmap(kfilter::dirty::CAUSE_QUOTA, now_ns());
+        let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for volume in file.get().volumes.iter().filter(|volume| volume.present) {
+            self.shared.ring.mark_dirty(volume.id.0, 0..volume.size_bytes);
+        }
+        let gap = Gap { cause: cause.to_owned(), since_ns: now_ns() };
+        if let Err(error) = file.update(|state| state.needs_resync = Some(gap)) {
+            // The dirty map says the same to the next owner on this boot, and an unclean start after a reboot.
+            tracing::error!(%error, "the gap cannot be remembered in the state file");
+        }
+        drop(file);
+        let why = format!("{cause}; writes are no longer recorded, restart the agent to synchronise");
+        self.shared.board.change(State::Degraded, why);
+        self.broken = true;
+        self.batch.clear();
+        self.opened = None;
+        while self.pool.recv().is_some() {}
+        Ok(())
+    }
+
+    /// Gives room back; true when some of it waits for a backing write.
+    fn release(&mut self) -> Result<bool> {
+        let first_held = self.consumer.release(self.releasable.0).map_err(ring_lost)?;
+        Ok(first_held <= self.releasable.0)
+    }
+
+    fn watch_overflow(&self) {
+        if self.broken || self.shared.ring.mode() == Mode::Ring {
+            return;
+        }
+        let mib = self.shared.ring.ring_bytes() >> 20;
+        let why = format!(
+            "the ring of {mib} MiB overflowed: writes came faster than the source journal took them; they are kept as \
+             dirty ranges, restart the agent to synchronise these"
+        );
+        self.shared.board.change(State::Degraded, why);
+    }
+
+    fn publish_size(&self) {
+        self.shared.journal_bytes.store(self.writer.journal_bytes(), Ordering::Relaxed);
+    }
+}
+
+fn ring_lost(malformed: kfilter::consumer::Malformed) -> Error {
+    let at = format!("the ring's memory was overwritten at position {}", malformed.position);
+    Error::new(ErrorKind::Ring, at)
+}
+
+/// One ring record as a journal record. The numbers of the ops are the same on purpose.
+fn push(batch: &mut Batch, from: &RecordRef<'_>, sync_cause: &Mutex<String>) {
+    let op = Op::from_u8(from.op() as u8).expect("the ring shows only ops that the journal knows");
+    let record = Record {
+        op,
+        flags: from.flags(),
+        volume: VolumeId(from.volume()),
+        lsn: Lsn(from.lsn()),
+        time_ns: from.time_ns(),
+        extent: if op == Op::Void { Extent::default() } else { Extent { offset: from.offset(), len: from.length() } },
+    };
+    if op == Op::ResyncBegin {
+        let cause = sync_cause.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut end = cause.len().min(record::MAX_PAYLOAD_BYTES);
+        while !cause.is_char_boundary(end) {
+            end -= 1;
+        }
+        batch.push(&record, &cause.as_bytes()[..end]);
+    } else {
+        batch.push(&record, from.payload());
+    }
+}

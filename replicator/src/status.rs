@@ -1,0 +1,191 @@
+//! What `afterimage status` shows of a source, and the one function through which a volume's state changes.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use journal::Positions;
+use serde::{Deserialize, Serialize};
+
+/// State of a volume, by the names of DESIGN section 6, ordered from best to worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Every write is captured and sent.
+    Replicating,
+    /// First synchronisation: the replica has never been consistent.
+    Syncing,
+    /// A gap is being repaired.
+    Resyncing,
+    /// Writes become dirty bits, not records.
+    Degraded,
+    /// A gap is known; the next start of the agent synchronises.
+    NeedsResync,
+    /// Not captured.
+    Detached,
+    /// The replica was taken to an earlier point.
+    Rewound,
+    /// Another source was promoted; nothing of ours is accepted.
+    Fenced,
+}
+
+/// The JSON of `status --json`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// All groups of the daemon.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// One group.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// Operator's name.
+    pub name: String,
+    /// Worst state of its volumes.
+    pub state: State,
+    /// Cause, since when, how much; empty while replicating.
+    pub why: String,
+    /// Epoch number.
+    pub epoch: u64,
+    /// `captured_lsn`, `journaled_lsn`, `received_lsn`, `applied_lsn`, `checkpoint_lsn`.
+    #[serde(flatten)]
+    pub positions: Positions,
+    /// Age of the oldest captured write that is not yet durable at the receiver, ms.
+    pub rpo_ms: u64,
+    /// Journaled bytes that the receiver has not acknowledged.
+    pub backlog_bytes: u64,
+    /// Bytes that the source journal takes on disk.
+    pub journal_bytes: u64,
+    /// Fill of the ring, percent.
+    pub ring_percent: u8,
+    /// The receiver: its address while connected, or why not.
+    pub peer: String,
+    /// Whether the link to the receiver is up.
+    pub connected: bool,
+    /// Its volumes.
+    pub volumes: Vec<VolumeStatus>,
+}
+
+/// One volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Operator's name.
+    pub name: String,
+    /// Its state.
+    pub state: State,
+    /// Size, bytes.
+    pub size_bytes: u64,
+    /// Where clients connect; `null` while not served.
+    pub nbd_uri: Option<String>,
+    /// Replica's path where this process knows it.
+    pub replica: Option<String>,
+    /// Backing file or device.
+    pub source: Option<String>,
+}
+
+/// The states of a group's volumes and why they are what they are.
+pub struct Board {
+    group: String,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    volumes: Vec<(String, State)>,
+    why: String,
+}
+
+impl Board {
+    /// All volumes start `detached`.
+    pub fn new(group: &str, volumes: impl Iterator<Item = String>) -> Board {
+        let volumes = volumes.map(|name| (name, State::Detached)).collect();
+        let why = "starting".to_owned();
+        Board { group: group.to_owned(), inner: Mutex::new(Inner { volumes, why }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all volumes to a state, with its cause. The one function through which states change.
+    ///
+    /// A worse state is left only for `Syncing`, `Resyncing` (a repair began) or `Replicating` reached through one.
+    pub fn change(&self, to: State, why: impl Into<String>) {
+        let why = why.into();
+        let mut inner = self.lock();
+        let from = worst(&inner.volumes);
+        if from == to && inner.why == why {
+            return;
+        }
+        let lost = matches!(from, State::Degraded | State::NeedsResync | State::Fenced);
+        if lost && to < from && !matches!(to, State::Syncing | State::Resyncing) {
+            return;
+        }
+        if from != to {
+            tracing::info!(group = %self.group, ?from, ?to, why = %why, "state");
+        }
+        for volume in &mut inner.volumes {
+            volume.1 = to;
+        }
+        inner.why = why;
+    }
+
+    /// Worst state and its cause.
+    pub fn state(&self) -> (State, String) {
+        let inner = self.lock();
+        (worst(&inner.volumes), inner.why.clone())
+    }
+
+    /// State of one volume.
+    pub fn volume(&self, name: &str) -> State {
+        let inner = self.lock();
+        inner.volumes.iter().find(|(known, _)| known == name).map_or(State::Detached, |(_, state)| *state)
+    }
+}
+
+fn worst(volumes: &[(String, State)]) -> State {
+    volumes.iter().map(|(_, state)| *state).max().unwrap_or(State::Detached)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_keys_are_the_contract() {
+        let group = GroupStatus {
+            name: "g".into(),
+            state: State::NeedsResync,
+            why: "w".into(),
+            epoch: 1,
+            positions: Positions::default(),
+            rpo_ms: 0,
+            backlog_bytes: 0,
+            journal_bytes: 0,
+            ring_percent: 0,
+            peer: String::new(),
+            connected: false,
+            volumes: vec![],
+        };
+        let json = serde_json::to_value(Status { groups: vec![group] }).unwrap();
+        let group = &json["groups"][0];
+        assert_eq!(group["state"], "needs-resync");
+        for key in [
+            "name", "state", "why", "epoch", "captured_lsn", "journaled_lsn", "received_lsn", "applied_lsn",
+            "checkpoint_lsn", "rpo_ms", "backlog_bytes", "volumes",
+        ] {
+            assert!(group.get(key).is_some(), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_gap_is_left_only_through_a_repair() {
+        let board = Board::new("g", ["v".to_owned()].into_iter());
+        board.change(State::Replicating, "");
+        board.change(State::Degraded, "ring full");
+        board.change(State::Replicating, "");
+        assert_eq!(board.state(), (State::Degraded, "ring full".into()));
+        board.change(State::NeedsResync, "and now this");
+        assert_eq!(board.state().0, State::NeedsResync);
+        board.change(State::Resyncing, "repair");
+        board.change(State::Replicating, "");
+        assert_eq!(board.state().0, State::Replicating);
+    }
+}

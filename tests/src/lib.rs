@@ -1,0 +1,1 @@
+//! End-to-end stories, the rig and the oracle.
