@@ -63,7 +63,11 @@ pub(crate) async fn negotiate(
             inbox.consume(consumed);
             if let Some(bytes) = handshake.poll_transmit() {
                 outbox.push(bytes);
-                send_all(&mut outbox, socket).await?;
+                match send_all(&mut outbox, socket).await {
+                    // A client that gives up need not wait for the answer.
+                    Err(_) if progress == Progress::Aborted => {}
+                    sent => sent?,
+                }
             }
             match progress {
                 Progress::Selected(selection) => return Ok(Some(selection)),

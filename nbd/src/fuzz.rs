@@ -84,6 +84,6 @@ pub fn fuzz_session(bytes: &[u8]) {
 
 fn check_range(offset: u64, length: u64, size: u64) {
     let block = u64::from(MIN_BLOCK_BYTES);
-    assert!(offset % block == 0 && length % block == 0);
+    assert!(offset.is_multiple_of(block) && length.is_multiple_of(block));
     assert!(offset.checked_add(length).is_some_and(|end| end <= size));
 }

@@ -149,10 +149,10 @@ impl Handshake {
             }
             option::LIST | option::STRUCTURED_REPLY => self.refuse_invalid(option, "this option has no data"),
             option::INFO | option::GO => {
-                if let Some(export) = self.describe(option, content) {
-                    if option == option::GO {
-                        return Ok(Progress::Selected(self.selection(export)));
-                    }
+                if let Some(export) = self.describe(option, content)
+                    && option == option::GO
+                {
+                    return Ok(Progress::Selected(self.selection(export)));
                 }
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(option, content),
@@ -415,19 +415,13 @@ mod tests {
             "structured replies"
         );
         assert_eq!(
-            step(
-                "49484156454f50540000000a0000001b00000000000000010000000f626173653a616c6c6f636174696f6e"
-                    .replace(' ', "")
-                    .as_str()
-            )
-            .0,
+            step("49484156454f50540000000a0000001b00000000000000010000000f626173653a616c6c6f636174696f6e").0,
             format!(
                 "{head}0000000a000000040000001300000001626173653a616c6c6f636174696f6e{head}0000000a0000000100000000"
             ),
             "set meta context"
         );
-        let (answer, progress) =
-            step("49484156454f505400000007000000060000000000 00".replace(' ', "").as_str());
+        let (answer, progress) = step("49484156454f50540000000700000006000000000000");
         assert_eq!(
             answer,
             [

@@ -109,8 +109,8 @@ mod tests {
         let mut outbox = Outbox::default();
         let mut expected = Vec::new();
         for reply in 0..400_u32 {
-            let length = [16, 20, 4096, OWN_PART_BYTES, 100_000][reply as usize % 5];
-            let bytes: Vec<u8> = (0..length).map(|at| (at as u32 ^ reply).to_le_bytes()[0]).collect();
+            let length = [16, 20, 4096, u32::try_from(OWN_PART_BYTES).unwrap(), 100_000][reply as usize % 5];
+            let bytes: Vec<u8> = (0..length).map(|at: u32| (at ^ reply).to_le_bytes()[0]).collect();
             expected.extend_from_slice(&bytes);
             match reply % 2 {
                 0 => outbox.open().extend_from_slice(&bytes),

@@ -9,11 +9,12 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::Builder;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use crate::connection::{Connection, Limits, Phase, negotiate};
 use crate::error::{Error, Kind};
@@ -99,7 +100,8 @@ pub struct Server {
 
 impl Server {
     /// Listens on all of `listen` and serves all of `exports`; the first is the default one (empty name).
-    /// Returns when clients can connect. Blocks briefly; needs no runtime.
+    /// Returns when clients can connect. Blocks for a moment; needs no runtime, and may be called
+    /// on one.
     pub fn start(
         listen: &[Listen],
         exports: Vec<Arc<dyn Export>>,
@@ -113,14 +115,14 @@ impl Server {
             phase: watch::Sender::new(Phase::Serving),
             connections: watch::Sender::new(0),
         });
-        let (ready, is_ready) = oneshot::channel();
+        let (ready, is_ready) = mpsc::sync_channel(1);
         let (listen, for_thread) = (listen.to_vec(), Arc::clone(&shared));
         let accepting = thread::Builder::new()
             .name("nbd-accept".to_owned())
             .spawn(move || run_accept(&listen, &for_thread, ready))
             .map_err(|error| Error::caused(Kind::Io, "start the accept thread", error))?;
         let tcp_addresses = is_ready
-            .blocking_recv()
+            .recv()
             .unwrap_or_else(|_| Err(Error::new(Kind::Io, "the accept thread ended before it listened")))?;
         Ok(Self { shared, tcp_addresses, accepting: Some(accepting) })
     }
@@ -160,7 +162,7 @@ impl Drop for Server {
     }
 }
 
-type Ready = oneshot::Sender<Result<Vec<SocketAddr>, Error>>;
+type Ready = mpsc::SyncSender<Result<Vec<SocketAddr>, Error>>;
 
 fn run_accept(listen: &[Listen], shared: &Arc<Shared>, ready: Ready) {
     let runtime = match Builder::new_current_thread().enable_all().build() {

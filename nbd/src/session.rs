@@ -254,7 +254,7 @@ impl Session {
         }
         let block = u64::from(MIN_BLOCK_BYTES);
         let length = u64::from(header.length);
-        if header.offset % block != 0 || length % block != 0 {
+        if !header.offset.is_multiple_of(block) || !length.is_multiple_of(block) {
             return refuse(Errno::Inval, format!("not a multiple of {block} bytes"));
         }
         if header.offset.checked_add(length).is_none_or(|end| end > size_bytes) {
