@@ -1,0 +1,703 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
+//! The producers' side: where a write gets its place in the order, or its dirty bits.
+//!
+//! State: head, mode and bitmaps in the shared memory; the `Reserver` (their copies, the next lsn, the known
+//! sizes) under the host's lock. A new owner rebuilds the `Reserver` from the shared memory (`recovery`).
+//!
+//! ```text
+//!   under the lock                                        outside it
+//!   1 write every header, RESERVED, beyond head           3 copy the payload
+//!   2 store head (release): all pieces appear at once     4 store PUBLISHED (release), ring the bell
+//! ```
+//!
+//! Invariants:
+//! * Headers in [tail, head) are whole: a header is written before the head that shows it. So the next lsn
+//!   follows from the last header, whenever the owner dies.
+//! * Every record takes an lsn, in ring order, without a gap; a pad takes none.
+//! * A write is in the ring, or in a dirty bitmap, never in both and never in none: the choice is made under the
+//!   lock, for all pieces of a write together, before its producer may start it.
+//! * Head stands still while the mode is BITMAP.
+
+use super::abi::{
+    self, Identity, Layout, Op, RecordHeader, VolumeSpec, control_at, identity_at, slot_at, state,
+};
+use super::memory::{Host, Memory, index};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+/// Where writes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Into the ring.
+    Ring,
+    /// Into the dirty bitmaps.
+    Bitmap,
+}
+
+/// Why a reservation was refused. Nothing has changed then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The entry contradicts itself, or is of a kind that only the ring itself writes.
+    Malformed,
+    /// No such volume in this ring.
+    UnknownVolume,
+    /// The extent ends beyond the known size: `grow` the volume first.
+    BeyondEnd,
+    /// No room for a record that touches no extent.
+    Full,
+    /// Not while the mode is BITMAP.
+    BitmapMode,
+    /// Not while a dirty bit is set.
+    Dirty,
+    /// Another consumer is alive.
+    ConsumerTaken,
+}
+
+/// What a producer wants recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What happened.
+    pub op: Op,
+    /// `FLAG_*`.
+    pub flags: u8,
+    /// Volume id within the group.
+    pub volume: u32,
+    /// Byte offset.
+    pub offset: u64,
+    /// Bytes of the extent.
+    pub length: u64,
+    /// Bytes that will be filled in.
+    pub payload_len: u32,
+    /// Whether the record must stay in the ring until `mark_done`. When one of several entries reserved together
+    /// must, all of them do.
+    pub needs_done: bool,
+}
+
+impl Entry {
+    /// A change of an extent that carries no bytes (discard, write zeroes, failed); stays until it is done.
+    pub const fn extent(op: Op, volume: u32, offset: u64, length: u64, flags: u8) -> Self {
+        Self { op, flags, volume, offset, length, payload_len: 0, needs_done: true }
+    }
+
+    /// A record that changes nothing (flush, bookmark, volume, clock jump …), done as soon as it is published.
+    pub const fn event(op: Op, volume: u32, payload_len: u32) -> Self {
+        Self { op, flags: 0, volume, offset: 0, length: 0, payload_len, needs_done: false }
+    }
+
+    /// A write of any length in pieces that fit a record, each to stay until it is done. All carry the flags: a
+    /// piece that reaches the other side is as durable as the write asked for.
+    pub fn write(volume: u32, offset: u64, length: u64, flags: u8) -> impl Iterator<Item = Self> + Clone {
+        let step = u64::from(abi::MAX_PAYLOAD);
+        (0..length.div_ceil(step)).map(move |piece| {
+            let from = piece * step;
+            #[allow(clippy::cast_possible_truncation, reason = "at most MAX_PAYLOAD")]
+            let payload_len = step.min(length - from) as u32;
+            let offset = offset.saturating_add(from);
+            let length = u64::from(payload_len);
+            Self { op: Op::Write, flags, volume, offset, length, payload_len, needs_done: true }
+        })
+    }
+
+    fn is_sound(&self) -> bool {
+        if self.payload_len > abi::MAX_PAYLOAD || self.offset.checked_add(self.length).is_none() {
+            return false;
+        }
+        match self.op {
+            Op::Write => self.length != 0 && u64::from(self.payload_len) == self.length,
+            Op::Discard | Op::WriteZeroes => self.length != 0 && self.payload_len == 0,
+            Op::Failed => self.length != 0,
+            // These move the ring's own state and are reserved by the functions that do so.
+            Op::ResyncBegin | Op::ResyncEnd | Op::Void | Op::Pad => false,
+            Op::Flush | Op::Bookmark | Op::Volume | Op::SyncSlot | Op::ClockJump => true,
+        }
+    }
+}
+
+/// What became of a write.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Captured<T> {
+    /// It has its place in the order.
+    Ring(T),
+    /// The ring is full, or was before: its dirty bits are set.
+    Bits,
+}
+
+/// A volume as the reservation lock knows it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Volume {
+    pub(super) id: u32,
+    pub(super) size_bytes: u64,
+    /// Offset of its slot in the mapping.
+    pub(super) slot: u64,
+    /// Offset of the current bitmap; the pending one follows.
+    pub(super) bitmap_at: u64,
+    pub(super) bitmap_bytes: u64,
+}
+
+/// What the reservation lock protects: the next place in the order.
+#[derive(Debug)]
+pub struct Reserver {
+    pub(super) head: u64,
+    /// A tail that was seen; the true one is not before it.
+    pub(super) tail_seen: u64,
+    pub(super) next_lsn: u64,
+    pub(super) last_time_ns: u64,
+    pub(super) mode: Mode,
+    pub(super) consumer_taken: bool,
+    pub(super) volumes: [Volume; abi::MAX_VOLUMES],
+    pub(super) volume_count: usize,
+}
+
+impl Reserver {
+    /// What the host's lock is made with.
+    pub const fn new() -> Self {
+        let none = Volume { id: 0, size_bytes: 0, slot: 0, bitmap_at: 0, bitmap_bytes: 0 };
+        Self {
+            head: 0,
+            tail_seen: 0,
+            next_lsn: 0,
+            last_time_ns: 0,
+            mode: Mode::Bitmap,
+            consumer_taken: false,
+            volumes: [none; abi::MAX_VOLUMES],
+            volume_count: 0,
+        }
+    }
+
+    pub(super) fn volumes(&self) -> &[Volume] {
+        &self.volumes[..self.volume_count]
+    }
+
+    pub(super) fn volume(&self, id: u32) -> Option<&Volume> {
+        self.volumes().iter().find(|volume| volume.id == id)
+    }
+}
+
+impl Default for Reserver {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A ring in a host's memory. Shared by all producers and the one consumer.
+#[derive(Debug)]
+pub struct Ring<H> {
+    pub(super) host: H,
+    pub(super) layout: Layout,
+}
+
+impl<H: Host> Ring<H> {
+    /// Makes an empty ring whose first record gets `first_lsn`, in memory that is all zeros and as long as
+    /// `Layout::plan` says; `None` when the memory, the plan, an id given twice or an lsn of 0 forbid it.
+    pub fn format(
+        host: H,
+        identity: &Identity,
+        volumes: &[VolumeSpec],
+        ring_bytes: u64,
+        first_lsn: u64,
+    ) -> Option<Self> {
+        let layout = Layout::plan(ring_bytes, volumes)?;
+        let twice = |at: usize| volumes[..at].iter().any(|volume| volume.id == volumes[at].id);
+        if host.memory().len() != layout.total_bytes || first_lsn == 0 || (0..volumes.len()).any(twice) {
+            return None;
+        }
+        let put = |at: u64, bytes: &[u8]| {
+            // SAFETY: nobody else knows this ring yet.
+            unsafe { host.memory().write(at, bytes) }
+        };
+        put(identity_at::MAGIC, &abi::MAGIC.to_le_bytes());
+        put(identity_at::VERSION, &abi::VERSION.to_le_bytes());
+        put(identity_at::VOLUMES, &u32::try_from(volumes.len()).ok()?.to_le_bytes());
+        put(identity_at::BOOT_ID, &identity.boot_id);
+        put(identity_at::GROUP_ID, &identity.group_id);
+        put(identity_at::EPOCH, &identity.epoch.to_le_bytes());
+        put(identity_at::EPOCH_ID, &identity.epoch_id);
+        put(identity_at::RING_BYTES, &layout.ring_bytes.to_le_bytes());
+        put(identity_at::RING_AT, &layout.ring_at.to_le_bytes());
+        put(identity_at::TOTAL, &layout.total_bytes.to_le_bytes());
+        host.memory().store64(control_at::ANCHOR_LSN, first_lsn, Relaxed);
+        host.locked(|reserver| {
+            reserver.next_lsn = first_lsn;
+            reserver.mode = Mode::Ring;
+            reserver.volume_count = volumes.len();
+            let mut slot = slot_at::SLOTS;
+            let mut bitmap_at = abi::BITMAPS_AT;
+            for (known, volume) in reserver.volumes.iter_mut().zip(volumes) {
+                let bitmap_bytes = abi::bitmap_bytes(volume.size_bytes);
+                put(slot + slot_at::ID, &volume.id.to_le_bytes());
+                put(slot + slot_at::SECTOR, &volume.sector_bytes.to_le_bytes());
+                put(slot + slot_at::UUID, &volume.uuid);
+                put(slot + slot_at::BITMAP_AT, &bitmap_at.to_le_bytes());
+                put(slot + slot_at::BITMAP_BYTES, &bitmap_bytes.to_le_bytes());
+                host.memory().store64(slot + slot_at::SIZE, volume.size_bytes, Relaxed);
+                *known =
+                    Volume { id: volume.id, size_bytes: volume.size_bytes, slot, bitmap_at, bitmap_bytes };
+                slot += slot_at::BYTES;
+                bitmap_at += 2 * bitmap_bytes;
+            }
+        });
+        Some(Self { host, layout })
+    }
+
+    /// The surroundings.
+    pub fn host(&self) -> &H {
+        &self.host
+    }
+
+    pub(super) fn memory(&self) -> &H::Memory {
+        self.host.memory()
+    }
+
+    /// Length of the ring.
+    pub fn ring_bytes(&self) -> u64 {
+        self.layout.ring_bytes
+    }
+
+    /// Bytes reserved and not yet released.
+    pub fn used_bytes(&self) -> u64 {
+        // Tail first: it never passes a head that is read later.
+        let tail = self.memory().load64(control_at::TAIL, Acquire);
+        self.memory().load64(control_at::HEAD, Acquire).wrapping_sub(tail).min(self.layout.ring_bytes)
+    }
+
+    /// Where writes go now.
+    pub fn mode(&self) -> Mode {
+        self.host.locked(|reserver| reserver.mode)
+    }
+
+    /// The newest lsn given out; one less than the first lsn when there was none.
+    pub fn captured_lsn(&self) -> u64 {
+        self.host.locked(|reserver| reserver.next_lsn - 1)
+    }
+
+    /// The lsn of the oldest record whose room is not released; the next lsn when the ring is empty. What a dead
+    /// owner's journal does not hold up to here is lost.
+    pub fn first_held_lsn(&self) -> u64 {
+        self.memory().load64(control_at::ANCHOR_LSN, Acquire)
+    }
+
+    /// Known size of a volume.
+    pub fn size_bytes(&self, volume: u32) -> Option<u64> {
+        self.host.locked(|reserver| reserver.volume(volume).map(|volume| volume.size_bytes))
+    }
+
+    /// `reserve_many` of one entry.
+    #[inline]
+    pub fn reserve(&self, entry: Entry, now_ns: u64) -> Result<Captured<Reservation<'_, H>>, Refused> {
+        self.reserve_many(core::iter::once(entry), now_ns)
+    }
+
+    /// Takes places for all entries, next to each other, or sets the dirty bits of all of them; entries that
+    /// touch no extent have no bits, and are refused when they are alone. `now_ns` is realtime; a record never
+    /// gets an earlier time than the one before it. Only after this returns may the write be started.
+    #[inline]
+    pub fn reserve_many<I>(&self, entries: I, now_ns: u64) -> Result<Captured<Reservation<'_, H>>, Refused>
+    where
+        I: Iterator<Item = Entry> + Clone,
+    {
+        if entries.clone().next().is_none() || !entries.clone().all(|entry| entry.is_sound()) {
+            return Err(Refused::Malformed);
+        }
+        self.host.locked(|reserver| {
+            let mut touches_extent = false;
+            for entry in entries.clone() {
+                if entry.op.touches_extent() {
+                    let volume = reserver.volume(entry.volume).ok_or(Refused::UnknownVolume)?;
+                    if entry.offset + entry.length > volume.size_bytes {
+                        return Err(Refused::BeyondEnd);
+                    }
+                    touches_extent = true;
+                }
+            }
+            match reserver.mode {
+                Mode::Ring => {
+                    if let Some(reservation) = self.place(reserver, entries.clone(), now_ns) {
+                        return Ok(Captured::Ring(reservation));
+                    }
+                    if !touches_extent {
+                        return Err(Refused::Full);
+                    }
+                    self.switch_to_bitmap(reserver, super::dirty::CAUSE_RING_FULL, now_ns);
+                }
+                Mode::Bitmap if !touches_extent => return Err(Refused::BitmapMode),
+                Mode::Bitmap => {}
+            }
+            for entry in entries.filter(|entry| entry.op.touches_extent()) {
+                self.set_bits(reserver, entry.volume, entry.offset, entry.length);
+            }
+            Ok(Captured::Bits)
+        })
+    }
+
+    /// Reserves, fills and publishes. `payload` is the entries' payloads, one after the other.
+    #[inline]
+    pub fn capture<I>(&self, entries: I, payload: &[u8], now_ns: u64) -> Result<Captured<Token>, Refused>
+    where
+        I: Iterator<Item = Entry> + Clone,
+    {
+        Ok(match self.reserve_many(entries, now_ns)? {
+            Captured::Ring(mut reservation) => {
+                reservation.fill(payload);
+                Captured::Ring(reservation.publish())
+            }
+            Captured::Bits => Captured::Bits,
+        })
+    }
+
+    /// Says that a published write is in the backing store, so that its room can be released.
+    pub fn mark_done(&self, token: Token) {
+        let Token { from, to, needs_done, .. } = token;
+        // Without the need the records may be gone already.
+        let mut position = if needs_done { from } else { to };
+        while position < to {
+            // The next place first: once the mark is set the record may be released and its room written again.
+            let (_, next) = self.own_record(position, to);
+            let old = self.memory().or32(self.layout.offset_of(position), state::DONE, Release);
+            assert_eq!(old & state::MASK, state::PUBLISHED, "only a published record can be done");
+            position = next;
+        }
+    }
+
+    /// Writes the headers of all entries and shows them with one store of head; `None`, and nothing done, when
+    /// they do not fit.
+    pub(super) fn place<I>(
+        &self,
+        reserver: &mut Reserver,
+        entries: I,
+        now_ns: u64,
+    ) -> Option<Reservation<'_, H>>
+    where
+        I: Iterator<Item = Entry> + Clone,
+    {
+        let end = self.end_of(reserver.head, entries.clone())?;
+        if end - reserver.tail_seen > self.layout.ring_bytes {
+            // Acquire: what the consumer read is read before we write over it.
+            reserver.tail_seen = self.memory().load64(control_at::TAIL, Acquire);
+            if end - reserver.tail_seen > self.layout.ring_bytes {
+                return None;
+            }
+        }
+        let mut from = None;
+        let first_lsn = reserver.next_lsn;
+        let time_ns = now_ns.max(reserver.last_time_ns);
+        let needs_done = entries.clone().any(|entry| entry.needs_done);
+        let done = if needs_done { 0 } else { state::DONE };
+        let mut position = reserver.head;
+        for entry in entries {
+            let total = abi::record_bytes(entry.payload_len);
+            let to_end = self.layout.to_end(position);
+            if total > to_end {
+                self.put_pad(position, to_end);
+                position += to_end;
+            }
+            from.get_or_insert(position);
+            let header = RecordHeader {
+                total_bytes: bytes32(total),
+                op: entry.op,
+                flags: entry.flags,
+                volume: entry.volume,
+                offset: entry.offset,
+                length: entry.length,
+                lsn: reserver.next_lsn,
+                time_ns,
+                payload_len: entry.payload_len,
+            };
+            self.put(position, state::RESERVED | done, &header);
+            position += total;
+            reserver.next_lsn += 1;
+        }
+        reserver.head = position;
+        reserver.last_time_ns = time_ns;
+        self.memory().store64(control_at::HEAD, position, Release);
+        Some(Reservation {
+            ring: self,
+            from: from.unwrap_or(position),
+            to: position,
+            first_lsn,
+            last_lsn: reserver.next_lsn - 1,
+            done,
+            at: from.unwrap_or(position),
+            payload_at: 0,
+            payload_left: 0,
+            filled: false,
+        })
+    }
+
+    /// Where the entries would end; `None` when they are more than the ring holds.
+    fn end_of(&self, head: u64, entries: impl Iterator<Item = Entry>) -> Option<u64> {
+        let mut position = head;
+        for entry in entries {
+            let total = abi::record_bytes(entry.payload_len);
+            let to_end = self.layout.to_end(position);
+            position += if total > to_end { to_end + total } else { total };
+            if position - head > self.layout.ring_bytes {
+                return None;
+            }
+        }
+        Some(position)
+    }
+
+    /// Fills the ring's end, which the next record does not fit in.
+    fn put_pad(&self, position: u64, bytes: u64) {
+        let header = RecordHeader {
+            total_bytes: bytes32(bytes),
+            op: Op::Pad,
+            flags: 0,
+            volume: 0,
+            offset: 0,
+            length: 0,
+            lsn: 0,
+            time_ns: 0,
+            payload_len: 0,
+        };
+        self.put(position, state::PUBLISHED | state::DONE, &header);
+    }
+
+    fn put(&self, position: u64, state: u32, header: &RecordHeader) {
+        let at = self.layout.offset_of(position);
+        self.memory().store32(at, state, Relaxed);
+        // SAFETY: room beyond head and behind the tail belongs to the holder of the lock.
+        unsafe { self.memory().write(at + 4, &header.encode()) }
+    }
+
+    /// The header of a record that this owner reserved and that cannot be released yet, and where the next record of
+    /// the same reservation is, which ends at `to`. A pad between the two is released as soon as the one before it
+    /// is, so it is passed here, never stood on.
+    fn own_record(&self, position: u64, to: u64) -> (RecordHeader, u64) {
+        let own = |position| match self.header_at(position) {
+            Some(header) => header,
+            None => panic!("the ring's memory was written by somebody else"),
+        };
+        let header = own(position);
+        let mut next = position + u64::from(header.total_bytes);
+        if next < to {
+            let behind = own(next);
+            if behind.op == Op::Pad {
+                next += u64::from(behind.total_bytes);
+            }
+        }
+        (header, next)
+    }
+
+    /// The header at a position in [tail, head).
+    pub(super) fn header_at(&self, position: u64) -> Option<RecordHeader> {
+        let mut bytes = [0; 60];
+        // SAFETY: headers in [tail, head) do not change, but for the state word, which is not read here.
+        bytes.copy_from_slice(unsafe { self.memory().bytes(self.layout.offset_of(position) + 4, 60) });
+        RecordHeader::decode(&bytes)
+    }
+}
+
+/// Length of one record, or of the room at the ring's end that one record does not fit in.
+fn bytes32(bytes: u64) -> u32 {
+    #[allow(clippy::cast_possible_truncation, reason = "at most the largest record")]
+    let short = bytes as u32;
+    short
+}
+
+/// Places taken for the pieces of one write. Fill them in, then publish. Dropped unpublished, the records become
+/// void: their write must not have been started then.
+#[derive(Debug)]
+#[must_use]
+pub struct Reservation<'r, H: Host> {
+    ring: &'r Ring<H>,
+    /// The first record (behind a pad that may precede it, which is released on its own), and the end.
+    from: u64,
+    to: u64,
+    first_lsn: u64,
+    last_lsn: u64,
+    /// `state::DONE` when no mark is needed.
+    done: u32,
+    /// Position of the first record that was not entered yet.
+    at: u64,
+    /// Offset in the mapping, and bytes, of what is still to be filled of the record entered last.
+    payload_at: u64,
+    payload_left: u64,
+    /// The end was reached.
+    filled: bool,
+}
+
+impl<H: Host> Reservation<'_, H> {
+    /// Lsn of the first piece.
+    pub fn first_lsn(&self) -> u64 {
+        self.first_lsn
+    }
+
+    /// Lsn of the last piece.
+    pub fn last_lsn(&self) -> u64 {
+        self.last_lsn
+    }
+
+    /// Copies the next bytes of the payload. More than was reserved aborts.
+    #[inline]
+    pub fn fill(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            while self.payload_left == 0 {
+                assert!(self.enter_next(), "more payload than was reserved");
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(index(self.payload_left)));
+            // SAFETY: payload of a record that we reserved and did not publish: ours alone.
+            unsafe { self.ring.memory().write(self.payload_at, now) }
+            self.payload_at += now.len() as u64;
+            self.payload_left -= now.len() as u64;
+            bytes = later;
+        }
+    }
+
+    /// Shows the records to the consumer, all of them. Less payload than was reserved aborts.
+    #[inline]
+    pub fn publish(mut self) -> Token {
+        while self.payload_left == 0 && self.enter_next() {}
+        assert!(self.payload_left == 0, "less payload than was reserved");
+        self.filled = true;
+        self.settle(state::PUBLISHED);
+        let token = Token {
+            from: self.from,
+            to: self.to,
+            first_lsn: self.first_lsn,
+            last_lsn: self.last_lsn,
+            needs_done: self.done == 0,
+        };
+        self.ring.host.published();
+        token
+    }
+
+    /// Steps to the next record; false at the end.
+    fn enter_next(&mut self) -> bool {
+        if self.at == self.to {
+            return false;
+        }
+        let (header, next) = self.ring.own_record(self.at, self.to);
+        self.payload_at = self.ring.layout.offset_of(self.at) + abi::LINE;
+        self.payload_left = u64::from(header.payload_len);
+        self.at = next;
+        true
+    }
+
+    /// Turns every RESERVED into PUBLISHED or VOID.
+    fn settle(&self, to: u32) {
+        let mut position = self.from;
+        while position < self.to {
+            // The next place first: what is settled may be released at once.
+            let (_, next) = self.ring.own_record(position, self.to);
+            self.ring.memory().store32(self.ring.layout.offset_of(position), to | self.done, Release);
+            position = next;
+        }
+    }
+}
+
+impl<H: Host> Drop for Reservation<'_, H> {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.settle(state::VOID);
+            self.ring.host.published();
+        }
+    }
+}
+
+/// A published write that may not be done yet: give it to `mark_done` when it is in the backing store. Until then it
+/// holds its room in the ring, and a new owner writes it to the backing store again.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Token {
+    from: u64,
+    to: u64,
+    first_lsn: u64,
+    last_lsn: u64,
+    needs_done: bool,
+}
+
+impl Token {
+    /// Lsn of the first piece.
+    pub fn first_lsn(&self) -> u64 {
+        self.first_lsn
+    }
+
+    /// Lsn of the last piece.
+    pub fn last_lsn(&self) -> u64 {
+        self.last_lsn
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::MAX_PAYLOAD;
+    use crate::consumer::Consumer;
+    use crate::testing::{Heap, IDENTITY, VOLUMES, heap_ring};
+    use std::vec::Vec;
+
+    #[test]
+    fn long_writes_are_cut_into_pieces_next_to_each_other() {
+        let pieces: Vec<Entry> = Entry::write(7, 4096, 300 * 1024, abi::FLAG_FUA).collect();
+        let extents: Vec<_> = pieces.iter().map(|piece| (piece.offset, piece.length, piece.flags)).collect();
+        let step = u64::from(MAX_PAYLOAD);
+        assert_eq!(extents, [(4096, step, 1), (4096 + step, step, 1), (4096 + 2 * step, 44 * 1024, 1)]);
+        let ring = heap_ring(1 << 20, 1);
+        let bytes: Vec<u8> = (0..300 * 1024u32).map(|at| at.to_le_bytes()[1]).collect();
+        let Captured::Ring(token) = ring.capture(pieces.into_iter(), &bytes, 1).unwrap() else {
+            panic!("an empty ring has room")
+        };
+        assert_eq!((token.first_lsn(), token.last_lsn()), (1, 3));
+        let consumer = Consumer::new(&ring).unwrap();
+        let mut stream = Vec::new();
+        while let Some(record) = consumer.peek().unwrap() {
+            stream.extend_from_slice(record.payload());
+            consumer.advance().unwrap();
+        }
+        assert!(stream == bytes);
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused_and_changes_nothing() {
+        let ring = heap_ring(1024, 1);
+        let write = Entry::write(7, 0, 512, 0).next().unwrap();
+        for (entry, refused) in [
+            (Entry { payload_len: 511, ..write }, Refused::Malformed),
+            (Entry { offset: u64::MAX - 512, ..write }, Refused::BeyondEnd),
+            (Entry { offset: u64::MAX - 511, ..write }, Refused::Malformed),
+            (Entry { volume: 8, ..write }, Refused::UnknownVolume),
+            (Entry::extent(Op::Discard, 7, 0, 0, 0), Refused::Malformed),
+            (Entry::extent(Op::Discard, 7, 0, (1 << 20) + 1, 0), Refused::BeyondEnd),
+            (Entry::event(Op::Pad, 0, 0), Refused::Malformed),
+            (Entry::event(Op::ResyncEnd, 0, 0), Refused::Malformed),
+            (Entry::event(Op::Bookmark, 0, MAX_PAYLOAD + 1), Refused::Malformed),
+            (Entry::event(Op::Bookmark, 0, 1024), Refused::Full),
+        ] {
+            assert_eq!(ring.reserve(entry, 1).err(), Some(refused), "{entry:?}");
+        }
+        assert_eq!(ring.reserve_many(Entry::write(7, 0, 0, 0), 1).err(), Some(Refused::Malformed));
+        assert_eq!((ring.captured_lsn(), ring.used_bytes(), ring.mode()), (0, 0, Mode::Ring));
+    }
+
+    #[test]
+    fn a_write_larger_than_the_ring_becomes_bits() {
+        let ring = heap_ring(256, 1);
+        assert_eq!(ring.capture(Entry::write(7, 0, 512, 0), &[0; 512], 1), Ok(Captured::Bits));
+        assert_eq!((ring.mode(), ring.captured_lsn(), ring.is_dirty(7)), (Mode::Bitmap, 0, true));
+    }
+
+    #[test]
+    #[should_panic(expected = "less payload than was reserved")]
+    fn a_half_filled_record_is_never_published() {
+        let ring = heap_ring(1024, 1);
+        let Ok(Captured::Ring(mut reservation)) = ring.reserve_many(Entry::write(7, 0, 512, 0), 1) else {
+            panic!("an empty ring has room")
+        };
+        reservation.fill(&[0; 511]);
+        let _ = reservation.publish();
+    }
+
+    #[test]
+    fn no_ring_is_made_of_memory_or_volumes_that_do_not_fit() {
+        let layout = Layout::plan(1024, &VOLUMES).unwrap();
+        let make = |bytes, volumes: &[VolumeSpec], ring_bytes, first_lsn| {
+            Ring::format(Heap::new(bytes), &IDENTITY, volumes, ring_bytes, first_lsn).is_some()
+        };
+        assert!(make(layout.total_bytes, &VOLUMES, 1024, 1));
+        assert!(!make(layout.total_bytes - 64, &VOLUMES, 1024, 1));
+        assert!(!make(layout.total_bytes, &VOLUMES, 1024, 0));
+        assert!(!make(layout.total_bytes, &VOLUMES, 1000, 1));
+        assert!(!make(layout.total_bytes, &[VOLUMES[0], VOLUMES[0]], 1024, 1), "one id twice");
+    }
+}

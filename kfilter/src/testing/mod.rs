@@ -1,0 +1,162 @@
+//! Hosts for tests: a ring on the heap, and one that shows its memory after every store.
+
+mod model;
+mod stops;
+
+use super::abi::{Identity, Layout, VolumeSpec};
+use super::memory::{Host, Memory, Span, index};
+use super::ring::{Captured, Entry, Reserver, Ring, Token};
+use core::ptr::NonNull;
+use core::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+use std::{boxed::Box, vec, vec::Vec};
+
+pub const IDENTITY: Identity = Identity { boot_id: [1; 16], group_id: [2; 16], epoch: 3, epoch_id: [4; 16] };
+
+/// Two volumes with one line of bitmap each.
+pub const VOLUMES: [VolumeSpec; 2] = [
+    VolumeSpec { id: 7, sector_bytes: 512, uuid: [5; 16], size_bytes: 1 << 20 },
+    VolumeSpec { id: 9, sector_bytes: 4096, uuid: [6; 16], size_bytes: (1 << 20) + 4096 },
+];
+
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code, reason = "read through the span")] [u8; 64]);
+
+/// Called with the whole memory after every store.
+type Hook = Box<dyn Fn(&[u8])>;
+
+/// Memory on the heap.
+pub struct Heap {
+    _lines: Box<[Line]>,
+    span: Span,
+    hook: Option<Hook>,
+    reserver: Mutex<Reserver>,
+}
+
+impl core::fmt::Debug for Heap {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Heap").field("span", &self.span).finish_non_exhaustive()
+    }
+}
+
+// SAFETY: hooks are set by tests of one thread only (`hooked`).
+unsafe impl Sync for Heap {}
+// SAFETY: as above.
+unsafe impl Send for Heap {}
+
+impl Heap {
+    pub fn new(bytes: u64) -> Self {
+        let mut lines = vec![Line([0; 64]); index(bytes.div_ceil(64))].into_boxed_slice();
+        let base = NonNull::new(lines.as_mut_ptr().cast()).unwrap();
+        // SAFETY: aligned by `Line`, valid as long as `_lines` beside it, which nobody else touches.
+        let span = unsafe { Span::new(base, bytes) };
+        Self { _lines: lines, span, hook: None, reserver: Mutex::new(Reserver::new()) }
+    }
+
+    /// What a dead owner left.
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let heap = Self::new(bytes.len() as u64);
+        // SAFETY: nobody else knows this memory.
+        unsafe { heap.span.write(0, bytes) };
+        heap
+    }
+
+    pub fn hooked(mut self, hook: Hook) -> Self {
+        self.hook = Some(hook);
+        self
+    }
+
+    /// A copy of the whole memory.
+    pub fn bytes(&self) -> Vec<u8> {
+        // SAFETY: tests call this while nobody writes.
+        unsafe { self.span.bytes(0, self.span.len()) }.to_vec()
+    }
+
+    fn stored(&self) {
+        if let Some(hook) = &self.hook {
+            hook(&self.bytes());
+        }
+    }
+}
+
+// SAFETY: forwards to `Span`.
+unsafe impl Memory for Heap {
+    fn len(&self) -> u64 {
+        self.span.len()
+    }
+    fn load32(&self, at: u64, order: Ordering) -> u32 {
+        self.span.load32(at, order)
+    }
+    fn load64(&self, at: u64, order: Ordering) -> u64 {
+        self.span.load64(at, order)
+    }
+    fn store32(&self, at: u64, value: u32, order: Ordering) {
+        self.span.store32(at, value, order);
+        self.stored();
+    }
+    fn store64(&self, at: u64, value: u64, order: Ordering) {
+        self.span.store64(at, value, order);
+        self.stored();
+    }
+    fn or32(&self, at: u64, bits: u32, order: Ordering) -> u32 {
+        let old = self.span.or32(at, bits, order);
+        self.stored();
+        old
+    }
+    fn or64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
+        let old = self.span.or64(at, bits, order);
+        self.stored();
+        old
+    }
+    fn and64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
+        let old = self.span.and64(at, bits, order);
+        self.stored();
+        old
+    }
+    unsafe fn write(&self, at: u64, bytes: &[u8]) {
+        // A copy is many stores: stop in its middle too.
+        let (first, second) = bytes.split_at(bytes.len() / 2);
+        // SAFETY: the caller's promise, for both halves.
+        unsafe { self.span.write(at, first) };
+        self.stored();
+        // SAFETY: as above.
+        unsafe { self.span.write(at + first.len() as u64, second) };
+        self.stored();
+    }
+    unsafe fn bytes(&self, at: u64, len: u64) -> &[u8] {
+        // SAFETY: the caller's promise.
+        unsafe { self.span.bytes(at, len) }
+    }
+}
+
+// SAFETY: a std mutex around the only `Reserver`.
+unsafe impl Host for Heap {
+    type Memory = Self;
+    fn memory(&self) -> &Self {
+        self
+    }
+    fn locked<R>(&self, critical: impl FnOnce(&mut Reserver) -> R) -> R {
+        critical(&mut self.reserver.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+    fn published(&self) {}
+}
+
+/// A new ring on the heap, with `VOLUMES`.
+pub fn heap_ring(ring_bytes: u64, first_lsn: u64) -> Ring<Heap> {
+    let layout = Layout::plan(ring_bytes, &VOLUMES).unwrap();
+    Ring::format(Heap::new(layout.total_bytes), &IDENTITY, &VOLUMES, ring_bytes, first_lsn).unwrap()
+}
+
+/// Bytes that name their write.
+pub fn payload(seed: u64, len: u64) -> Vec<u8> {
+    (0..len).map(|at| (seed.wrapping_mul(31).wrapping_add(at) % 251) as u8).collect()
+}
+
+/// A write that must go into the ring.
+pub fn write<H: Host>(ring: &Ring<H>, volume: u32, offset: u64, bytes: &[u8], now_ns: u64) -> Token {
+    match ring.capture(Entry::write(volume, offset, bytes.len() as u64, 0), bytes, now_ns) {
+        Ok(Captured::Ring(token)) => token,
+        other => panic!("not recorded: {other:?}"),
+    }
+}
