@@ -2,6 +2,7 @@
 //! consumer that goes to sleep. Run with
 //! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p afterimage-kfilter --release loom`.
 #![cfg(loom)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
 
 use kfilter::abi::{GRANULE, control_at};
 use kfilter::memory::{Host, Memory, Span};
