@@ -291,7 +291,7 @@ fn volumes(raw: Vec<RawVolume>, dir: &Path) -> Result<Vec<Volume>, Refused> {
         require(names.insert(volume.name.clone()), &key("name"), "each volume needs its own name")?;
         require(paths.insert(volume.path.clone()), &key("path"), "each volume needs its own path")?;
         require(sockets.insert(volume.nbd.clone()), &key("nbd"), "each volume needs its own socket")?;
-        let sectors = volume.size.is_none_or(|size| size > 0 && size % 512 == 0);
+        let sectors = volume.size.is_none_or(|size| size > 0 && size.is_multiple_of(512));
         require(sectors, &key("size"), "a multiple of 512 bytes above 0 is allowed")?;
         volumes.push(volume);
     }
@@ -329,7 +329,7 @@ impl Journal {
 
 /// A segment holds several of the largest frames (1 MiB and a header each).
 pub(crate) fn check_segment_bytes(bytes: u64) -> Result<(), Refused> {
-    let good = bytes % 4096 == 0 && (4 << 20..=1 << 30).contains(&bytes);
+    let good = bytes.is_multiple_of(4096) && (4 << 20..=1 << 30).contains(&bytes);
     require(good, "journal.segment_bytes", "a multiple of 4096 bytes from 4MiB to 1GiB is allowed")
 }
 

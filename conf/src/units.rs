@@ -69,14 +69,14 @@ fn parse_scaled(text: &str, scale_of: impl Fn(&str) -> Option<u64>) -> Option<u6
     let digits = u32::try_from(fraction.len()).ok()?;
     let part = if fraction.is_empty() { 0 } else { u128::from(fraction.parse::<u64>().ok()?) * scale };
     let divisor = 10u128.pow(digits);
-    if part % divisor != 0 {
+    if !part.is_multiple_of(divisor) {
         return None;
     }
     u64::try_from(whole + part / divisor).ok()
 }
 
 fn format_scaled(value: u64, units: &[(&str, u64)]) -> String {
-    let fits = |(_, scale): &&(&str, u64)| value >= *scale && value % scale == 0;
+    let fits = |(_, scale): &&(&str, u64)| value >= *scale && value.is_multiple_of(*scale);
     let smallest = units.last().expect("invariant: a unit table is not empty");
     let (name, scale) = units.iter().find(fits).unwrap_or(smallest);
     format!("{}{name}", value / scale)

@@ -1,0 +1,376 @@
+//! Control messages: what the two sides say to one another beside the frames.
+//!
+//! ```text
+//! 0       1
+//! │ 1 │ postcard of Message …        1 = version of this encoding
+//! ```
+//! The encoding is append-only: variants and the codes of enums are added at the end and never reordered, fields are never
+//! added to a variant (a new variant is), and what a peer may send follows from the version and features agreed in `Hello`
+//! and `Welcome`. Golden bytes below hold this. Identifiers are plain bytes here; `journal` gives them their names.
+
+use journal::{Epoch, EpochId, Lineage, Lsn};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// First byte of every message.
+pub const ENCODING: u8 = 1;
+/// The protocol versions that this program speaks, newest first.
+pub const VERSIONS: [u16; 1] = [1];
+/// The most bytes of one message, its first byte included.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
+
+/// A place in a group's history, as [`journal::Position`] has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Line of descent.
+    pub lineage: [u8; 16],
+    /// Epoch's number.
+    pub epoch: u64,
+    /// Epoch's random id.
+    pub epoch_id: [u8; 16],
+    /// Last lsn held.
+    pub lsn: u64,
+    /// Chain value after it.
+    pub chain: u64,
+}
+
+impl From<journal::Position> for Position {
+    fn from(p: journal::Position) -> Self {
+        Position {
+            lineage: p.lineage.0,
+            epoch: p.epoch.number,
+            epoch_id: p.epoch.id.0,
+            lsn: p.lsn.0,
+            chain: p.chain,
+        }
+    }
+}
+
+impl From<Position> for journal::Position {
+    fn from(p: Position) -> Self {
+        journal::Position {
+            lineage: Lineage(p.lineage),
+            epoch: Epoch { number: p.epoch, id: EpochId(p.epoch_id) },
+            lsn: Lsn(p.lsn),
+            chain: p.chain,
+        }
+    }
+}
+
+/// A volume as the source announces it. The receiver checks each field: the name becomes a path there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSummary {
+    /// Short id within the group.
+    pub id: u32,
+    /// Name everywhere and for ever.
+    pub uuid: [u8; 16],
+    /// Name for people.
+    pub name: String,
+    /// Size now.
+    pub size_bytes: u64,
+    /// Logical sector.
+    pub sector_bytes: u32,
+}
+
+/// How the receiver fares with this group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReceiverCode {
+    /// Frames are wanted.
+    Ok,
+    /// The replica is not what the history says; a synchronisation is needed.
+    NeedsResync,
+    /// The replica cannot be written; frames are still taken in.
+    ReplicaFailed,
+    /// No room in the receiver's journal; nothing more is acknowledged.
+    JournalFull,
+    /// Apply is stopped by the operator.
+    Stopped,
+    /// The replica stands at an earlier point, by the operator's wish.
+    Rewound,
+    /// The replica was promoted; this source's lineage is over.
+    Fenced,
+}
+
+/// The receiver's state and the reason, for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiverState {
+    /// The state.
+    pub code: ReceiverCode,
+    /// Why; empty when all is well.
+    pub why: String,
+}
+
+/// Why a side ends the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorCode {
+    /// No protocol version in common.
+    VersionMismatch,
+    /// The identity is known to TLS but not to this receiver's settings any more.
+    UnknownIdentity,
+    /// The group belongs to another identity.
+    GroupNotYours,
+    /// Another connection serves the group now.
+    GroupBusy,
+    /// The lineage is not the one held.
+    LineageMismatch,
+    /// Same position, other content before it.
+    ChainMismatch,
+    /// A frame's bytes are not intact.
+    BadFrame,
+    /// A frame is intact but not the next one.
+    OutOfOrder,
+    /// The receiver's journal failed; it recovers on restart.
+    JournalFailed,
+    /// The group was promoted elsewhere.
+    Fenced,
+    /// What was asked for cannot be done in this state.
+    NotPossible,
+    /// A fault of the sender of this message.
+    Internal,
+}
+
+/// A control message. Variants are appended, never moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// Source, first: who and what.
+    Hello {
+        /// Versions spoken, newest first.
+        versions: Vec<u16>,
+        /// Features offered, a bit each.
+        features: u64,
+        /// Group, everywhere and for ever.
+        group_id: [u8; 16],
+        /// Group's name.
+        group: String,
+        /// Line of descent of what the source holds.
+        lineage: [u8; 16],
+        /// Current epoch's number.
+        epoch: u64,
+        /// Current epoch's random id.
+        epoch_id: [u8; 16],
+        /// The group's volumes.
+        volumes: Vec<VolumeSummary>,
+        /// Program and version, for logs.
+        agent: String,
+    },
+    /// Receiver, in answer: from where to send.
+    Welcome {
+        /// Version chosen.
+        version: u16,
+        /// Features agreed.
+        features: u64,
+        /// Durable position held; `None` if nothing of this group is.
+        resume: Option<Position>,
+        /// State of the group here.
+        state: ReceiverState,
+        /// Program and version, for logs.
+        agent: String,
+    },
+    /// Receiver: progress. `received_lsn` is durable.
+    Ack {
+        /// Epoch that the lsns belong to.
+        epoch: u64,
+        /// Durable in the receiver's journal.
+        received_lsn: u64,
+        /// Written to the replica.
+        applied_lsn: u64,
+        /// The replica durably is exactly this.
+        checkpoint_lsn: u64,
+        /// The state, when it has changed.
+        state: Option<ReceiverState>,
+    },
+    /// Source: the newest there is, so that the receiver can tell its lag.
+    Heartbeat {
+        /// Newest lsn captured.
+        captured_lsn: u64,
+        /// Its epoch.
+        epoch: u64,
+        /// The source's realtime clock.
+        time_ns: u64,
+    },
+    /// Either side: send no faster than this; `None` lifts the limit.
+    Throttle {
+        /// Bits a second.
+        rate_bits_per_s: Option<u64>,
+    },
+    /// Source: apply up to here without waiting for a fuller batch.
+    ApplyNow {
+        /// Up to this lsn.
+        lsn: u64,
+    },
+    /// Either side, last: something is wrong.
+    Error {
+        /// What.
+        code: ErrorCode,
+        /// In words, for people.
+        reason: String,
+    },
+    /// Either side, last: an orderly end.
+    Bye {
+        /// In words, for people.
+        reason: String,
+    },
+}
+
+impl Message {
+    /// The message's bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TooLong`] beyond [`MAX_MESSAGE_BYTES`].
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let bytes = postcard::to_extend(self, vec![ENCODING])
+            .map_err(|e| Error::because(ErrorKind::TooLong, "encode control message", e))?;
+        if bytes.len() > MAX_MESSAGE_BYTES {
+            let at = format!("control message of {} bytes, the most is {MAX_MESSAGE_BYTES}", bytes.len());
+            return Err(Error::new(ErrorKind::TooLong, at));
+        }
+        Ok(bytes)
+    }
+
+    /// Reads one whole message.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`] where it is none, or bytes are left over.
+    pub fn decode(bytes: &[u8]) -> Result<Message> {
+        let malformed = |at: String| Error::new(ErrorKind::Malformed, at);
+        let (first, body) = bytes.split_first().ok_or_else(|| malformed("empty control message".into()))?;
+        if *first != ENCODING {
+            return Err(malformed(format!(
+                "control message in encoding {first}, this program reads {ENCODING}"
+            )));
+        }
+        let (message, rest) = postcard::take_from_bytes(body)
+            .map_err(|e| Error::because(ErrorKind::Malformed, "decode control message", e))?;
+        if !rest.is_empty() {
+            return Err(malformed(format!("control message with {} bytes left over", rest.len())));
+        }
+        Ok(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(code: ReceiverCode, why: &str) -> ReceiverState {
+        ReceiverState { code, why: why.into() }
+    }
+
+    /// Added to, never edited: a change here is a peer that no longer understands us.
+    fn golden() -> Vec<(Message, &'static str)> {
+        let resume = Position { lineage: [1; 16], epoch: 2, epoch_id: [3; 16], lsn: 300, chain: u64::MAX };
+        let volume =
+            VolumeSummary { id: 7, uuid: [8; 16], name: "v".into(), size_bytes: 1 << 30, sector_bytes: 512 };
+        let hello = Message::Hello {
+            versions: vec![1],
+            features: 0,
+            group_id: [9; 16],
+            group: "g".into(),
+            lineage: [1; 16],
+            epoch: 2,
+            epoch_id: [3; 16],
+            volumes: vec![volume],
+            agent: "a".into(),
+        };
+        let welcome =
+            |resume, state| Message::Welcome { version: 1, features: 5, resume, state, agent: "a".into() };
+        let ack = |state| Message::Ack {
+            epoch: 2,
+            received_lsn: 300,
+            applied_lsn: 200,
+            checkpoint_lsn: 100,
+            state,
+        };
+        vec![
+            (
+                hello,
+                "01000101000909090909090909090909090909090901670101010101010101010101010101010102030303030303030303030303030303030107080808080808080808080808080808080176808080800480040161",
+            ),
+            (welcome(None, state(ReceiverCode::Ok, "")), "010101050000000161"),
+            (
+                welcome(Some(resume), state(ReceiverCode::NeedsResync, "w")),
+                "0101010501010101010101010101010101010101010203030303030303030303030303030303ac02ffffffffffffffffff010101770161",
+            ),
+            (ack(None), "010202ac02c8016400"),
+            (ack(Some(state(ReceiverCode::Fenced, "w"))), "010202ac02c8016401060177"),
+            (
+                Message::Heartbeat { captured_lsn: 1, epoch: 2, time_ns: 1 << 60 },
+                "01030102808080808080808010",
+            ),
+            (Message::Throttle { rate_bits_per_s: None }, "010400"),
+            (Message::Throttle { rate_bits_per_s: Some(1000) }, "010401e807"),
+            (Message::ApplyNow { lsn: 128 }, "01058001"),
+            (Message::Error { code: ErrorCode::Internal, reason: "r".into() }, "01060b0172"),
+            (Message::Bye { reason: "r".into() }, "01070172"),
+        ]
+    }
+
+    #[test]
+    fn golden_bytes() {
+        for (message, expected) in golden() {
+            let bytes = message.encode().unwrap();
+            assert_eq!(hex::encode(&bytes), expected, "{message:?}");
+            assert_eq!(Message::decode(&bytes).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn codes_keep_their_numbers() {
+        use {ErrorCode as E, ReceiverCode as R};
+        let receiver =
+            [R::Ok, R::NeedsResync, R::ReplicaFailed, R::JournalFull, R::Stopped, R::Rewound, R::Fenced]
+                .map(number);
+        assert_eq!(receiver, [0, 1, 2, 3, 4, 5, 6]);
+        let error = [
+            E::VersionMismatch,
+            E::UnknownIdentity,
+            E::GroupNotYours,
+            E::GroupBusy,
+            E::LineageMismatch,
+            E::ChainMismatch,
+            E::BadFrame,
+            E::OutOfOrder,
+            E::JournalFailed,
+            E::Fenced,
+            E::NotPossible,
+            E::Internal,
+        ]
+        .map(number);
+        assert_eq!(error, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+    }
+
+    fn number(code: impl Serialize) -> u8 {
+        let bytes = postcard::to_stdvec(&code).unwrap();
+        assert_eq!(bytes.len(), 1);
+        bytes[0]
+    }
+
+    #[test]
+    fn what_is_no_message_is_refused() {
+        let good = Message::Bye { reason: "r".into() }.encode().unwrap();
+        let refused =
+            |bytes: &[u8]| assert_eq!(Message::decode(bytes).unwrap_err().kind, ErrorKind::Malformed);
+        for end in 0..good.len() {
+            refused(&good[..end]);
+        }
+        refused(&[&good[..], &[0]].concat());
+        refused(&[&[2], &good[1..]].concat());
+        refused(&[ENCODING, 200]);
+        // A string that claims 2^32 bytes.
+        refused(&[ENCODING, 7, 0xff, 0xff, 0xff, 0xff, 0x0f, b'x']);
+        let long = Message::Bye { reason: "r".repeat(MAX_MESSAGE_BYTES) };
+        assert_eq!(long.encode().unwrap_err().kind, ErrorKind::TooLong);
+    }
+
+    #[test]
+    fn positions_pass_unchanged() {
+        let here = journal::Position {
+            lineage: Lineage([1; 16]),
+            epoch: Epoch { number: 2, id: EpochId([3; 16]) },
+            lsn: Lsn(4),
+            chain: 5,
+        };
+        assert_eq!(journal::Position::from(Position::from(here)), here);
+    }
+}
