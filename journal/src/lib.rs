@@ -29,6 +29,7 @@ pub mod retention;
 pub mod sealed;
 pub mod segment;
 pub mod sim_disk;
+mod spare;
 pub mod state;
 pub mod tail;
 pub mod verify;

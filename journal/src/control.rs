@@ -1,0 +1,267 @@
+//! Control files: a few bytes that change often and must never be half old, half new.
+//!
+//! Two slots of 4 KiB; a store writes the older one and syncs, so a cut leaves at least one whole.
+//!
+//! ```text
+//!         0     1     2     3     4     5     6     7
+//!    0 │ magic "AFTRCTL1"                              │
+//!    8 │ sequence, rising with each store              │
+//!   16 │    payload bytes      │ version=1 │     0     │
+//!   24 │ payload (at most 4000), zeros to 4092         │
+//! 4092 │  CRC of bytes 0..4092 │
+//! ```
+//! The file is born under another name and renamed, so a control file that exists has held a whole slot.
+
+use crate::io::{Disk, File};
+use crate::{Error, ErrorKind, Result};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Largest payload of a control file.
+pub const MAX_PAYLOAD_BYTES: usize = 4000;
+
+const SLOT_BYTES: usize = 4096;
+const HEADER_BYTES: usize = 24;
+const CRC_AT: usize = SLOT_BYTES - 4;
+const MAGIC: [u8; 8] = *b"AFTRCTL1";
+const VERSION: u16 = 1;
+
+/// A small file that is replaced atomically.
+pub struct TwoSlot {
+    file: Arc<dyn File>,
+    path: PathBuf,
+    sequence: u64,
+    /// The slot that the next store writes.
+    next: u64,
+    poisoned: bool,
+}
+
+/// What a read of both slots found.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// The newest whole payload.
+    pub payload: Vec<u8>,
+    /// Offset of a slot that is neither whole nor empty: a store was cut there, or it rotted.
+    pub torn_at: Option<u64>,
+}
+
+impl TwoSlot {
+    /// Creates the file with its first payload; content and name are durable on return. Replaces what a cut
+    /// create left behind, never a finished control file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where the file exists; the disk's errors.
+    pub fn create(disk: &Arc<dyn Disk>, path: &Path, payload: &[u8]) -> Result<TwoSlot> {
+        let failed = |error| Error::io(format!("create control file {}", path.display()), error);
+        let (dir, name) = match (path.parent(), path.file_name()) {
+            (Some(dir), Some(name)) => (dir, name.to_string_lossy().into_owned()),
+            _ => return Err(failed(std::io::ErrorKind::InvalidInput.into())),
+        };
+        let names = disk.list(dir).map_err(failed)?;
+        if names.contains(&name) {
+            return Err(Error::new(ErrorKind::Busy, format!("{} exists already", path.display())));
+        }
+        let unfinished = dir.join(format!("{name}.new"));
+        if names.contains(&format!("{name}.new")) {
+            disk.remove(&unfinished).map_err(failed)?;
+        }
+        let file = disk.create(&unfinished).map_err(failed)?;
+        file.set_size(2 * SLOT_BYTES as u64).map_err(failed)?;
+        let mut control = TwoSlot { file, path: path.into(), sequence: 0, next: 0, poisoned: false };
+        control.store(payload)?;
+        disk.rename(&unfinished, path).map_err(failed)?;
+        disk.sync_dir(dir).map_err(|error| Error::sync(format!("sync {}", dir.display()), error))?;
+        Ok(control)
+    }
+
+    /// Opens the file and returns the newest whole payload.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is whole.
+    pub fn open(disk: &Arc<dyn Disk>, path: &Path) -> Result<(TwoSlot, Vec<u8>)> {
+        let file = disk.open(path).map_err(|error| open_failed(path, error))?;
+        let (newest, _) = read_slots(&*file, path)?;
+        let (slot, sequence, payload) = newest.ok_or_else(|| both_bad(path))?;
+        Ok((TwoSlot { file, path: path.into(), sequence, next: 1 - slot, poisoned: false }, payload))
+    }
+
+    /// Reads the newest whole payload without touching the file.
+    ///
+    /// # Errors
+    /// As [`TwoSlot::open`].
+    pub fn read(disk: &dyn Disk, path: &Path) -> Result<Slots> {
+        let file = disk.open_read(path).map_err(|error| open_failed(path, error))?;
+        let (newest, torn_at) = read_slots(&*file, path)?;
+        let (_, _, payload) = newest.ok_or_else(|| both_bad(path))?;
+        Ok(Slots { payload, torn_at })
+    }
+
+    /// Replaces the payload; durable on return. When it fails with anything but [`ErrorKind::Sync`], the old payload
+    /// is still in force and another store may be tried.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Sync`] is final.
+    pub fn store(&mut self, payload: &[u8]) -> Result<()> {
+        assert!(payload.len() <= MAX_PAYLOAD_BYTES, "a control payload has a bound known to its owner");
+        if self.poisoned {
+            let at = format!("{}: an earlier sync failed", self.path.display());
+            return Err(Error::new(ErrorKind::Sync, at));
+        }
+        let sequence = self.sequence + 1;
+        self.file
+            .write_at(&encode_slot(sequence, payload), self.next * SLOT_BYTES as u64)
+            .map_err(|error| Error::io(format!("write control file {}", self.path.display()), error))?;
+        self.file.sync().map_err(|error| {
+            self.poisoned = true;
+            Error::sync(format!("sync control file {}", self.path.display()), error)
+        })?;
+        self.sequence = sequence;
+        self.next = 1 - self.next;
+        Ok(())
+    }
+}
+
+fn open_failed(path: &Path, error: std::io::Error) -> Error {
+    let kind = error.kind();
+    let mut failed = Error::io(format!("open control file {}", path.display()), error);
+    if kind == std::io::ErrorKind::NotFound {
+        failed.kind = ErrorKind::NotHeld;
+    }
+    failed
+}
+
+fn both_bad(path: &Path) -> Error {
+    Error::new(ErrorKind::Corrupt, format!("{}: offset 0: neither slot is whole", path.display()))
+}
+
+fn encode_slot(sequence: u64, payload: &[u8]) -> [u8; SLOT_BYTES] {
+    let mut slot = [0; SLOT_BYTES];
+    slot[..8].copy_from_slice(&MAGIC);
+    slot[8..16].copy_from_slice(&sequence.to_le_bytes());
+    let length = u32::try_from(payload.len()).expect("bounded by MAX_PAYLOAD_BYTES");
+    slot[16..20].copy_from_slice(&length.to_le_bytes());
+    slot[20..22].copy_from_slice(&VERSION.to_le_bytes());
+    slot[HEADER_BYTES..HEADER_BYTES + payload.len()].copy_from_slice(payload);
+    let crc = crc32fast::hash(&slot[..CRC_AT]);
+    slot[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+    slot
+}
+
+/// Sequence and payload of an intact slot; `Ok(None)` for one that is not.
+pub(crate) fn decode_slot(slot: &[u8]) -> Result<Option<(u64, &[u8])>> {
+    if slot.len() != SLOT_BYTES || slot[..8] != MAGIC {
+        return Ok(None);
+    }
+    let number = |range: std::ops::Range<usize>| {
+        slot[range].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
+    };
+    if number(CRC_AT..SLOT_BYTES) != u64::from(crc32fast::hash(&slot[..CRC_AT])) {
+        return Ok(None);
+    }
+    if number(20..22) != u64::from(VERSION) {
+        return Err(Error::new(ErrorKind::Unsupported, format!("control file: version {}", number(20..22))));
+    }
+    let length = usize::try_from(number(16..20)).unwrap_or(usize::MAX);
+    if length > MAX_PAYLOAD_BYTES {
+        return Ok(None);
+    }
+    Ok(Some((number(8..16), &slot[HEADER_BYTES..HEADER_BYTES + length])))
+}
+
+/// Slot number, sequence and payload of the newest intact slot; offset of a torn one.
+type Found = (Option<(u64, u64, Vec<u8>)>, Option<u64>);
+
+fn read_slots(file: &dyn File, path: &Path) -> Result<Found> {
+    let mut newest: Option<(u64, u64, Vec<u8>)> = None;
+    let mut torn_at = None;
+    for slot in 0..2 {
+        let offset = slot * SLOT_BYTES as u64;
+        let mut bytes = [0; SLOT_BYTES];
+        let held = file
+            .read_at(&mut bytes, offset)
+            .map_err(|error| Error::io(format!("read control file {}", path.display()), error))?;
+        match decode_slot(&bytes[..held])? {
+            Some((sequence, payload)) if newest.as_ref().is_none_or(|held| sequence > held.1) => {
+                newest = Some((slot, sequence, payload.to_vec()));
+            }
+            Some(_) => {}
+            None if held == SLOT_BYTES && bytes.iter().all(|byte| *byte == 0) => {}
+            None => torn_at = Some(offset),
+        }
+    }
+    Ok((newest, torn_at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim_disk::SimDisk;
+
+    fn fresh() -> (SimDisk, Arc<dyn Disk>, PathBuf) {
+        let sim = SimDisk::new();
+        let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+        disk.create_dir(Path::new("/j")).unwrap();
+        (sim, disk, PathBuf::from("/j/control"))
+    }
+
+    #[test]
+    fn a_cut_at_any_operation_leaves_the_old_or_the_new_payload() {
+        for cut in 0..60 {
+            let (sim, disk, path) = fresh();
+            let base = sim.ops();
+            sim.cut_at(base + cut);
+            let mut stored = None;
+            let mut tried = 0;
+            if let Ok(mut control) = TwoSlot::create(&disk, &path, &[0]) {
+                stored = Some(0);
+                for value in 1..8 {
+                    tried = value;
+                    if control.store(&[value; 3000]).is_err() {
+                        break;
+                    }
+                    stored = Some(value);
+                }
+            }
+            for seed in 0..12 {
+                let after: Arc<dyn Disk> = Arc::new(sim.crash(seed));
+                match (TwoSlot::open(&after, &path), stored) {
+                    (Ok((mut control, payload)), _) => {
+                        let value = payload[0];
+                        assert!(value == tried || Some(value) == stored, "cut {cut} seed {seed}");
+                        control.store(b"on").unwrap();
+                        assert_eq!(TwoSlot::read(&*after, &path).unwrap().payload, b"on");
+                    }
+                    (Err(error), None) => {
+                        assert_eq!(error.kind, ErrorKind::NotHeld);
+                        TwoSlot::create(&after, &path, b"again").unwrap();
+                    }
+                    (Err(error), Some(_)) => panic!("cut {cut} seed {seed}: lost: {error}"),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_bad_slot_falls_back_and_two_are_corruption() {
+        let (sim, disk, path) = fresh();
+        let mut control = TwoSlot::create(&disk, &path, b"one").unwrap();
+        control.store(b"two").unwrap();
+        assert_eq!(TwoSlot::create(&disk, &path, b"x").err().unwrap().kind, ErrorKind::Busy);
+        sim.corrupt(&path, 4096 + 30, |byte| byte ^ 1);
+        let slots = TwoSlot::read(&*disk, &path).unwrap();
+        assert_eq!(slots, Slots { payload: b"one".to_vec(), torn_at: Some(4096) });
+        sim.corrupt(&path, 4000, |byte| byte ^ 1);
+        assert_eq!(TwoSlot::read(&*disk, &path).unwrap_err().kind, ErrorKind::Corrupt);
+        assert_eq!(TwoSlot::open(&disk, &path).err().unwrap().kind, ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn a_failed_sync_is_final() {
+        let (sim, disk, path) = fresh();
+        let mut control = TwoSlot::create(&disk, &path, b"one").unwrap();
+        sim.fail_syncs(true);
+        assert_eq!(control.store(b"two").unwrap_err().kind, ErrorKind::Sync);
+        sim.fail_syncs(false);
+        assert_eq!(control.store(b"two").unwrap_err().kind, ErrorKind::Sync);
+    }
+}

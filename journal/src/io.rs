@@ -1,0 +1,326 @@
+//! The disk as this project uses it: few operations, each with its durability said aloud.
+//!
+//! Everything that must survive a crash goes through [`Disk`] and [`File`], so that the same code runs on the real
+//! disk ([`RealDisk`]) and on the one that is cut, torn and reordered by the crash matrix
+//! ([`crate::sim_disk::SimDisk`]).
+//!
+//! What is durable, and when:
+//! * content: after [`File::sync`] of that file, never before;
+//! * a name (create, rename, remove): after [`Disk::sync_dir`] of its directory, independent of the content;
+//! * nothing else. A failed sync is final: the caller stops acknowledging and exits.
+
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+use std::fs;
+use std::io;
+use std::ops::{Deref, Range};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Files by absolute path.
+pub trait Disk: Send + Sync + 'static {
+    /// Creates a file that must not exist; readable and writable.
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// Opens an existing file for reading and writing.
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// Opens an existing file for reading.
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// Renames within one directory, replacing the target.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Removes a file's name.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Names in a directory, sorted; not recursive.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+    /// Creates a directory and its parents, durably; fine if it exists.
+    fn create_dir(&self, dir: &Path) -> io::Result<()>;
+}
+
+/// One open file. Offsets and lengths are bytes.
+pub trait File: Send + Sync + 'static {
+    /// Reads up to `buffer.len()` bytes; fewer only at the end of the file.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Writes all of `bytes`.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// fdatasync: content and size are durable when this returns.
+    fn sync(&self) -> io::Result<()>;
+    /// Size of the file.
+    fn size(&self) -> io::Result<u64>;
+    /// Cuts or extends the file (with zeros).
+    fn set_size(&self, bytes: u64) -> io::Result<()>;
+    /// Reserves room up to `bytes` without shrinking the file; it reads as zeros or as what stood there.
+    fn allocate(&self, bytes: u64) -> io::Result<()>;
+    /// Makes a range read as zeros, freeing its room where the file system can.
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
+    /// The first range at or after `offset` that may hold something other than zeros; `None` when there is none.
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
+    /// Asks the kernel to start writing a range back, without waiting for it; a hint that may do nothing.
+    fn start_writeback(&self, range: Range<u64>) -> io::Result<()>;
+    /// A range of a file that nobody changes any more, for searching in place. By default it is read into memory.
+    fn map(&self, range: Range<u64>) -> io::Result<Mapped> {
+        let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
+        let mut bytes = vec![0; len];
+        if self.read_at(&mut bytes, range.start)? < len {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(Mapped(Source::Read(bytes)))
+    }
+}
+
+/// Bytes of a file, mapped where the disk offers it and read where not.
+pub struct Mapped(Source);
+
+enum Source {
+    Read(Vec<u8>),
+    Mmap(memmap2::Mmap),
+}
+
+impl Deref for Mapped {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.0 {
+            Source::Read(bytes) => bytes,
+            Source::Mmap(map) => map,
+        }
+    }
+}
+
+/// Reads exactly `buffer.len()` bytes; fewer is an error.
+pub fn read_exact_at(file: &dyn File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    if file.read_at(buffer, offset)? < buffer.len() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(())
+}
+
+/// The operating system's files and block devices.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealDisk;
+
+impl RealDisk {
+    fn wrap(file: fs::File) -> io::Result<Arc<dyn File>> {
+        let block_device = file.metadata()?.file_type().is_block_device();
+        Ok(Arc::new(RealFile { file, block_device }))
+    }
+}
+
+impl Disk for RealDisk {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        RealDisk::wrap(fs::File::options().read(true).write(true).create_new(true).open(path)?)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        RealDisk::wrap(fs::File::options().read(true).write(true).open(path)?)
+    }
+
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        RealDisk::wrap(fs::File::open(path)?)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::File::open(dir)?.sync_all()
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            // A name that is not UTF-8 is not one of ours.
+            names.extend(entry?.file_name().into_string());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        if dir.is_dir() {
+            return Ok(());
+        }
+        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            self.create_dir(parent)?;
+        }
+        match fs::create_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other?,
+        }
+        let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
+        self.sync_dir(parent.unwrap_or(Path::new(".")))
+    }
+}
+
+struct RealFile {
+    file: fs::File,
+    block_device: bool,
+}
+
+/// Zeros for file systems that cannot punch holes.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+fn not_offered(error: Errno) -> bool {
+    matches!(error, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL)
+}
+
+impl File for RealFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            match self.file.read_at(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(bytes) => done += bytes,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        if self.block_device {
+            // The position of this descriptor is used by nobody: all I/O names its offset.
+            return Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?);
+        }
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn set_size(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
+    }
+
+    fn allocate(&self, bytes: u64) -> io::Result<()> {
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
+            Err(error) if not_offered(error) => {
+                if self.size()? < bytes {
+                    self.file.set_len(bytes)?;
+                }
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start) {
+            Err(error) if not_offered(error) => {
+                let end = range.end.min(self.size()?);
+                let mut at = range.start;
+                while at < end {
+                    let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROS.len());
+                    self.file.write_all_at(&ZEROS[..bytes], at)?;
+                    at += bytes as u64;
+                }
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let size = self.size()?;
+        if offset >= size {
+            return Ok(None);
+        }
+        if self.block_device {
+            return Ok(Some(offset..size));
+        }
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(error) if not_offered(error) => return Ok(Some(offset..size)),
+            Err(error) => return Err(error.into()),
+        };
+        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
+        Ok(Some(start..end))
+    }
+
+    fn start_writeback(&self, range: Range<u64>) -> io::Result<()> {
+        let (Ok(start), Ok(len)) = (range.start.try_into(), (range.end - range.start).try_into()) else {
+            return Ok(());
+        };
+        // SAFETY: a system call on a descriptor that `self` keeps open; it takes numbers, no memory.
+        let result = unsafe {
+            libc::sync_file_range(self.file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE)
+        };
+        // A hint: where it is refused (pipes, some network file systems) the sync simply takes longer. A write-back
+        // error is not lost: the kernel keeps it for the next fdatasync of this descriptor.
+        let _ = result;
+        Ok(())
+    }
+
+    fn map(&self, range: Range<u64>) -> io::Result<Mapped> {
+        let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
+        if range.end > self.size()? {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: read-only. Callers map sealed segments, which nothing writes or cuts while they have their name;
+        // whoever may write the directory could also kill this process, so a cut by others is no new power.
+        let map = unsafe { memmap2::MmapOptions::new().offset(range.start).len(len).map(&self.file)? };
+        Ok(Mapped(Source::Mmap(map)))
+    }
+}
+
+/// Eight random bytes: tells apart two lives of a file that may hold the same bytes.
+pub(crate) fn random_u64() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_files_behave_as_the_trait_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("a/b");
+        RealDisk.create_dir(&deep).unwrap();
+        RealDisk.create_dir(&deep).unwrap();
+        let path = deep.join("one");
+        let file = RealDisk.create(&path).unwrap();
+        assert!(RealDisk.create(&path).is_err(), "create refuses what exists");
+        file.allocate(1 << 20).unwrap();
+        file.write_at(b"hello", 300_000).unwrap();
+        file.allocate(4096).unwrap();
+        assert_eq!(file.size().unwrap(), 1 << 20, "allocate never shrinks");
+        file.sync().unwrap();
+        file.start_writeback(0..1 << 20).unwrap();
+        let data = file.next_data(299_000).unwrap().unwrap();
+        assert!(data.start <= 300_000 && data.end >= 300_005, "{data:?}");
+        assert_eq!(&file.map(300_000..300_005).unwrap()[..], b"hello");
+        assert!(file.map(0..(1 << 20) + 1).is_err(), "no mapping beyond the end");
+        file.punch_hole(299_000..301_000).unwrap();
+        let mut buffer = [1; 5];
+        assert_eq!(file.read_at(&mut buffer, 300_000).unwrap(), 5);
+        assert_eq!(buffer, [0; 5]);
+        assert_eq!(file.read_at(&mut buffer, (1 << 20) - 2).unwrap(), 2, "short only at the end");
+        assert_eq!(file.next_data(1 << 20).unwrap(), None);
+        RealDisk.rename(&path, &deep.join("two")).unwrap();
+        RealDisk.sync_dir(&deep).unwrap();
+        assert_eq!(RealDisk.list(&deep).unwrap(), ["two"]);
+        RealDisk.remove(&deep.join("two")).unwrap();
+        assert!(RealDisk.open_read(&path).is_err());
+    }
+}

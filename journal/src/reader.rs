@@ -1,0 +1,368 @@
+//! Reading a journal: frames in order from any held position, while a writer appends and drops, or alone.
+//!
+//! A reader owns nothing on disk and writes nothing. Below its [`Limit`] every byte was written whole, so a failing
+//! check there is corruption – unless the segment was dropped, and its file perhaps recycled, under the reader: then
+//! it is [`ErrorKind::NotHeld`]. Without a writer the journal ends where [`crate::recovery`] says.
+
+use crate::frame::FrameHeader;
+use crate::index::SegmentIndex;
+use crate::io::Disk;
+use crate::recovery::{self, Ending, is_damage};
+use crate::segment::{self, SegmentHeader};
+use crate::state::{CONTROL_FILE, State};
+use crate::tail::{Limit, Place};
+use crate::walk::{Item, SegmentFile};
+use crate::{Error, ErrorKind, Lsn, Position, Result, SECTOR_BYTES};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A place in a journal, and the way forward from there.
+pub struct Reader {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    segment: SegmentFile,
+    offset: u64,
+    /// Position before the next frame.
+    position: Position,
+    oldest: Position,
+}
+
+/// How often opening is tried again when segments are dropped meanwhile.
+const ATTEMPTS: usize = 8;
+
+impl Reader {
+    /// Opens a journal directory at its oldest position.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotHeld`] where there is no journal; [`ErrorKind::Corrupt`] where its oldest segment is damaged.
+    pub fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<Reader> {
+        for _ in 0..ATTEMPTS {
+            let segments = held(&*disk, dir)?;
+            let (number, path) = segments.first().ok_or_else(|| {
+                Error::new(ErrorKind::NotHeld, format!("{} holds no segments", dir.display()))
+            })?;
+            match SegmentFile::open(&*disk, path, *number) {
+                Ok(segment) => {
+                    let position = segment.header.start;
+                    let offset = segment::HEADER_BYTES as u64;
+                    return Ok(Reader { disk, dir: dir.into(), segment, offset, position, oldest: position });
+                }
+                Err(error) if error.kind == ErrorKind::NotHeld => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::new(ErrorKind::NotHeld, format!("{}: its segments are dropped faster than read", dir.display())))
+    }
+
+    /// Position before the oldest frame held when the reader was opened or last sought.
+    pub fn oldest(&self) -> Position {
+        self.oldest
+    }
+
+    /// Position after the last frame returned: the next frame follows it.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Where the next frame is looked for; segments below its number are no longer needed by this reader.
+    pub fn place(&self) -> Place {
+        Place { segment: self.segment.header.number, offset: self.offset }
+    }
+
+    /// Goes to `after`: the next frame is the one that follows it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotHeld`] where `after` is older than the oldest or beyond the newest; [`ErrorKind::OutOfOrder`]
+    /// where it never was in this history, or is no boundary between frames of it.
+    pub fn seek(&mut self, after: &Position) -> Result<()> {
+        let foreign = |what: &str| {
+            let (epoch, lsn) = (after.epoch.number, after.lsn);
+            Error::new(ErrorKind::OutOfOrder, format!("epoch {epoch} lsn {lsn} is not in this history: {what}"))
+        };
+        let (segment, last) = self
+            .find(|header| header.start.order() <= after.order())?
+            .ok_or_else(|| self.not_held(after.lsn, "older than the oldest"))?;
+        let start = segment.header.start;
+        if start.order() == after.order() {
+            if start != *after {
+                return Err(foreign("another epoch id, lineage or chain stands there"));
+            }
+            self.go_to(segment, segment::HEADER_BYTES as u64, start);
+            return Ok(());
+        }
+        let found = match start.epoch.number == after.epoch.number {
+            true => locate(&segment, |header| header.last_lsn < after.lsn)?,
+            false => None,
+        };
+        match found {
+            Some((offset, header)) if header.position() == *after => {
+                let offset = offset + header.frame_bytes() as u64;
+                self.go_to(segment, offset, *after);
+                Ok(())
+            }
+            Some((_, header)) if header.last_lsn == after.lsn => Err(foreign("its epoch id, lineage or chain differs")),
+            Some(_) => Err(foreign("no frame ends there")),
+            None if last => Err(self.not_held(after.lsn, "beyond the newest")),
+            None => Err(foreign("the epoch ended before")),
+        }
+    }
+
+    /// Goes to the frame that holds `lsn`; where `lsn` lies in the gap between two epochs, to the first one after.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotHeld`] before the oldest and beyond the newest.
+    pub fn seek_lsn(&mut self, lsn: Lsn) -> Result<()> {
+        let (segment, last) = self
+            .find(|header| header.start.lsn < lsn)?
+            .ok_or_else(|| self.not_held(lsn, "older than the oldest"))?;
+        match locate(&segment, |header| header.last_lsn < lsn)? {
+            Some((offset, header)) => {
+                self.go_to(segment, offset, before(&header));
+                Ok(())
+            }
+            None if last => Err(self.not_held(lsn, "beyond the newest")),
+            None => self.enter(segment.header.number + 1),
+        }
+    }
+
+    /// Goes to the first frame whose last record is at or after `time_ns`; behind the last frame where none is.
+    ///
+    /// # Errors
+    /// The disk's, and damage met on the way.
+    pub fn seek_time(&mut self, time_ns: u64) -> Result<()> {
+        let segments = self.reload()?;
+        for (at, (number, path)) in segments.iter().enumerate().rev() {
+            let segment = match SegmentFile::open(&*self.disk, path, *number) {
+                Err(error) if error.kind == ErrorKind::NotHeld => break,
+                other => other?,
+            };
+            let first = locate(&segment, |_| false)?;
+            let begins_before = first.is_some_and(|(_, header)| header.first_time_ns < time_ns);
+            if !begins_before && at > 0 {
+                continue;
+            }
+            if let Some((offset, header)) = locate(&segment, |header| header.last_time_ns < time_ns)? {
+                self.go_to(segment, offset, before(&header));
+                return Ok(());
+            }
+            if at + 1 < segments.len() {
+                return self.enter(number + 1);
+            }
+            let (offset, position) = end_of(&segment)?;
+            self.go_to(segment, offset, position);
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotHeld, format!("{}: segments were dropped meanwhile", self.dir.display())))
+    }
+
+    /// The next whole frame, every byte verified, into `out`; `None` at the limit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] with file and offset; [`ErrorKind::NotHeld`] where the segment was dropped meanwhile.
+    pub fn next(&mut self, out: &mut Vec<u8>, limit: Limit) -> Result<Option<FrameHeader>> {
+        loop {
+            if matches!(limit, Limit::UpTo(place) if self.place() >= place) {
+                return Ok(None);
+            }
+            match self.segment.peek(self.offset) {
+                Ok(Item::Frame(header)) => match self.take(&header, out) {
+                    Ok(()) => return Ok(Some(header)),
+                    Err(error) => return self.ended(Some(error), limit),
+                },
+                Ok(Item::Mark(_)) => self.offset += SECTOR_BYTES as u64,
+                Ok(Item::Footer) => match self.cross() {
+                    Err(error) if error.kind == ErrorKind::NotHeld => return self.ended(None, limit),
+                    other => other?,
+                },
+                Ok(Item::End) => return self.ended(None, limit),
+                Err(error) => return self.ended(Some(error), limit),
+            }
+        }
+    }
+
+    fn take(&mut self, header: &FrameHeader, out: &mut Vec<u8>) -> Result<()> {
+        self.segment.check_order(self.offset, header, &self.position)?;
+        self.segment.read_frame(self.offset, header, out)?;
+        self.offset += header.frame_bytes() as u64;
+        self.position = header.position();
+        Ok(())
+    }
+
+    /// No whole frame follows: why?
+    fn ended(&mut self, error: Option<Error>, limit: Limit) -> Result<Option<FrameHeader>> {
+        if let Some(error) = error.as_ref().filter(|error| !is_damage(error)) {
+            return Err(Error::new(error.kind, error.at.clone()));
+        }
+        if self.dropped()? {
+            return Err(self.not_held(self.position.lsn.next(), "its segment was dropped"));
+        }
+        let what = error.map_or_else(|| "nothing is there".to_owned(), |error| error.at);
+        let corrupt = |offset, what: &str| Err(self.segment.error(ErrorKind::Corrupt, offset, what));
+        let number = self.segment.header.number;
+        let is_last = held(&*self.disk, &self.dir)?.last().is_none_or(|(last, _)| *last <= number);
+        if matches!(limit, Limit::UpTo(_)) || !is_last {
+            return corrupt(self.offset, &what);
+        }
+        let floor = read_state(&*self.disk, &self.dir)?.map(|state| state.durable);
+        let again = SegmentFile::open(&*self.disk, &self.segment.path, number)?;
+        let scan = recovery::scan_tail(&again, floor.as_ref(), &mut |_, _, _| Ok(()))?;
+        match scan.ending {
+            Ending::Corrupt(offset, what) => corrupt(offset, &what),
+            // The judge holds more than this reader saw: something appended meanwhile. Come again.
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the segment lost its name, or the name belongs to another by now.
+    fn dropped(&self) -> Result<bool> {
+        let header = &self.segment.header;
+        if read_state(&*self.disk, &self.dir)?.is_some_and(|state| header.number < state.oldest_segment) {
+            return Ok(true);
+        }
+        match SegmentFile::open(&*self.disk, &self.segment.path, header.number) {
+            Ok(now) => Ok(now.header != *header),
+            Err(error) if error.kind == ErrorKind::NotHeld => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Crosses into the next segment, which must join.
+    fn cross(&mut self) -> Result<()> {
+        let segment = self.open_segment(self.segment.header.number + 1)?;
+        let (held, start) = (&self.position, segment.header.start);
+        let newer = start.epoch.number > held.epoch.number && start.lsn >= held.lsn;
+        if segment.header.group != self.segment.header.group || start != *held && !newer {
+            return Err(segment.error(ErrorKind::Corrupt, 0, "does not join the segment before it"));
+        }
+        self.go_to(segment, segment::HEADER_BYTES as u64, start);
+        Ok(())
+    }
+
+    fn open_segment(&self, number: u64) -> Result<SegmentFile> {
+        SegmentFile::open(&*self.disk, &self.dir.join(segment::file_name(number)), number)
+    }
+
+    /// Goes to the start of a segment.
+    fn enter(&mut self, number: u64) -> Result<()> {
+        let segment = self.open_segment(number)?;
+        let start = segment.header.start;
+        self.go_to(segment, segment::HEADER_BYTES as u64, start);
+        Ok(())
+    }
+
+    fn go_to(&mut self, segment: SegmentFile, offset: u64, position: Position) {
+        (self.segment, self.offset, self.position) = (segment, offset, position);
+    }
+
+    fn not_held(&self, lsn: Lsn, what: &str) -> Error {
+        let oldest = self.oldest.lsn;
+        Error::new(ErrorKind::NotHeld, format!("{}: lsn {lsn}: {what} (oldest: {oldest})", self.dir.display()))
+    }
+
+    fn reload(&mut self) -> Result<Vec<(u64, PathBuf)>> {
+        let fresh = Reader::open(self.disk.clone(), &self.dir)?;
+        self.oldest = fresh.oldest;
+        held(&*self.disk, &self.dir)
+    }
+
+    /// The last segment whose header satisfies `fits`, which holds for a first stretch of them; and whether it is the
+    /// journal's last. Dropped ones count as fitting: they are older.
+    fn find(&mut self, fits: impl Fn(&SegmentHeader) -> bool) -> Result<Option<(SegmentFile, bool)>> {
+        let segments = self.reload()?;
+        let (mut low, mut high) = (0, segments.len());
+        let mut found = None;
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let (number, path) = &segments[middle];
+            match SegmentFile::open(&*self.disk, path, *number) {
+                Ok(segment) if fits(&segment.header) => {
+                    found = Some((segment, middle + 1 == segments.len()));
+                    low = middle + 1;
+                }
+                Ok(_) => high = middle,
+                Err(error) if error.kind == ErrorKind::NotHeld => low = middle + 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Position before a frame of the stream.
+fn before(header: &FrameHeader) -> Position {
+    let lsn = Lsn(header.first_lsn.0.saturating_sub(1));
+    Position { lineage: header.lineage, epoch: header.epoch, lsn, chain: header.chain_in }
+}
+
+fn read_state(disk: &dyn Disk, dir: &Path) -> Result<Option<State>> {
+    match crate::control::TwoSlot::read(disk, &dir.join(CONTROL_FILE)) {
+        Ok(slots) => State::decode(&slots.payload).map(Some),
+        Err(error) if error.kind == ErrorKind::NotHeld => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Segments from the oldest held on. A copy of a journal may lack the control file: then all that are there.
+fn held(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let oldest = read_state(disk, dir)?.map_or(0, |state| state.oldest_segment);
+    let mut segments = segment::list(disk, dir)?;
+    segments.retain(|(number, _)| *number >= oldest);
+    Ok(segments)
+}
+
+/// The first frame for which `skip` is false, and its offset. Reads headers only; through the index where sealed.
+fn locate(segment: &SegmentFile, skip: impl Fn(&FrameHeader) -> bool) -> Result<Option<(u64, FrameHeader)>> {
+    let Ok(index) = SegmentIndex::of(segment) else {
+        return Ok(walk_headers(segment, skip)?.2);
+    };
+    let (mut low, mut high) = (0, index.frames().len());
+    let mut found = None;
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let offset = index.frames().nth(middle).map_or(0, |entry| entry.offset);
+        let header = match segment.peek(offset) {
+            Ok(Item::Frame(header)) => header,
+            Ok(_) => return Err(segment.error(ErrorKind::Corrupt, offset, "no frame where the footer says one is")),
+            Err(error) if is_damage(&error) => return Err(Error::new(ErrorKind::Corrupt, error.at)),
+            Err(error) => return Err(error),
+        };
+        if skip(&header) {
+            low = middle + 1;
+        } else {
+            found = Some((offset, header));
+            high = middle;
+        }
+    }
+    Ok(found)
+}
+
+/// Where a walk over headers ended, the position there, and the frame that stopped it.
+type Stopped = (u64, Position, Option<(u64, FrameHeader)>);
+
+fn walk_headers(segment: &SegmentFile, skip: impl Fn(&FrameHeader) -> bool) -> Result<Stopped> {
+    let mut offset = segment::HEADER_BYTES as u64;
+    let mut position = segment.header.start;
+    loop {
+        match segment.peek(offset) {
+            Ok(Item::Frame(header)) if header.check_follows(&position).is_ok() => {
+                if !skip(&header) {
+                    return Ok((offset, position, Some((offset, header))));
+                }
+                offset += header.frame_bytes() as u64;
+                position = header.position();
+            }
+            Ok(Item::Mark(_)) => offset += SECTOR_BYTES as u64,
+            Ok(_) => return Ok((offset, position, None)),
+            Err(error) if is_damage(&error) => return Ok((offset, position, None)),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Offset and position behind the last frame of a segment.
+fn end_of(segment: &SegmentFile) -> Result<(u64, Position)> {
+    match SegmentIndex::of(segment) {
+        Ok(index) => Ok((index.offset(), index.closing().end)),
+        Err(_) => walk_headers(segment, |_| true).map(|(offset, position, _)| (offset, position)),
+    }
+}
