@@ -1,0 +1,217 @@
+//! Events: what the stream says about history rather than content, and the log that keeps it.
+//!
+//! Applied events are appended to `groups/NAME/events` (rewritten as `events.N`); events above the checkpoint are read
+//! from the journal's flagged frames instead. The log's durable length stands in [`crate::state::GroupState`]: bytes
+//! beyond it belong to a batch that was cut, and are overwritten when it is redone.
+//!
+//! ```text
+//!        0     1     2     3     4     5     6     7
+//!   0 │ payload bytes         │  CRC of the payload   │
+//!   8 │ postcard of Event …
+//! ```
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use journal::frame::FrameHeader;
+use journal::io::{Disk, File};
+use journal::record::{Located, MAX_NAME_BYTES, Op, VolumeRecord};
+use journal::{Epoch, Lsn, VolumeId};
+use serde::{Deserialize, Serialize};
+
+use crate::state::Moment;
+use crate::{Error, ErrorKind, Result};
+
+/// Largest encoded event: its texts are cut to 255 bytes.
+const MAX_EVENT_BYTES: usize = 1024;
+
+/// Something that history must know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Where in the group's order.
+    pub at: Moment,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What an event says. Append-only: the numbers are on disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EventKind {
+    /// A volume appears, grows or leaves.
+    Volume(VolumeId, VolumeRecord),
+    /// A named lsn.
+    Bookmark(String),
+    /// No recovery points from here to the next `ResyncEnd`.
+    ResyncBegin {
+        /// Why, in the source's words.
+        reason: String,
+        /// The record before this one.
+        after: Moment,
+    },
+    /// Consistent again.
+    ResyncEnd,
+    /// The write of this lsn failed at the source.
+    Failed(Lsn),
+    /// The source's clock jumped by nanoseconds.
+    ClockJump(i64),
+    /// First record of an epoch: capture was broken between `after` and here.
+    Epoch {
+        /// The new epoch.
+        epoch: Epoch,
+        /// Last record of the epoch before.
+        after: Moment,
+    },
+}
+
+impl Event {
+    /// The event in a record, if it holds one. `after` is the record before it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`] for a volume record that breaks its byte map.
+    pub fn of(located: &Located<'_>, after: Moment) -> Result<Option<Event>> {
+        let record = &located.record;
+        let kind = match record.op {
+            Op::Volume => EventKind::Volume(record.volume, VolumeRecord::decode(located.payload)?),
+            Op::Bookmark => EventKind::Bookmark(text(located.payload)),
+            Op::ResyncBegin => EventKind::ResyncBegin { reason: text(located.payload), after },
+            Op::ResyncEnd => EventKind::ResyncEnd,
+            Op::Failed => EventKind::Failed(Lsn(record.extent.offset)),
+            Op::ClockJump => {
+                let bytes = located.payload.try_into().map_err(|_| {
+                    let at = format!("lsn {}: a clock jump of {} bytes", record.lsn, located.payload.len());
+                    Error::new(ErrorKind::Malformed, at)
+                })?;
+                EventKind::ClockJump(i64::from_le_bytes(bytes))
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some(Event { at: Moment { lsn: record.lsn, time_ns: record.time_ns }, kind }))
+    }
+
+    /// The event that a frame of a new epoch begins with.
+    pub fn epoch(header: &FrameHeader, after: Moment) -> Event {
+        let at = Moment { lsn: header.first_lsn, time_ns: header.first_time_ns };
+        Event { at, kind: EventKind::Epoch { epoch: header.epoch, after } }
+    }
+}
+
+/// A peer's text, held to what an event may carry.
+fn text(payload: &[u8]) -> String {
+    let mut text = String::from_utf8_lossy(&payload[..payload.len().min(MAX_NAME_BYTES)]).into_owned();
+    let end = (0..=text.len().min(MAX_NAME_BYTES)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    text.truncate(end);
+    text
+}
+
+/// The log's file for a number from the group's state.
+pub fn log_path(group_dir: &Path, number: u64) -> PathBuf {
+    group_dir.join(if number == 0 { "events".to_owned() } else { format!("events.{number}") })
+}
+
+fn encode(events: &[Event]) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    for event in events {
+        let payload = postcard::to_stdvec(event)
+            .map_err(|e| Error::new(ErrorKind::Malformed, format!("encode event: {e}")))?;
+        let bytes = u32::try_from(payload.len()).expect("an event's texts are bounded");
+        out.extend_from_slice(&bytes.to_le_bytes());
+        out.extend_from_slice(&crc32fast::hash(&payload).to_le_bytes());
+        out.extend_from_slice(&payload);
+    }
+    Ok(out)
+}
+
+/// The append-only log of applied events.
+pub struct EventLog {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    file: Option<Arc<dyn File>>,
+}
+
+impl EventLog {
+    /// Names the log; the file is opened or created when the first event is appended.
+    pub fn new(disk: Arc<dyn Disk>, group_dir: &Path, number: u64) -> EventLog {
+        EventLog { disk, path: log_path(group_dir, number), file: None }
+    }
+
+    /// Reads the durable part of the log.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`], naming file and offset, for anything but `bytes` bytes of whole events.
+    pub fn load(disk: &dyn Disk, group_dir: &Path, number: u64, bytes: u64) -> Result<Vec<Event>> {
+        if bytes == 0 {
+            return Ok(Vec::new());
+        }
+        let path = log_path(group_dir, number);
+        let corrupt = |offset: usize, what: &str| {
+            Error::corrupt(format!("{} at byte {offset}: event log: {what}", path.display()))
+        };
+        let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+        let size = file.size().map_err(|e| Error::io(format!("size of {}", path.display()), e))?;
+        if size < bytes {
+            return Err(corrupt(usize::try_from(size).unwrap_or(usize::MAX), "cut short"));
+        }
+        let length = usize::try_from(bytes).map_err(|_| corrupt(0, "too long for this machine"))?;
+        let mut content = vec![0; length];
+        let got = file
+            .read_at(&mut content, 0)
+            .map_err(|e| Error::io(format!("read {}", path.display()), e))?;
+        content.truncate(got);
+        let mut events = Vec::new();
+        let mut at = 0;
+        while at < length {
+            let word = |from: usize| {
+                let bytes: [u8; 4] = content.get(from..from + 4)?.try_into().ok()?;
+                Some(u32::from_le_bytes(bytes))
+            };
+            let (Some(bytes), Some(crc)) = (word(at), word(at + 4)) else {
+                return Err(corrupt(at, "entry cut short"));
+            };
+            let bytes = bytes as usize;
+            let payload = (bytes <= MAX_EVENT_BYTES).then(|| content.get(at + 8..at + 8 + bytes)).flatten();
+            let Some(payload) = payload.filter(|payload| crc32fast::hash(payload) == crc) else {
+                return Err(corrupt(at, "CRC does not match"));
+            };
+            events.push(postcard::from_bytes(payload).map_err(|e| corrupt(at, &e.to_string()))?);
+            at += 8 + bytes;
+        }
+        Ok(events)
+    }
+
+    /// Writes events at `at`, the durable length so far, and syncs; returns the new length.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Sync`] is final; [`ErrorKind::NoSpace`] leaves the log as it was.
+    pub fn append(&mut self, events: &[Event], at: u64) -> Result<u64> {
+        if events.is_empty() {
+            return Ok(at);
+        }
+        let bytes = encode(events)?;
+        let file = self.file()?;
+        file.write_at(&bytes, at).map_err(|e| Error::io(format!("write {}", self.path.display()), e))?;
+        file.sync().map_err(|e| Error::sync(format!("sync {}", self.path.display()), e))?;
+        Ok(at + bytes.len() as u64)
+    }
+
+    fn file(&mut self) -> Result<Arc<dyn File>> {
+        if let Some(file) = &self.file {
+            return Ok(Arc::clone(file));
+        }
+        let file = match self.disk.open(&self.path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let file = self
+                    .disk
+                    .create(&self.path)
+                    .map_err(|e| Error::io(format!("create {}", self.path.display()), e))?;
+                // The name must be as durable as the length that will be stored for it.
+                let dir = self.path.parent().unwrap_or(Path::new("/"));
+                self.disk.sync_dir(dir).map_err(|e| Error::sync(format!("sync {}", dir.display()), e))?;
+                file
+            }
+            Err(e) => return Err(Error::io(format!("open {}", self.path.display()), e)),
+        };
+        self.file = Some(Arc::clone(&file));
+        Ok(file)
+    }
+}

@@ -1,0 +1,504 @@
+//! History: the list of numbered batches, and how to get at what each one overwrote.
+//!
+//! Shared by the applier (which adds to it), ingest (which tells it what was received) and any number of views and
+//! restores. State at the boundary of batch `b` = replica with the undo of all batches above `b` laid over it, the
+//! smallest batch first. State at lsn `T` = the boundary at or below `T`, then redo records up to `T`.
+//!
+//! Invariants:
+//! * ⚠ a batch is registered before the applier overwrites the first byte of it; a reader reads the replica first and
+//!   asks for batches second, so whatever it read is either unharmed or told by a batch that it finds;
+//! * a [`Pin`] keeps its boundary: neither undo nor redo that leads to it is dropped;
+//! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open; a reader holds what it uses.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+use journal::frame::{FLAG_EVENTS, FrameHeader};
+use journal::io::{Disk, File};
+use journal::reader::Reader;
+use journal::segment::SegmentSummary;
+use journal::record::Records;
+use journal::tail::{Limit, Tail};
+use journal::writer::Writer;
+use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+
+use crate::events::{Event, EventKind, EventLog};
+use crate::retention::Aged;
+use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
+use crate::undo::{self, UndoSegment, UndoSummary, damage, read_summary};
+use crate::{Error, ErrorKind, Result};
+
+/// Undo segments kept open at once: well below the usual 1,024 descriptors a process may have.
+const MAX_OPEN_SEGMENTS: usize = 128;
+/// Receipts remembered for batches to come; merged at 1 s, so this is over an hour of backlog.
+const MAX_RECEIPTS: usize = 4096;
+const RECEIPT_STEP_NS: u64 = 1_000_000_000;
+/// Bookmarks and other events held at once: a source cannot fill the receiver's memory with names.
+const MAX_EVENTS: usize = 65_536;
+
+/// What is known about a batch's undo segment.
+#[derive(Clone, Debug)]
+pub(crate) enum Slot {
+    /// It is there.
+    Kept(UndoSummary),
+    /// It is promised, but missing or damaged: file and reason.
+    Damaged(String),
+}
+
+/// The registry; short critical sections, no disk access under the lock.
+pub(crate) struct Inner {
+    pub(crate) state: GroupState,
+    pub(crate) batches: BTreeMap<u64, Slot>,
+    pub(crate) events: Vec<Event>,
+    pub(crate) received: Moment,
+    pub(crate) received_epoch: Epoch,
+    receipts: VecDeque<(Lsn, u64)>,
+    newest_receipt_ns: u64,
+    pins: BTreeMap<u64, u64>,
+    next_pin: u64,
+}
+
+/// The history of one group.
+pub struct History {
+    pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) group_dir: PathBuf,
+    inner: Mutex<Inner>,
+    open_segments: Mutex<VecDeque<(u64, Arc<UndoSegment>)>>,
+    tail: OnceLock<Arc<Tail>>,
+}
+
+/// Keeps a boundary reachable until dropped.
+pub struct Pin {
+    history: Arc<History>,
+    id: u64,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.history.lock().pins.remove(&self.id);
+    }
+}
+
+impl History {
+    /// Opens a group's history from its directory, changing nothing there. Also right when the last batch was cut by a
+    /// crash: its undo segment then stands above the checkpoint and is laid over like any other.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] for damage in the group's state, event log or journal. Damaged undo segments are kept in
+    /// mind and reported when a point needs them.
+    pub fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<Arc<History>> {
+        let state = GroupStore::read(&*disk, group_dir)?;
+        let events = EventLog::load(&*disk, group_dir, state.events_file, state.events_bytes)?;
+        let received = state.checkpoint_moment();
+        let history = History {
+            inner: Mutex::new(Inner {
+                batches: BTreeMap::new(),
+                events,
+                received,
+                received_epoch: state.checkpoint.epoch,
+                receipts: VecDeque::new(),
+                newest_receipt_ns: 0,
+                pins: BTreeMap::new(),
+                next_pin: 0,
+                state,
+            }),
+            disk,
+            group_dir: group_dir.to_path_buf(),
+            open_segments: Mutex::new(VecDeque::new()),
+            tail: OnceLock::new(),
+        };
+        history.find_batches()?;
+        history.read_received()?;
+        Ok(Arc::new(history))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("nothing panics while it holds the registry")
+    }
+
+    fn find_batches(&self) -> Result<()> {
+        let mut inner = self.lock();
+        if inner.state.oldest_batch == 0 {
+            return Ok(());
+        }
+        let dir = undo_dir(&self.group_dir);
+        let names = self.disk.list(&dir).map_err(|e| Error::io(format!("list {}", dir.display()), e))?;
+        let present: Vec<u64> = names.iter().filter_map(|name| undo::file_number(name)).collect();
+        let (oldest, applied) = (inner.state.oldest_batch, inner.state.applied_batch);
+        let cut = present.binary_search(&(applied + 1)).ok().map(|_| applied + 1);
+        for number in (oldest..=applied).chain(cut) {
+            let slot = match read_summary(&*self.disk, &dir, number, inner.state.group) {
+                Ok(summary) => Slot::Kept(summary),
+                Err(e) if present.binary_search(&number).is_err() => {
+                    Slot::Damaged(format!("{}: undo segment is missing", e.at))
+                }
+                Err(e) => Slot::Damaged(e.at),
+            };
+            inner.batches.insert(number, slot);
+        }
+        inner.newest_receipt_ns = inner.batches.values().filter_map(Slot::received_ns).max().unwrap_or(0);
+        Ok(())
+    }
+
+    /// Notes what the journal holds above the checkpoint.
+    fn read_received(&self) -> Result<()> {
+        let dir = journal_dir(&self.group_dir);
+        if !Writer::exists(&*self.disk, &dir)? {
+            return Ok(());
+        }
+        let behind = {
+            let state = &self.lock().state;
+            (state.applied_batch > 0).then_some(state.checkpoint.lsn)
+        };
+        let Some(mut reader) = read_behind(&self.disk, &dir, behind)? else { return Ok(()) };
+        let mut frame = Vec::new();
+        while let Some(header) = reader.next(&mut frame, Limit::End).map_err(damage)? {
+            self.note(&header, &frame)?;
+        }
+        Ok(())
+    }
+
+    /// Lets readers of this history follow a journal that is being written, up to what is durable. Without it the journal
+    /// is read to its end.
+    pub fn attach_tail(&self, tail: Arc<Tail>) {
+        // A second writer of the same group would be a broken invariant; the first one's tail stays.
+        let _ = self.tail.set(tail);
+    }
+
+    pub(crate) fn limit(&self) -> Limit {
+        self.tail.get().map_or(Limit::End, |tail| Limit::UpTo(tail.durable()))
+    }
+
+    /// Ingest tells of a durable frame, in order, and when it was received by the receiver's clock; frames known already
+    /// are passed over. So points above the checkpoint are known before they are applied.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`] where its events cannot be read.
+    pub fn note_frame(&self, header: &FrameHeader, frame: &[u8], received_ns: u64) -> Result<()> {
+        self.note(header, frame)?;
+        let mut inner = self.lock();
+        inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
+        let newest_ns = inner.newest_receipt_ns;
+        match inner.receipts.back_mut() {
+            Some((lsn, at)) if newest_ns - *at < RECEIPT_STEP_NS => *lsn = header.last_lsn,
+            _ => {
+                if inner.receipts.len() == MAX_RECEIPTS {
+                    inner.receipts.pop_front();
+                }
+                inner.receipts.push_back((header.last_lsn, newest_ns));
+            }
+        }
+        Ok(())
+    }
+
+    /// After a restart: when the journal's segments were received, oldest first.
+    pub fn note_segments(&self, segments: &[SegmentSummary]) {
+        let mut inner = self.lock();
+        let checkpoint = inner.state.checkpoint.lsn;
+        for segment in segments.iter().filter(|segment| segment.frames > 0 && segment.last_lsn > checkpoint) {
+            inner.newest_receipt_ns = inner.newest_receipt_ns.max(segment.received_last_ns);
+            inner.receipts.push_back((segment.last_lsn, segment.received_last_ns));
+        }
+        while inner.receipts.len() > MAX_RECEIPTS {
+            inner.receipts.pop_front();
+        }
+    }
+
+    fn note(&self, header: &FrameHeader, frame: &[u8]) -> Result<()> {
+        let mut raw = Vec::new();
+        if header.flags & FLAG_EVENTS != 0 && header.last_lsn > self.lock().received.lsn {
+            journal::compress::Decoder::new()?.decode(header, frame, &mut raw).map_err(damage)?;
+        }
+        let mut inner = self.lock();
+        if header.last_lsn <= inner.received.lsn {
+            return Ok(());
+        }
+        let known = inner.received;
+        let mut events = Vec::new();
+        if header.epoch != inner.received_epoch {
+            events.push(Event::epoch(header, known));
+        }
+        let mut last = known;
+        for located in Records::new(&raw) {
+            let located = located.map_err(damage)?;
+            if located.record.lsn > known.lsn {
+                events.extend(Event::of(&located, last)?);
+            }
+            last = Moment { lsn: located.record.lsn, time_ns: located.record.time_ns };
+        }
+        inner.add_events(events);
+        inner.received = Moment { lsn: header.last_lsn, time_ns: header.last_time_ns };
+        inner.received_epoch = header.epoch;
+        Ok(())
+    }
+
+    /// Receipt time of a batch that ends at `lsn`: never earlier than the real one, so that nothing expires too soon.
+    pub(crate) fn receipt_of(&self, lsn: Lsn) -> u64 {
+        let mut inner = self.lock();
+        let newest_ns = inner.newest_receipt_ns;
+        while inner.receipts.front().is_some_and(|(last, _)| *last < lsn) {
+            inner.receipts.pop_front();
+        }
+        inner.receipts.front().map_or(newest_ns, |(_, at)| *at + RECEIPT_STEP_NS.min(newest_ns - *at))
+    }
+
+    /// ⚠ Registers a batch whose undo is durable, before the first byte of the replica is overwritten.
+    pub(crate) fn register(&self, summary: UndoSummary) {
+        self.lock().batches.insert(summary.number, Slot::Kept(summary));
+    }
+
+    /// Follows a state that became durable.
+    pub(crate) fn follow(&self, state: &GroupState, applied: Moment, events: &[Event]) {
+        let mut inner = self.lock();
+        if inner.received.lsn < applied.lsn {
+            let known = inner.received.lsn;
+            inner.add_events(events.iter().filter(|event| event.at.lsn > known).cloned().collect());
+            inner.received = applied;
+            inner.received_epoch = state.checkpoint.epoch;
+        }
+        inner.state = state.clone();
+        let oldest = inner.state.oldest_batch;
+        inner.batches.retain(|number, _| oldest != 0 && *number >= oldest);
+        let start = inner.state.history_start.lsn;
+        inner.forget_events(start);
+        drop(inner);
+        let mut open = self.open_segments.lock().expect("nothing panics while it holds the open segments");
+        open.retain(|(number, _)| *number >= oldest);
+    }
+
+    /// The state as it is durable.
+    pub fn state(&self) -> GroupState {
+        self.lock().state.clone()
+    }
+
+    /// Group's id.
+    pub fn group(&self) -> GroupId {
+        self.lock().state.group
+    }
+
+    /// Line of descent.
+    pub fn lineage(&self) -> Lineage {
+        self.lock().state.lineage
+    }
+
+    /// Newest record received.
+    pub fn received(&self) -> Moment {
+        self.lock().received
+    }
+
+    /// Bytes of undo kept.
+    pub fn undo_bytes(&self) -> u64 {
+        self.lock().batches.values().filter_map(|slot| slot.kept().map(|summary| summary.bytes)).sum()
+    }
+
+    /// What retention needs: batches that are applied, oldest first, the newest receipt, and the newest boundary that may
+    /// become the oldest point.
+    pub(crate) fn aged(&self) -> (Vec<Aged>, u64, u64) {
+        let inner = self.lock();
+        let applied = inner.state.applied_batch;
+        let batches = inner.batches.range(..=applied).map(|(number, slot)| match slot {
+            Slot::Kept(summary) => Aged {
+                number: *number,
+                last_lsn: summary.last.lsn,
+                received_ns: summary.received_ns,
+                undo_bytes: summary.bytes,
+            },
+            // Damaged undo ages like its neighbours: as soon as they may go.
+            Slot::Damaged(_) => Aged { number: *number, last_lsn: Lsn::ZERO, received_ns: 0, undo_bytes: 0 },
+        });
+        let pinned = inner.pins.values().copied().min().unwrap_or(u64::MAX);
+        let floor = pinned.min(inner.state.consistent_batch).min(applied);
+        (batches.collect(), inner.newest_receipt_ns, floor)
+    }
+
+    /// The boundary of a batch that is applied, if it is known.
+    pub(crate) fn boundary(&self, number: u64) -> Option<Moment> {
+        self.lock().boundary(number)
+    }
+
+    /// The lsn up to which redo may be dropped: at or below the oldest boundary, and applied.
+    pub fn redo_floor(&self) -> Lsn {
+        let inner = self.lock();
+        if inner.state.oldest_batch == 0 {
+            return inner.state.checkpoint.lsn;
+        }
+        inner.state.history_start.lsn.min(inner.state.checkpoint.lsn)
+    }
+
+    /// Pins the boundary `number`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where it is gone already.
+    pub fn pin(self: &Arc<Self>, number: u64) -> Result<Pin> {
+        let mut inner = self.lock();
+        if inner.state.oldest_batch == 0 || number + 1 < inner.state.oldest_batch {
+            let at = "the point has just left the history; ask for a newer one";
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
+        let id = inner.next_pin;
+        inner.next_pin += 1;
+        inner.pins.insert(id, number);
+        Ok(Pin { history: Arc::clone(self), id })
+    }
+
+    /// Newest batch whose undo is registered; the batch being applied right now is one.
+    pub(crate) fn newest_registered(&self) -> u64 {
+        let inner = self.lock();
+        inner.batches.keys().next_back().copied().unwrap_or(0).max(inner.state.applied_batch)
+    }
+
+    /// A batch's undo segment, opened if need be.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where it is missing or damaged.
+    pub(crate) fn segment(&self, number: u64) -> Result<Arc<UndoSegment>> {
+        let poisoned = "nothing panics while it holds the open segments";
+        {
+            let mut open = self.open_segments.lock().expect(poisoned);
+            if let Some(at) = open.iter().position(|(known, _)| *known == number) {
+                let entry = open.remove(at).expect("just found");
+                let segment = Arc::clone(&entry.1);
+                open.push_back(entry);
+                return Ok(segment);
+            }
+        }
+        let slot = self.lock().batches.get(&number).cloned();
+        let summary = match slot {
+            Some(Slot::Kept(summary)) => summary,
+            Some(Slot::Damaged(at)) => return Err(Error::corrupt(at)),
+            None => return Err(Error::corrupt(format!("undo of batch {number} is not held"))),
+        };
+        let segment = Arc::new(UndoSegment::open(&*self.disk, &summary)?);
+        let mut open = self.open_segments.lock().expect(poisoned);
+        if open.len() >= MAX_OPEN_SEGMENTS {
+            open.pop_front();
+        }
+        open.push_back((number, Arc::clone(&segment)));
+        Ok(segment)
+    }
+
+    /// Opens a replica for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where the group has no replica of that volume, [`ErrorKind::ReplicaFailed`] where it
+    /// cannot be opened.
+    pub(crate) fn replica(&self, volume: VolumeId) -> Result<(PathBuf, Arc<dyn File>)> {
+        let inner = self.lock();
+        let Some(known) = inner.state.replicas.iter().find(|replica| replica.id == volume) else {
+            let at = format!("group {} has no replica of volume {volume}", inner.state.name);
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        };
+        let path = replica_path(&self.group_dir, &known.path);
+        drop(inner);
+        let file = self
+            .disk
+            .open_read(&path)
+            .map_err(|e| Error::replica(format!("open replica {}", path.display()), e))?;
+        Ok((path, file))
+    }
+
+    /// A reader of the group's journal.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] and [`ErrorKind::Io`].
+    pub(crate) fn reader(&self) -> Result<Reader> {
+        Reader::open(Arc::clone(&self.disk), &journal_dir(&self.group_dir)).map_err(damage)
+    }
+}
+
+impl Slot {
+    fn kept(&self) -> Option<&UndoSummary> {
+        match self {
+            Slot::Kept(summary) => Some(summary),
+            Slot::Damaged(_) => None,
+        }
+    }
+
+    fn received_ns(&self) -> Option<u64> {
+        self.kept().map(|summary| summary.received_ns)
+    }
+}
+
+impl Inner {
+    pub(crate) fn boundary(&self, number: u64) -> Option<Moment> {
+        if number == self.state.applied_batch {
+            return Some(self.state.checkpoint_moment());
+        }
+        if number + 1 == self.state.oldest_batch {
+            return Some(self.state.history_start);
+        }
+        self.batches.get(&number).and_then(Slot::kept).map(|summary| summary.last)
+    }
+
+    /// The newest applied boundary at or below an lsn, within the history.
+    pub(crate) fn boundary_below(&self, lsn: Lsn) -> Option<u64> {
+        let (oldest, applied) = (self.state.oldest_batch.checked_sub(1)?, self.state.applied_batch);
+        if self.state.checkpoint.lsn <= lsn {
+            return Some(applied);
+        }
+        let kept = self.batches.range(..applied).rev();
+        let found = kept.filter_map(|(number, slot)| Some((*number, slot.kept()?.last.lsn)));
+        let found = found.into_iter().find(|(_, last)| *last <= lsn).map(|(number, _)| number);
+        found.or_else(|| (self.state.history_start.lsn <= lsn).then_some(oldest))
+    }
+
+    fn add_events(&mut self, events: Vec<Event>) {
+        self.events.extend(events);
+        while self.events.len() > MAX_EVENTS {
+            let oldest = self.events.iter().position(|event| matches!(event.kind, EventKind::Bookmark(_)));
+            self.events.remove(oldest.unwrap_or(0));
+        }
+    }
+
+    /// Forgets what happened before the oldest point, except what the oldest point must know: its volumes.
+    fn forget_events(&mut self, start: Lsn) {
+        let outlived = outlived(&self.events, start);
+        let mut at = 0;
+        self.events.retain(|_| {
+            at += 1;
+            !outlived[at - 1]
+        });
+    }
+}
+
+/// A journal reader whose next frame holds the first record behind `after`, or is the oldest for `None`; no reader where
+/// nothing lies behind it.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] where that record is older than what the journal holds: it was dropped too early.
+pub(crate) fn read_behind(disk: &Arc<dyn Disk>, dir: &Path, after: Option<Lsn>) -> Result<Option<Reader>> {
+    let mut reader = Reader::open(Arc::clone(disk), dir).map_err(damage)?;
+    let Some(after) = after else { return Ok(Some(reader)) };
+    match reader.seek_lsn(after.next()) {
+        Ok(()) => Ok(Some(reader)),
+        Err(e) if e.kind == journal::ErrorKind::NotHeld && reader.oldest().lsn <= after => Ok(None),
+        Err(e) if e.kind == journal::ErrorKind::NotHeld => Err(Error::corrupt(e.at)),
+        Err(e) => Err(damage(e)),
+    }
+}
+
+/// Which events nobody can ask for any more: those at or below the oldest point, except bookmarks on it, a gap
+/// around it, and the last record of each volume.
+pub(crate) fn outlived(events: &[Event], start: Lsn) -> Vec<bool> {
+    let mut known = std::collections::BTreeSet::new();
+    let mut ended = false;
+    let mut outlived: Vec<bool> = events
+        .iter()
+        .rev()
+        .map(|event| match &event.kind {
+            _ if event.at.lsn > start => false,
+            EventKind::Volume(id, _) => !known.insert(*id),
+            EventKind::Bookmark(_) => event.at.lsn < start,
+            EventKind::ResyncEnd => {
+                ended = true;
+                true
+            }
+            // A gap that reaches beyond the oldest point is still a gap.
+            EventKind::ResyncBegin { .. } | EventKind::Epoch { .. } => ended,
+            EventKind::Failed(_) | EventKind::ClockJump(_) => true,
+        })
+        .collect();
+    outlived.reverse();
+    outlived
+}

@@ -1,0 +1,43 @@
+//! APPLY: ingest, replay, undo, history.
+//!
+//! ```text
+//!  wire ─► link ─► ingest ─► receiver journal ─► apply ─► replica (a plain disk)
+//!                    │ack                          │ undo first
+//!                    ▼                             ▼
+//!                  source                    undo segments ─► history ─► view, restore
+//! ```
+//! The network half (`link`, `ingest`, `agent`, `status`, `lock`) takes frames, makes them durable and acknowledges
+//! them. The storage half applies them in numbered batches ([`apply`]), keeps what each batch overwrote ([`undo`]),
+//! and gives back any past write ([`history`], [`view`], [`restore`]). A failed or slow replica never stops ingest.
+//!
+//! # A group's directory
+//! ```text
+//! groups/NAME/lock       held while somebody uses the group
+//! groups/NAME/group      two slots of GroupState (state.rs)
+//! groups/NAME/journal/   the receiver's journal
+//! groups/NAME/undo/      one undo segment for each apply batch
+//! groups/NAME/events     bookmarks, volumes, gaps (events.rs)
+//! replica/NAME/VOL.img   default place of a replica
+//! ```
+
+pub mod agent;
+pub mod apply;
+pub mod error;
+pub mod events;
+pub mod fold;
+pub mod gather;
+pub mod history;
+pub mod ingest;
+pub mod link;
+pub mod lock;
+pub mod point;
+pub mod replica;
+pub mod restore;
+pub mod retention;
+pub mod state;
+pub mod status;
+pub mod target;
+pub mod undo;
+pub mod view;
+
+pub use error::{Error, ErrorKind, Result};

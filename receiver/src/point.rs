@@ -1,0 +1,450 @@
+//! Points: which moments of a group can be had back, and what is asked for when one is wanted.
+//!
+//! A point is an lsn between the oldest boundary and the newest record received, outside of every gap. A gap reaches
+//! from the last record before capture broke (or a resync began) to the `resync-end` that repaired it, both
+//! exclusive at the front and the end: those two are points.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use journal::compress::Decoder;
+use journal::record::{Record, Records};
+use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+use serde::{Deserialize, Serialize};
+
+use crate::events::EventKind;
+use crate::history::{History, Inner, Pin};
+use crate::state::Moment;
+use crate::undo::damage;
+use crate::{Error, ErrorKind, Result};
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum At {
+    /// The newest consistent point received.
+    Latest,
+    /// Right after this record.
+    Lsn(Lsn),
+    /// Right after the last record at or before this time, ns since 1970.
+    Time(u64),
+    /// Where the newest bookmark of this name stands.
+    Bookmark(String),
+}
+
+impl FromStr for At {
+    type Err = Error;
+
+    /// Reads `latest`, `lsn:N`, `time:RFC3339` and `bookmark:NAME`.
+    fn from_str(text: &str) -> Result<At> {
+        let usage = |what: &str| {
+            let at = format!("{text:?}: {what}; allowed: latest, lsn:N, time:RFC3339, bookmark:NAME");
+            Error::new(ErrorKind::Usage, at)
+        };
+        match text.split_once(':') {
+            None if text == "latest" => Ok(At::Latest),
+            Some(("lsn", number)) => {
+                number.parse().map(|lsn| At::Lsn(Lsn(lsn))).map_err(|_| usage("not a number"))
+            }
+            Some(("time", time)) => {
+                let time: Timestamp = time.parse().map_err(|_| usage("not an RFC 3339 time with its offset"))?;
+                let ns = u64::try_from(time.as_nanosecond()).map_err(|_| usage("before 1970 or too far away"))?;
+                Ok(At::Time(ns))
+            }
+            Some(("bookmark", name)) if !name.is_empty() => Ok(At::Bookmark(name.to_owned())),
+            _ => Err(usage("not a point")),
+        }
+    }
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            At::Latest => f.write_str("latest"),
+            At::Lsn(lsn) => write!(f, "lsn:{lsn}"),
+            At::Time(ns) => write!(f, "time:{}", rfc3339(*ns)),
+            At::Bookmark(name) => write!(f, "bookmark:{name}"),
+        }
+    }
+}
+
+/// A time as it is shown: RFC 3339, UTC.
+pub fn rfc3339(time_ns: u64) -> String {
+    Timestamp::from_nanosecond(i128::from(time_ns)).map_or_else(|_| format!("{time_ns} ns"), |time| time.to_string())
+}
+
+/// A moment as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownMoment {
+    /// Position in the group's order.
+    pub lsn: Lsn,
+    /// Source's clock, RFC 3339 UTC.
+    pub time: String,
+}
+
+impl From<Moment> for ShownMoment {
+    fn from(moment: Moment) -> ShownMoment {
+        ShownMoment { lsn: moment.lsn, time: rfc3339(moment.time_ns) }
+    }
+}
+
+/// A resolved point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Point {
+    /// The last record that it holds.
+    pub moment: Moment,
+    /// The batch boundary at or below it.
+    pub boundary: u64,
+    /// Where that boundary is.
+    pub boundary_lsn: Lsn,
+}
+
+/// A bookmark as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownBookmark {
+    /// Its name; several may share one, the newest is found by it.
+    pub name: String,
+    /// Where it stands.
+    pub lsn: Lsn,
+    /// Source's clock, RFC 3339 UTC.
+    pub time: String,
+}
+
+/// A gap as it is shown: no points between the two, which are points themselves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownGap {
+    /// Last point before.
+    pub from_lsn: Lsn,
+    /// First point after; absent while the resync is under way.
+    pub to_lsn: Option<Lsn>,
+    /// Its time.
+    pub from_time: String,
+    /// Its time.
+    pub to_time: Option<String>,
+    /// Why.
+    pub reason: String,
+}
+
+/// Everything that can be had back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Points {
+    /// Operator's name of the group.
+    pub group: String,
+    /// Its id.
+    pub group_id: GroupId,
+    /// Line of descent.
+    pub lineage: Lineage,
+    /// Epoch of the newest record.
+    pub epoch: Epoch,
+    /// Oldest point; absent while there is none.
+    pub oldest: Option<ShownMoment>,
+    /// Newest point.
+    pub newest: Option<ShownMoment>,
+    /// The replica is exactly this.
+    pub checkpoint_lsn: Lsn,
+    /// Batches whose boundary is a step back without redo.
+    pub batches: u64,
+    /// Bookmarks, oldest first.
+    pub bookmarks: Vec<ShownBookmark>,
+    /// Stretches without points.
+    pub gaps: Vec<ShownGap>,
+    /// What makes times or contents inexact, and why there is no point where there is none.
+    pub warnings: Vec<String>,
+}
+
+/// A stretch without points.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Gap {
+    after: Moment,
+    until: Option<Moment>,
+    reason: String,
+}
+
+impl Inner {
+    /// Gaps that reach into the history, oldest first.
+    fn gaps(&self) -> Vec<Gap> {
+        let mut gaps: Vec<Gap> = Vec::new();
+        let mut open: Option<Gap> = None;
+        for event in &self.events {
+            match &event.kind {
+                EventKind::Epoch { after, .. } => {
+                    let reason = "capture was interrupted".to_owned();
+                    open.get_or_insert(Gap { after: *after, until: None, reason });
+                }
+                EventKind::ResyncBegin { reason, after } => {
+                    let gap = open.get_or_insert(Gap { after: *after, until: None, reason: String::new() });
+                    gap.reason.clone_from(reason);
+                }
+                EventKind::ResyncEnd => {
+                    gaps.extend(open.take().map(|gap| Gap { until: Some(event.at), ..gap }));
+                }
+                _ => {}
+            }
+        }
+        gaps.extend(open);
+        gaps.retain(|gap| gap.until.is_none_or(|until| until.lsn > self.state.history_start.lsn));
+        gaps
+    }
+
+    /// Oldest and newest point, `None` while there is no history.
+    fn window(&self, gaps: &[Gap]) -> Option<(Moment, Moment)> {
+        if self.state.oldest_batch == 0 {
+            return None;
+        }
+        let mut oldest = self.state.history_start;
+        if let Some(gap) = gaps.iter().find(|gap| gap.holds(oldest.lsn)) {
+            oldest = gap.until?;
+        }
+        let newest = match gaps.last() {
+            Some(Gap { after, until: None, .. }) => *after,
+            _ => self.received,
+        };
+        (oldest.lsn <= newest.lsn).then_some((oldest, newest))
+    }
+}
+
+impl Gap {
+    fn holds(&self, lsn: Lsn) -> bool {
+        self.after.lsn < lsn && self.until.is_none_or(|until| lsn < until.lsn)
+    }
+
+    fn nearest(&self) -> String {
+        let before = format!("lsn {} at {}", self.after.lsn, rfc3339(self.after.time_ns));
+        match self.until {
+            Some(until) => format!("{before}, and lsn {} at {}", until.lsn, rfc3339(until.time_ns)),
+            None => before,
+        }
+    }
+}
+
+fn not_possible(what: impl fmt::Display) -> Error {
+    Error::new(ErrorKind::NotPossible, what.to_string())
+}
+
+impl History {
+    /// Says which point is meant.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`], naming the nearest points: outside the window, inside a gap, an unknown bookmark, a time
+    /// that nothing received so far can vouch for. [`ErrorKind::Corrupt`] for damage on the way.
+    pub fn resolve(&self, at: &At) -> Result<Point> {
+        let (gaps, window, name) = {
+            let inner = self.lock();
+            let gaps = inner.gaps();
+            let window = inner.window(&gaps);
+            (gaps, window, inner.state.name.clone())
+        };
+        let Some((oldest, newest)) = window else {
+            return Err(not_possible(format!(
+                "group {name} has no recovery point yet: its first synchronisation is not complete"
+            )));
+        };
+        let span = format!(
+            "points reach from lsn {} at {} to lsn {} at {}",
+            oldest.lsn,
+            rfc3339(oldest.time_ns),
+            newest.lsn,
+            rfc3339(newest.time_ns)
+        );
+        let lsn = match at {
+            At::Latest => newest.lsn,
+            At::Lsn(lsn) => *lsn,
+            At::Bookmark(bookmark) => self.find_bookmark(bookmark)?,
+            At::Time(time_ns) => self.find_time(*time_ns, oldest, newest, &gaps, &span)?,
+        };
+        if lsn < oldest.lsn || lsn > newest.lsn {
+            // A gap that is still open is the better reason than the window that ends at it.
+            if let Some(gap) = gaps.iter().find(|gap| gap.holds(lsn) && lsn <= self.received().lsn) {
+                return Err(gap_error(at, gap));
+            }
+            return Err(not_possible(format!("{at} is outside the history: {span}")));
+        }
+        if let Some(gap) = gaps.iter().find(|gap| gap.holds(lsn)) {
+            return Err(gap_error(at, gap));
+        }
+        let moment = match [oldest, newest].into_iter().find(|known| known.lsn == lsn) {
+            Some(known) => known,
+            None => self.find_lsn(lsn)?,
+        };
+        let inner = self.lock();
+        let boundary = inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)));
+        let (boundary, at) = boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
+        Ok(Point { moment, boundary, boundary_lsn: at.lsn })
+    }
+
+    /// Resolves a point and keeps it reachable.
+    ///
+    /// # Errors
+    /// As [`History::resolve`].
+    pub fn resolve_pinned(self: &Arc<Self>, at: &At) -> Result<(Point, Pin)> {
+        let point = self.resolve(at)?;
+        let pin = self.pin(point.boundary)?;
+        Ok((point, pin))
+    }
+
+    fn find_bookmark(&self, name: &str) -> Result<Lsn> {
+        let inner = self.lock();
+        let mut known: Vec<&str> = Vec::new();
+        for event in inner.events.iter().rev() {
+            if let EventKind::Bookmark(bookmark) = &event.kind {
+                if bookmark == name {
+                    return Ok(event.at.lsn);
+                }
+                if known.len() < 10 && !known.contains(&bookmark.as_str()) {
+                    known.push(bookmark);
+                }
+            }
+        }
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        Err(not_possible(format!("no bookmark {name:?} in the history; newest bookmarks: {known}")))
+    }
+
+    fn find_time(&self, time_ns: u64, oldest: Moment, newest: Moment, gaps: &[Gap], span: &str) -> Result<Lsn> {
+        let at = At::Time(time_ns);
+        if time_ns < oldest.time_ns {
+            return Err(not_possible(format!("{at} is before the history: {span}")));
+        }
+        if let Some(gap) = gaps.iter().find(|gap| {
+            gap.after.time_ns < time_ns && gap.until.is_none_or(|until| time_ns < until.time_ns)
+        }) {
+            return Err(gap_error(&at, gap));
+        }
+        if time_ns >= newest.time_ns {
+            // Only a heartbeat can vouch that nothing was written since the newest record.
+            let heartbeat = self.lock().state.heartbeat.filter(|heartbeat| heartbeat.lsn <= newest.lsn);
+            let known_ns = heartbeat.map_or(0, |heartbeat| heartbeat.time_ns).max(newest.time_ns);
+            if time_ns > known_ns {
+                return Err(not_possible(format!("{at} is beyond what was received: {span}")));
+            }
+            return Ok(newest.lsn);
+        }
+        // The first frame that ends after the time; the record sought is in it, or is the one before it.
+        let mut reader = self.reader()?;
+        reader.seek_time(time_ns.saturating_add(1)).map_err(damage)?;
+        let mut frame = Vec::new();
+        let Some(header) = reader.next(&mut frame, self.limit()).map_err(damage)? else { return Ok(newest.lsn) };
+        let mut raw = Vec::new();
+        Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
+        let mut found = None;
+        for located in Records::new(&raw) {
+            let Record { lsn, time_ns: at_ns, .. } = located.map_err(damage)?.record;
+            if at_ns <= time_ns {
+                found = Some(lsn);
+            }
+        }
+        let before_frame = || match gaps.iter().rev().find(|gap| gap.holds(header.first_lsn)) {
+            Some(gap) => gap.after.lsn,
+            None => Lsn(header.first_lsn.0 - 1),
+        };
+        Ok(found.unwrap_or_else(before_frame).max(oldest.lsn))
+    }
+
+    fn find_lsn(&self, lsn: Lsn) -> Result<Moment> {
+        let mut reader = self.reader()?;
+        reader.seek_lsn(lsn).map_err(damage)?;
+        let mut frame = Vec::new();
+        let header = reader.next(&mut frame, self.limit()).map_err(damage)?;
+        if let Some(header) = header.filter(|header| header.first_lsn <= lsn && lsn <= header.last_lsn) {
+            let mut raw = Vec::new();
+            Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
+            for located in Records::new(&raw) {
+                let record = located.map_err(damage)?.record;
+                if record.lsn == lsn {
+                    return Ok(Moment { lsn, time_ns: record.time_ns });
+                }
+            }
+        }
+        Err(Error::corrupt(format!("journal of group {}: lsn {lsn} is not held, though it should be", self.group())))
+    }
+
+    /// Lists what can be had back.
+    pub fn points(&self) -> Points {
+        let inner = self.lock();
+        let gaps = inner.gaps();
+        let window = inner.window(&gaps);
+        let mut bookmarks = Vec::new();
+        let mut warnings = Vec::new();
+        for event in &inner.events {
+            let (lsn, time) = (event.at.lsn, rfc3339(event.at.time_ns));
+            match &event.kind {
+                EventKind::Bookmark(name) => bookmarks.push(ShownBookmark { name: name.clone(), lsn, time }),
+                EventKind::ClockJump(by_ns) => {
+                    let by_ms = by_ns / 1_000_000;
+                    warnings.push(format!(
+                        "the source's clock jumped by {by_ms} ms at lsn {lsn} ({time}): times around it are inexact"
+                    ));
+                }
+                EventKind::Failed(failed) => warnings.push(format!(
+                    "the write of lsn {failed} failed at the source: points from it on are inexact there until it is repaired"
+                )),
+                _ => {}
+            }
+        }
+        if let Some((oldest, _)) = window {
+            bookmarks.retain(|bookmark| bookmark.lsn >= oldest.lsn);
+        } else {
+            warnings.push("no recovery point yet: the first synchronisation is not complete".into());
+        }
+        warnings.extend(inner.batches.values().filter_map(|slot| match slot {
+            crate::history::Slot::Damaged(at) => Some(format!("damaged undo, points below it are lost: {at}")),
+            crate::history::Slot::Kept(_) => None,
+        }));
+        let shown = |gap: &Gap| ShownGap {
+            from_lsn: gap.after.lsn,
+            to_lsn: gap.until.map(|until| until.lsn),
+            from_time: rfc3339(gap.after.time_ns),
+            to_time: gap.until.map(|until| rfc3339(until.time_ns)),
+            reason: gap.reason.clone(),
+        };
+        Points {
+            group: inner.state.name.clone(),
+            group_id: inner.state.group,
+            lineage: inner.state.lineage,
+            epoch: inner.received_epoch,
+            oldest: window.map(|(oldest, _)| oldest.into()),
+            newest: window.map(|(_, newest)| newest.into()),
+            checkpoint_lsn: inner.state.checkpoint.lsn,
+            batches: inner.batches.len() as u64,
+            bookmarks,
+            gaps: if window.is_some() { gaps.iter().map(shown).collect() } else { Vec::new() },
+            warnings,
+        }
+    }
+
+    /// The volumes that exist at a point: id, name and size.
+    pub fn volumes_at(&self, lsn: Lsn) -> Vec<(VolumeId, String, u64)> {
+        let inner = self.lock();
+        let mut volumes = std::collections::BTreeMap::new();
+        for event in inner.events.iter().take_while(|event| event.at.lsn <= lsn) {
+            if let EventKind::Volume(id, record) = &event.kind {
+                if record.present {
+                    volumes.insert(*id, (record.name.clone(), record.size_bytes));
+                } else {
+                    volumes.remove(id);
+                }
+            }
+        }
+        volumes.into_iter().map(|(id, (name, size_bytes))| (id, name, size_bytes)).collect()
+    }
+}
+
+fn gap_error(at: &At, gap: &Gap) -> Error {
+    not_possible(format!("{at} is inside a gap ({}); nearest points: {}", gap.reason, gap.nearest()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_it_prints_and_nothing_else() {
+        for text in ["latest", "lsn:42", "time:2026-11-22T10:00:00.5Z", "bookmark:before upgrade: 2"] {
+            assert_eq!(text.parse::<At>().unwrap().to_string(), text);
+        }
+        assert_eq!("time:1970-01-01T01:00:01+01:00".parse::<At>().unwrap(), At::Time(1_000_000_000));
+        for text in ["", "lsn:", "lsn:-1", "time:yesterday", "time:1969-01-01T00:00:00Z", "bookmark:", "oldest"] {
+            assert_eq!(text.parse::<At>().unwrap_err().kind, ErrorKind::Usage, "{text}");
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Replicas: one plain image file or block device for each volume.
+//!
+//! The applier is the only writer. On the real disk each replica is held ([`ReplicaHold`]) while we write it; a stamp
+//! taken at a clean end tells whether others wrote to it while we were away.
+
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use journal::io::{Disk, File};
+use journal::record::VolumeRecord;
+use journal::{VolumeId, VolumeUuid};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::fold::{Fold, Run};
+use crate::state::{ReplicaState, replica_path};
+use crate::{Error, ErrorKind, Result};
+
+/// Written bytes after which the kernel is asked to start writing back, so that the sync at the end is short and
+/// other I/O is not held up by one large burst.
+const PACE_BYTES: u64 = 8 << 20;
+
+/// Keeps other writers away from a replica or a restore's target as far as the system allows: O_EXCL for a block
+/// device (refuses a mounted one), flock for a file.
+#[derive(Debug)]
+pub struct ReplicaHold {
+    _file: fs::File,
+}
+
+impl ReplicaHold {
+    /// Takes hold of an existing file or block device on the real disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`], naming who may hold it; [`ErrorKind::Io`] where it cannot be opened.
+    pub fn acquire(path: &Path) -> Result<ReplicaHold> {
+        let shown = path.display();
+        let is_device = is_block_device(path);
+        let exclusive = if is_device { OFlags::EXCL } else { OFlags::empty() };
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | exclusive;
+        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(descriptor) => fs::File::from(descriptor),
+            Err(Errno::BUSY) => {
+                let at = format!(
+                    "{shown} is in use: mounted, or held by device mapper, md, swap or another program \
+                     (lsblk {shown} shows which)"
+                );
+                return Err(Error::new(ErrorKind::Busy, at));
+            }
+            Err(e) => return Err(Error::io(format!("open {shown} for writing"), e.into())),
+        };
+        if !is_device {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => {
+                    let at = format!("{shown} is locked by another program (lslocks shows which)");
+                    return Err(Error::new(ErrorKind::Busy, at));
+                }
+                Err(e) => return Err(Error::io(format!("lock {shown}"), e.into())),
+            }
+        }
+        Ok(ReplicaHold { _file: file })
+    }
+}
+
+/// Whether a path is a block device on the real disk.
+pub fn is_block_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+/// Modification time and size of a replica file, to find out later whether others changed it. Block devices have
+/// none that could be trusted.
+pub fn stamp(path: &Path) -> Option<(i64, u64)> {
+    let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    let since = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
+    Some((i64::try_from(since.as_nanos()).ok()?, metadata.len()))
+}
+
+/// An open replica.
+pub struct Replica {
+    id: VolumeId,
+    uuid: VolumeUuid,
+    name: String,
+    path: PathBuf,
+    file: Arc<dyn File>,
+    is_device: bool,
+    size_bytes: u64,
+    _hold: Option<ReplicaHold>,
+}
+
+impl Replica {
+    /// Opens a replica that the group's state names; creates or takes over the file where the state says that its
+    /// creation had begun.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`] where it is missing, too small or refused; [`ErrorKind::Busy`] where it is held.
+    pub fn open(disk: &dyn Disk, group_dir: &Path, state: &ReplicaState, hold: bool) -> Result<Replica> {
+        let path = replica_path(group_dir, &state.path);
+        let named = |step: &str| format!("replica of volume {}: {step} {}", state.name, path.display());
+        let is_device = hold && is_block_device(&path);
+        let file = match disk.open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !state.created => {
+                let dir = path.parent().unwrap_or(Path::new("/"));
+                disk.create_dir(dir).map_err(|e| Error::replica(named("create directory of"), e))?;
+                let file = disk.create(&path).map_err(|e| Error::replica(named("create"), e))?;
+                disk.sync_dir(dir).map_err(|e| Error::sync(named("sync directory of"), e))?;
+                file
+            }
+            Err(e) => return Err(Error::replica(named("open"), e)),
+        };
+        let hold = if hold { Some(ReplicaHold::acquire(&path)?) } else { None };
+        let mut replica = Replica {
+            id: state.id,
+            uuid: state.uuid,
+            name: state.name.clone(),
+            path: path.clone(),
+            file,
+            is_device,
+            size_bytes: state.size_bytes,
+            _hold: hold,
+        };
+        let have = replica.file.size().map_err(|e| replica.error("size of", 0, e))?;
+        if state.created && have < state.size_bytes {
+            let at = format!("{} has only {have} of {} bytes", named("found that"), state.size_bytes);
+            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+        }
+        replica.grow(state.size_bytes)?;
+        Ok(replica)
+    }
+
+    /// Refuses to take over a file that this group did not create: it may be somebody's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`] naming the file.
+    pub fn check_vacant(disk: &dyn Disk, path: &Path, name: &str) -> Result<()> {
+        if is_block_device(path) || disk.open_read(path).is_err() {
+            return Ok(());
+        }
+        let at = format!("replica of volume {name}: {} exists already; move it away", path.display());
+        Err(Error::new(ErrorKind::ReplicaFailed, at))
+    }
+
+    /// Short id within the group.
+    pub fn id(&self) -> VolumeId {
+        self.id
+    }
+
+    /// Operator's name of the volume.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Image file or block device.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of the volume, bytes; a block device may be larger.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn error(&self, step: &str, at: u64, source: std::io::Error) -> Error {
+        let text = format!("replica of volume {}: {step} {} at byte {at}", self.name, self.path.display());
+        Error::replica(text, source)
+    }
+
+    /// Checks a later volume record against what this replica is.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`] for another volume under the same id, or a smaller size.
+    pub fn check(&self, record: &VolumeRecord) -> Result<()> {
+        let refuse = |what: String| {
+            let at = format!("replica of volume {}: {what}", self.name);
+            Err(Error::new(ErrorKind::ReplicaFailed, at))
+        };
+        if record.uuid != self.uuid {
+            return refuse(format!("the source now sends volume {} under its id {}", record.uuid, self.id));
+        }
+        if record.present && record.size_bytes < self.size_bytes {
+            let (from, to) = (self.size_bytes, record.size_bytes);
+            return refuse(format!("the source shrank from {from} to {to} bytes; a replica is never shrunk"));
+        }
+        Ok(())
+    }
+
+    /// Grows the replica to the volume's size, never shrinks it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`] where the device is too small or the disk refuses.
+    pub fn grow(&mut self, size_bytes: u64) -> Result<()> {
+        let have = self.file.size().map_err(|e| self.error("size of", 0, e))?;
+        if have < size_bytes && self.is_device {
+            let at = format!("replica of volume {}: {} has {have} bytes, {size_bytes} are needed", self.name, self.path.display());
+            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+        }
+        if have < size_bytes {
+            self.file.set_size(size_bytes).map_err(|e| self.error("grow", size_bytes, e))?;
+        }
+        self.size_bytes = self.size_bytes.max(size_bytes);
+        Ok(())
+    }
+
+    /// Reads; what lies beyond the end of the file reads as zeros.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let got = self.file.read_at(buffer, offset).map_err(|e| self.error("read", offset, e))?;
+        buffer[got..].fill(0);
+        Ok(())
+    }
+
+    /// The first range in `range` that may hold something other than zeros.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn next_data(&self, range: Range<u64>) -> Result<Option<Range<u64>>> {
+        let found = self.file.next_data(range.start).map_err(|e| self.error("seek", range.start, e))?;
+        Ok(found.map(|data| data.start.max(range.start)..data.end.min(range.end)).filter(|data| !data.is_empty()))
+    }
+
+    /// Bytes in `range` that may hold something other than zeros: the most that its undo can take.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn data_bytes(&self, range: Range<u64>) -> Result<u64> {
+        let mut bytes = 0;
+        let mut at = range.start;
+        while let Some(data) = self.next_data(at..range.end)? {
+            bytes += data.end - data.start;
+            at = data.end;
+        }
+        Ok(bytes)
+    }
+
+    /// Writes the fold's content of `ranges`, which are sorted; not durable before [`Replica::sync`]. Returns the bytes
+    /// written, zeros included.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`], or [`ErrorKind::NoSpace`] where a sparse file finds its disk full.
+    pub fn write(&self, fold: &Fold, ranges: &[Range<u64>], scratch: &mut Vec<u8>) -> Result<u64> {
+        let mut written = 0;
+        let mut paced: Option<Range<u64>> = None;
+        for range in ranges {
+            fold.runs(self.id, range.clone(), scratch, |run| {
+                let (at, len, result) = match run {
+                    Run::Zeros(range) => {
+                        (range.start, range.end - range.start, self.file.punch_hole(range.clone()))
+                    }
+                    Run::Bytes(at, bytes) => (at, bytes.len() as u64, self.file.write_at(bytes, at)),
+                };
+                result.map_err(|e| match crate::error::is_full(&e) {
+                    true => Error::io(format!("replica of volume {}: write {}", self.name, self.path.display()), e),
+                    false => self.error("write", at, e),
+                })?;
+                written += len;
+                let dirty = paced.get_or_insert(at..at);
+                dirty.end = at + len;
+                if dirty.end - dirty.start >= PACE_BYTES {
+                    let dirty = dirty.clone();
+                    paced = None;
+                    self.file.start_writeback(dirty).map_err(|e| self.error("write back", at, e))?;
+                }
+                Ok::<_, Error>(())
+            })?;
+        }
+        Ok(written)
+    }
+
+    /// fdatasync: what was written is durable when this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Sync`], which is final.
+    pub fn sync(&self) -> Result<()> {
+        let named = || format!("replica of volume {}: sync {}", self.name, self.path.display());
+        self.file.sync().map_err(|e| Error::sync(named(), e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use journal::io::RealDisk;
+
+    fn state(path: &Path, created: bool) -> ReplicaState {
+        ReplicaState {
+            id: VolumeId(0),
+            uuid: VolumeUuid([1; 16]),
+            name: "disk".into(),
+            path: path.to_path_buf(),
+            size_bytes: 1 << 20,
+            created,
+            stamp: None,
+        }
+    }
+
+    #[test]
+    fn is_created_sparse_grows_never_shrinks_and_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let group_dir = dir.path().join("groups/g");
+        let path = dir.path().join("replica/g/disk.img");
+        Replica::check_vacant(&RealDisk, &path, "disk").unwrap();
+        let mut replica = Replica::open(&RealDisk, &group_dir, &state(&path, false), true).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20);
+        assert_eq!(replica.data_bytes(0..1 << 20).unwrap(), 0, "sparse");
+        assert_eq!(ReplicaHold::acquire(&path).unwrap_err().kind, ErrorKind::Busy);
+        replica.grow(2 << 20).unwrap();
+        replica.grow(1 << 20).unwrap();
+        assert_eq!(replica.size_bytes(), 2 << 20);
+        let mut record = VolumeRecord {
+            uuid: VolumeUuid([1; 16]),
+            size_bytes: 1 << 20,
+            sector_bytes: 512,
+            present: true,
+            name: "disk".into(),
+        };
+        assert_eq!(replica.check(&record).unwrap_err().kind, ErrorKind::ReplicaFailed);
+        record.size_bytes = 2 << 20;
+        replica.check(&record).unwrap();
+        record.uuid = VolumeUuid([2; 16]);
+        assert_eq!(replica.check(&record).unwrap_err().kind, ErrorKind::ReplicaFailed);
+        drop(replica);
+        assert!(stamp(&path).is_some());
+        assert_eq!(Replica::check_vacant(&RealDisk, &path, "disk").unwrap_err().kind, ErrorKind::ReplicaFailed);
+        fs::remove_file(&path).unwrap();
+        let missing = Replica::open(&RealDisk, &group_dir, &state(&path, true), true);
+        assert_eq!(missing.err().unwrap().kind, ErrorKind::ReplicaFailed, "a lost replica is not made anew");
+    }
+}

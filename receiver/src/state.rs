@@ -1,0 +1,231 @@
+//! What a group durably is: owner, checkpoint, batches, replicas.
+//!
+//! Stored in `groups/NAME/group`, a two-slot control file; payload = version byte, then postcard of [`GroupState`].
+//! One owner writes it: the agent when it creates the group, from then on the applier.
+//!
+//! Invariants:
+//! * the replicas, synced, with the undo of batch `applied_batch + 1` (if such a segment exists) laid over them, are
+//!   exactly the state at `checkpoint`;
+//! * `oldest_batch` is raised here, durably, before an undo segment below it is removed;
+//! * no undo exists while `first_consistent` is `None`: what cannot be used is not kept.
+
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use journal::control::TwoSlot;
+use journal::io::Disk;
+use journal::{GroupId, Lineage, Lsn, Position, VolumeId, VolumeUuid};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, ErrorKind, Result};
+
+/// Name of the control file in a group's directory.
+pub const GROUP_FILE: &str = "group";
+const VERSION: u8 = 1;
+
+/// An lsn and the source's time of its record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Moment {
+    /// Position in the group's order.
+    pub lsn: Lsn,
+    /// Source's realtime clock, nanoseconds.
+    pub time_ns: u64,
+}
+
+/// A replica as the group durably knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaState {
+    /// Short id within the group.
+    pub id: VolumeId,
+    /// Names the volume everywhere.
+    pub uuid: VolumeUuid,
+    /// Operator's name of the volume.
+    pub name: String,
+    /// Image file or block device; relative to the receiver's directory where it lies inside it, so that the
+    /// directory can be moved.
+    pub path: PathBuf,
+    /// Size at the checkpoint, bytes.
+    pub size_bytes: u64,
+    /// False between the decision to create the file and the first checkpoint that relies on it: only then may an
+    /// existing file be taken over.
+    pub created: bool,
+    /// Modification time and size at a clean end; a difference on the next start means that others wrote to it.
+    pub stamp: Option<(i64, u64)>,
+}
+
+/// The durable state of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupState {
+    /// Names the group everywhere.
+    pub group: GroupId,
+    /// Operator's name of the group.
+    pub name: String,
+    /// Fingerprint of the identity that created the group: never given to another.
+    pub owner: [u8; 32],
+    /// Line of descent that is accepted.
+    pub lineage: Lineage,
+    /// The replicas are exactly this. Its chain is that of the frame that holds `lsn`, also where `lsn` is not that
+    /// frame's last.
+    pub checkpoint: Position,
+    /// Time of the checkpoint's record.
+    pub checkpoint_time_ns: u64,
+    /// Newest batch whose checkpoint was taken; 0 before the first.
+    pub applied_batch: u64,
+    /// First batch whose undo is kept (or will be, when it equals `applied_batch + 1`); 0 while there is no history.
+    pub oldest_batch: u64,
+    /// The boundary below `oldest_batch`: the oldest recovery point.
+    pub history_start: Moment,
+    /// The lsn from which on this group has a history.
+    pub first_consistent: Option<Lsn>,
+    /// Newest consistent point at or below the checkpoint; equal to it unless a resync is under way there.
+    pub consistent_lsn: Option<Lsn>,
+    /// The batch whose boundary `consistent_lsn` is.
+    pub consistent_batch: u64,
+    /// Number in the event log's file name; rises when the log is rewritten without outlived events.
+    pub events_file: u64,
+    /// Durable length of the event log.
+    pub events_bytes: u64,
+    /// The group's replicas, by id.
+    pub replicas: Vec<ReplicaState>,
+    /// The last owner ended in good order and stamped the replicas.
+    pub clean: bool,
+    /// Newest heartbeat kept: everything captured up to this time has an lsn at or below this one.
+    pub heartbeat: Option<Moment>,
+    /// Why nothing but a new epoch may be applied, where that is so.
+    pub needs_resync: Option<String>,
+}
+
+impl GroupState {
+    /// A group that holds nothing yet.
+    pub fn new(group: GroupId, name: &str, owner: [u8; 32], lineage: Lineage) -> GroupState {
+        GroupState {
+            group,
+            name: name.to_owned(),
+            owner,
+            lineage,
+            checkpoint: Position { lineage, ..Position::default() },
+            checkpoint_time_ns: 0,
+            applied_batch: 0,
+            oldest_batch: 0,
+            history_start: Moment::default(),
+            first_consistent: None,
+            consistent_lsn: None,
+            consistent_batch: 0,
+            events_file: 0,
+            events_bytes: 0,
+            replicas: Vec::new(),
+            clean: false,
+            heartbeat: None,
+            needs_resync: None,
+        }
+    }
+
+    /// The checkpoint with its time.
+    pub fn checkpoint_moment(&self) -> Moment {
+        Moment { lsn: self.checkpoint.lsn, time_ns: self.checkpoint_time_ns }
+    }
+
+    /// Whether the checkpoint is a recovery point, rather than the inside of a resync.
+    pub fn is_consistent(&self) -> bool {
+        self.consistent_lsn == Some(self.checkpoint.lsn)
+    }
+
+    fn encode(&self) -> Result<Vec<u8>> {
+        let malformed = |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
+        postcard::to_extend(self, vec![VERSION]).map_err(malformed)
+    }
+
+    fn decode(bytes: &[u8], path: &Path) -> Result<GroupState> {
+        let malformed = |what: String| Error::new(ErrorKind::Malformed, format!("{}: {what}", path.display()));
+        match bytes.split_first() {
+            Some((&VERSION, rest)) => {
+                postcard::from_bytes(rest).map_err(|e| malformed(format!("group state: {e}")))
+            }
+            Some((other, _)) => Err(malformed(format!("version {other} (this program reads {VERSION})"))),
+            None => Err(malformed("empty".into())),
+        }
+    }
+}
+
+/// The control file and the state that it holds; every change goes through [`GroupStore::store`].
+pub struct GroupStore {
+    slots: TwoSlot,
+    state: GroupState,
+}
+
+impl GroupStore {
+    /// Creates a group's control file and the directories beside it; durable when it returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] where the file exists already or the disk refuses.
+    pub fn create(disk: Arc<dyn Disk>, group_dir: &Path, state: GroupState) -> Result<GroupStore> {
+        for dir in [group_dir.to_path_buf(), undo_dir(group_dir)] {
+            disk.create_dir(&dir).map_err(|e| Error::io(format!("create {}", dir.display()), e))?;
+        }
+        let slots = TwoSlot::create(&disk, &group_dir.join(GROUP_FILE), &state.encode()?)?;
+        Ok(GroupStore { slots, state })
+    }
+
+    /// Opens a group's control file.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where neither slot holds, [`ErrorKind::Malformed`] for a version of another program.
+    pub fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<GroupStore> {
+        let path = group_dir.join(GROUP_FILE);
+        let (slots, payload) = TwoSlot::open(&disk, &path)?;
+        Ok(GroupStore { slots, state: GroupState::decode(&payload, &path)? })
+    }
+
+    /// Reads a group's state without opening its control file for writing.
+    ///
+    /// # Errors
+    /// As [`GroupStore::open`].
+    pub fn read(disk: &dyn Disk, group_dir: &Path) -> Result<GroupState> {
+        let path = group_dir.join(GROUP_FILE);
+        GroupState::decode(&TwoSlot::read(disk, &path)?.payload, &path)
+    }
+
+    /// The state as it is durable.
+    pub fn state(&self) -> &GroupState {
+        &self.state
+    }
+
+    /// Replaces the state; durable when it returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Sync`], which is final, or what else the disk refuses; the old state then stands.
+    pub fn store(&mut self, state: GroupState) -> Result<()> {
+        self.slots.store(&state.encode()?)?;
+        self.state = state;
+        Ok(())
+    }
+}
+
+/// Where a group's undo segments lie.
+pub fn undo_dir(group_dir: &Path) -> PathBuf {
+    group_dir.join("undo")
+}
+
+/// Where a group's journal lies.
+pub fn journal_dir(group_dir: &Path) -> PathBuf {
+    group_dir.join("journal")
+}
+
+/// The receiver's directory that a group's directory (`DIR/groups/NAME`) lies in.
+pub fn receiver_dir(group_dir: &Path) -> &Path {
+    group_dir.ancestors().nth(2).unwrap_or(group_dir)
+}
+
+/// A replica's path as it is stored: relative where it lies inside the receiver's directory.
+pub fn stored_path(group_dir: &Path, path: &Path) -> PathBuf {
+    path.strip_prefix(receiver_dir(group_dir)).map_or_else(|_| path.to_path_buf(), Path::to_path_buf)
+}
+
+/// A replica's path from what is stored.
+pub fn replica_path(group_dir: &Path, stored: &Path) -> PathBuf {
+    // `..` never comes from `stored_path`; joined it could only come from a damaged or foreign file.
+    if stored.components().any(|part| part == Component::ParentDir) {
+        return stored.to_path_buf();
+    }
+    receiver_dir(group_dir).join(stored)
+}
