@@ -353,6 +353,16 @@ impl Handle {
         Status { groups: vec![self.agent.status()] }
     }
 
+    /// Newest lsn given out.
+    pub fn captured_lsn(&self) -> Lsn {
+        Lsn(self.agent.shared.ring.captured_lsn())
+    }
+
+    /// Follows what the receiver says.
+    pub fn watch_peer(&self) -> watch::Receiver<crate::progress::PeerView> {
+        self.agent.shared.progress.watch_peer()
+    }
+
     /// Gives the newest captured lsn a name.
     ///
     /// # Errors

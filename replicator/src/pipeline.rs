@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use journal::compress::{Compression, EncodePool};
+use journal::compress::Compression;
+use journal::pool::EncodePool;
 use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
 use journal::record::{Op, Record};
 use journal::retention::SourcePolicy;
@@ -179,23 +180,16 @@ impl Pipeline {
 
     /// Hands the open batch to the pool; false when the pool is full (then a frame is committed instead).
     fn submit(&mut self) -> Result<bool> {
-        if self.pool.is_full() {
+        if self.pool.is_full(self.batch.raw().len()) {
             self.commit_next()?;
             return Ok(false);
         }
         let next = self.pool.batch();
         let batch = std::mem::replace(&mut self.batch, next);
-        match self.pool.submit(batch, self.stamp, self.compression()) {
-            Ok(()) => {
-                self.opened = None;
-                Ok(true)
-            }
-            Err(batch) => {
-                self.batch = batch;
-                self.commit_next()?;
-                Ok(false)
-            }
-        }
+        let compression = self.compression();
+        self.pool.submit(batch, self.stamp, compression).expect("a pool that is not full takes a batch");
+        self.opened = None;
+        Ok(true)
     }
 
     fn close_batch(&mut self) -> Result<()> {

@@ -260,8 +260,8 @@ fn open_journal(
     let current = state.get().epoch;
     match Writer::open(disk.clone(), &dir, writer_options(settings, state), now_ns()) {
         Ok((writer, recovery)) => {
-            if let Some(offset) = recovery.torn_at {
-                tracing::info!(segment = recovery.segment, offset, "source journal: torn tail cut");
+            if let Some(torn) = &recovery.torn {
+                tracing::info!(segment = recovery.segment, ?torn, "source journal: torn tail cut");
             }
             let doubt = (writer.appended().epoch != current)
                 .then(|| "the last run ended before its epoch had begun in the journal".to_owned());
