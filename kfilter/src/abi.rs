@@ -195,8 +195,8 @@ impl Op {
         })
     }
 
-    /// Whether the record changes, or casts doubt on, a range of its volume. These become dirty bits when they
-    /// cannot be recorded; the others just cannot be recorded.
+    /// Whether the record changes, or casts doubt on, a range of its volume. These become dirty bits when
+    /// they cannot be recorded; the others just cannot be recorded.
     pub const fn touches_extent(self) -> bool {
         matches!(self, Self::Write | Self::Discard | Self::WriteZeroes | Self::Failed)
     }
@@ -259,8 +259,9 @@ impl RecordHeader {
         })
     }
 
-    /// Whether the lengths agree with each other and with the room that the ring has from here: `to_end` bytes
-    /// to its physical end, `to_head` to the last reserved byte. Nothing is read by a length that failed this.
+    /// Whether the lengths agree with each other and with the room that the ring has from here: `to_end`
+    /// bytes to its physical end, `to_head` to the last reserved byte. Nothing is read by a length that
+    /// failed this.
     pub fn is_sound(&self, to_end: u64, to_head: u64) -> bool {
         let total = u64::from(self.total_bytes);
         if total < LINE || total % LINE != 0 || total > to_end || total > to_head {
@@ -350,8 +351,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout for these bitmaps (bytes of one bitmap for each volume); `None` when the ring is no power of
-    /// two, too small, or when there are too many volumes or the sum overflows.
+    /// The layout for these bitmaps (bytes of one bitmap for each volume); `None` when the ring is no power
+    /// of two, too small, or when there are too many volumes or the sum overflows.
     pub fn new(ring_bytes: u64, bitmaps: impl Iterator<Item = u64>) -> Option<Self> {
         if !ring_bytes.is_power_of_two() || ring_bytes < MIN_RING_BYTES {
             return None;

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 //! The one consumer: takes the records in order and gives their room back.
 //!
-//! State: a cursor in the memory of the process, and in the ring the tail with its anchor (the lsn and time after
-//! what was released, for a ring that is empty when somebody takes over). A new consumer starts at the tail: what
-//! was taken and not released comes again.
+//! State: a cursor in the memory of the process, and in the ring the tail with its anchor (the lsn and time
+//! after what was released, for a ring that is empty when somebody takes over). A new consumer starts at the
+//! tail: what was taken and not released comes again.
 //!
 //! ```text
 //!   tail ── consumed, not yet released ── cursor ── published ── first unpublished … head
 //! ```
 //!
-//! Invariants: tail ≤ cursor ≤ head; the anchor is stored before the tail, so that it is right whenever the ring
-//! is empty; nothing is released before it was consumed *and* is done.
+//! Invariants: tail ≤ cursor ≤ head; the anchor is stored before the tail, so that it is right whenever the
+//! ring is empty; nothing is released before it was consumed *and* is done.
 
 use super::abi::{self, Op, RecordHeader, control_at, state};
 use super::memory::{Host, Memory};
@@ -104,8 +104,8 @@ impl<H: Host> Ring<H> {
             return Ok(Place::Pad { next });
         }
         let payload_len = if void { 0 } else { u64::from(header.payload_len) };
-        // SAFETY: a published payload is not written until it is released, which a live `RecordRef` forbids: see
-        // `Consumer::release` and `TakeOver`. Its length fits the room to the ring's end (`is_sound`).
+        // SAFETY: a published payload is not written until it is released, which a live `RecordRef` forbids:
+        // see `Consumer::release` and `TakeOver`. Its length fits the room to the ring's end (`is_sound`).
         let payload = unsafe { self.memory().bytes(at + abi::LINE, payload_len) };
         Ok(Place::Record { record: RecordRef { header, void, payload, position }, next, done })
     }
@@ -167,8 +167,8 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
         Ok(true)
     }
 
-    /// Gives back the room of the consumed records up to this lsn, as far as they are done. Returns how far that
-    /// came: the lsn of the first record that is not released.
+    /// Gives back the room of the consumed records up to this lsn, as far as they are done. Returns how far
+    /// that came: the lsn of the first record that is not released.
     pub fn release(&mut self, up_to_lsn: u64) -> Result<u64, Malformed> {
         let memory = self.ring.memory();
         let mut anchor_lsn = memory.load64(control_at::ANCHOR_LSN, Relaxed);
@@ -207,7 +207,8 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Drop for Consumer<H, R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::{Captured, Entry};
+    use crate::entry::Entry;
+    use crate::ring::Captured;
     use crate::testing::{heap_ring, write};
     use std::vec::Vec;
 

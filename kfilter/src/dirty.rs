@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 //! What was not recorded: a bit for each 64 KiB of a volume, and the steps that bring a volume back.
 //!
-//! Two bitmaps for each volume. *current* collects writes that did not fit the ring. *pending* is what a resync
-//! works off; its bits are cleared only after the data that repairs them was appended to the journal, so a dead
-//! agent loses none. One flag beside each bitmap stands for everything beyond it (a volume that has grown).
+//! Two bitmaps for each volume. *current* collects writes that did not fit the ring. *pending* is what a
+//! resync works off; its bits are cleared only after the data that repairs them was appended to the journal,
+//! so a dead agent loses none. One flag beside each bitmap stands for everything beyond it (a volume that has
+//! grown).
 //!
 //! Invariant: a write that is not in the ring has its bits set, in one of the two, until it is repaired. All
 //! changes are made under the reservation lock; `dirty_extents` reads without it and sees each bit as of some
 //! moment of the iteration.
 
 use super::abi::{GRANULE, Op, control_at, slot_at};
+use super::entry::Entry;
 use super::memory::{Host, Memory};
-use super::ring::{Captured, Entry, Mode, Refused, Reserver, Ring, Token, Volume};
+use super::reservation::Token;
+use super::ring::{Captured, Mode, Refused, Reserver, Ring, Volume};
 use core::ops::Range;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 
@@ -37,7 +40,8 @@ pub struct Loss {
 }
 
 impl<H: Host> Ring<H> {
-    /// When and why writes were lost, from the switch to the bitmaps to the end of the resync that repairs them.
+    /// When and why writes were lost, from the switch to the bitmaps to the end of the resync that repairs
+    /// them.
     pub fn loss(&self) -> Option<Loss> {
         self.host.locked(|_| {
             let since_ns = self.memory().load64(control_at::LOST_SINCE, Relaxed);
@@ -82,9 +86,10 @@ impl<H: Host> Ring<H> {
         DirtyExtents { ring: self, volume: found, granule: 0 }
     }
 
-    /// Clears the pending bits of the granules that lie wholly in the range (the last one of the volume counts as
-    /// whole when the range reaches the volume's end). Call it only after the range's data was appended to the
-    /// journal. The flag for everything beyond the bitmap is cleared only by a range that holds all of that.
+    /// Clears the pending bits of the granules that lie wholly in the range (the last one of the volume
+    /// counts as whole when the range reaches the volume's end). Call it only after the range's data was
+    /// appended to the journal. The flag for everything beyond the bitmap is cleared only by a range that
+    /// holds all of that.
     pub fn clear_dirty(&self, volume: u32, range: Range<u64>) {
         self.host.locked(|reserver| {
             let Some(volume) = reserver.volume(volume) else { return };
@@ -102,9 +107,10 @@ impl<H: Host> Ring<H> {
         });
     }
 
-    /// Starts a resync in one step under the lock: what is current becomes pending, writes go into the ring again,
-    /// and `ResyncBegin` has its place in the order before all of them. Its lsn; refused while the ring has no
-    /// room. The mask of the resync starts empty here, and the caller owes a barrier (DESIGN, section 6).
+    /// Starts a resync in one step under the lock: what is current becomes pending, writes go into the ring
+    /// again, and `ResyncBegin` has its place in the order before all of them. Its lsn; refused while the
+    /// ring has no room. The mask of the resync starts empty here, and the caller owes a barrier (DESIGN,
+    /// section 6).
     pub fn begin_resync(&self, now_ns: u64) -> Result<u64, Refused> {
         self.host.locked(|reserver| {
             // 1 the record, so that the mode does not change without it …
@@ -120,8 +126,8 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// Ends a resync in one step under the lock: reserves `ResyncEnd`, whose lsn is returned; refused unless writes
-    /// go into the ring, no bit is set, and there is room.
+    /// Ends a resync in one step under the lock: reserves `ResyncEnd`, whose lsn is returned; refused unless
+    /// writes go into the ring, no bit is set, and there is room.
     pub fn end_resync(&self, now_ns: u64) -> Result<u64, Refused> {
         self.host.locked(|reserver| {
             if reserver.mode == Mode::Bitmap {
@@ -137,9 +143,9 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// Says that a volume has grown: `record` (opaque here) has its place in the order before the first write that
-    /// needs the new size. When it cannot be recorded, writes become bits, and the agent must tell the new size
-    /// after it has begun the resync.
+    /// Says that a volume has grown: `record` (opaque here) has its place in the order before the first write
+    /// that needs the new size. When it cannot be recorded, writes become bits, and the agent must tell the
+    /// new size after it has begun the resync.
     pub fn grow(
         &self,
         volume: u32,

@@ -5,19 +5,21 @@
 //! = submission order over all of them.
 //!
 //! ```text
-//! abi       the bytes: identity, control words, volume slots, record header      no_std ┐
-//! memory    what the algorithm asks of its surroundings: memory, a lock, a bell  no_std │ compiled into the
-//! ring      producers: reserve, fill, publish, mark done; overflow to bits       no_std │ kernel module too
-//! consumer  the one consumer: peek, advance, release                             no_std │ (rustc 1.85)
-//! dirty     dirty bitmaps and the two steps of a resync under the ring lock      no_std │
-//! recovery  a new owner takes over what a dead one left                          no_std ┘
-//! region    the user side's home of a ring: a locked, preallocated file in tmpfs
-//! waker     lets the consumer sleep without missing a publish
-//! error     the user side's errors, by what the operator must do
+//! abi          the bytes: identity, control words, volume slots, record header       no_std ┐
+//! memory       what the algorithm asks of its surroundings: memory, lock, bell       no_std │
+//! entry        what a producer wants recorded                                        no_std │ compiled into
+//! ring         producers: a place in the order, or dirty bits                        no_std │ the kernel
+//! reservation  fill, publish, mark done                                              no_std │ module too
+//! consumer     the one consumer: peek, advance, release                              no_std │ (rustc 1.85)
+//! dirty        dirty bitmaps and the two steps of a resync under the ring lock       no_std │
+//! recovery     a new owner takes over what a dead one left                           no_std ┘
+//! region       the user side's home of a ring: a locked, preallocated file in tmpfs
+//! waker        lets the consumer sleep without missing a publish
+//! error        the user side's errors, by what the operator must do
 //! ```
 //!
-//! The crate root is `no_std`, so that the shared files cannot reach for the standard library by accident; the
-//! user-side files name `std` where they use it.
+//! The crate root is `no_std`, so that the shared files cannot reach for the standard library by accident;
+//! the user-side files name `std` where they use it.
 #![no_std]
 
 extern crate std;
@@ -28,10 +30,12 @@ compile_error!("the ring's positions and bytes are 64-bit and little-endian");
 pub mod abi;
 pub mod consumer;
 pub mod dirty;
+pub mod entry;
 pub mod error;
 pub mod memory;
 pub mod recovery;
 pub mod region;
+pub mod reservation;
 pub mod ring;
 pub mod waker;
 
@@ -41,7 +45,9 @@ mod testing;
 pub use abi::{Identity, Layout, Op, VolumeSpec};
 pub use consumer::{Consumer, RecordRef};
 pub use dirty::{DirtyExtents, Loss};
+pub use entry::Entry;
 pub use error::{Error, ErrorKind};
 pub use recovery::{Lost, TakeOver};
 pub use region::{Mapping, Region};
-pub use ring::{Captured, Entry, Mode, Refused, Reservation, Ring, Token};
+pub use reservation::{Reservation, Token};
+pub use ring::{Captured, Mode, Refused, Ring};

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
 //! What the ring asks of the place where it runs: memory, one lock, and a bell after each publish.
 //!
-//! The algorithm names every shared access through `Memory`, so that the same source runs over a tmpfs mapping,
-//! over the kernel's own pages, over loom's atomics (`tests/loom.rs`), and over a memory that stops after every
-//! store (`testing.rs`).
+//! The algorithm names every shared access through `Memory`, so that the same source runs over a tmpfs
+//! mapping, over the kernel's own pages, over loom's atomics (`tests/loom.rs`), and over a memory that stops
+//! after every store (`testing.rs`).
 
 use super::ring::Reserver;
 use core::ptr::NonNull;
@@ -50,8 +50,8 @@ pub unsafe trait Memory {
 /// A ring's surroundings.
 ///
 /// # Safety
-/// `locked` runs one closure at a time, each seeing what the ones before it did, always with the same `Reserver`,
-/// which is `Reserver::new()` at first.
+/// `locked` runs one closure at a time, each seeing what the ones before it did, always with the same
+/// `Reserver`, which is `Reserver::new()` at first.
 pub unsafe trait Host {
     /// Where the ring lies.
     type Memory: Memory;
@@ -85,8 +85,8 @@ unsafe impl Sync for Span {}
 
 impl Span {
     /// # Safety
-    /// `base` is aligned to 64 bytes and valid for reads and writes of `len` bytes as long as the span lives, and
-    /// is accessed by this algorithm only.
+    /// `base` is aligned to 64 bytes and valid for reads and writes of `len` bytes as long as the span lives,
+    /// and is accessed by this algorithm only.
     pub const unsafe fn new(base: NonNull<u8>, len: u64) -> Self {
         Self { base, len }
     }
@@ -98,8 +98,8 @@ impl Span {
     }
 
     fn word32(&self, at: u64) -> &AtomicU32 {
-        // SAFETY: in bounds and aligned (`at`), valid as long as `self` (`new`), and state words and control words
-        // are only accessed as atomics while they are one.
+        // SAFETY: in bounds and aligned (`at`), valid as long as `self` (`new`), and state words and control
+        // words are only accessed as atomics while they are one.
         unsafe { AtomicU32::from_ptr(self.at(at, 4, 4).cast()) }
     }
 

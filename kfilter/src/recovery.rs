@@ -3,11 +3,11 @@
 //!
 //! Steps, each harmless to repeat when the new owner dies in turn:
 //! 1. Identity and layout must be ours, else the ring is lost and the group starts a new epoch.
-//! 2. Every header in [tail, head) must be sound, dense in lsn and not running back in time. Nothing in the memory
-//!    is trusted for a length.
+//! 2. Every header in [tail, head) must be sound, dense in lsn and not running back in time. Nothing in the
+//!    memory is trusted for a length.
 //! 3. RESERVED becomes VOID: that write was neither started nor answered.
-//! 4. What is published and not done is shown in lsn order: the owner writes it to the backing store again, only
-//!    that (a done write may have been overwritten by one that is not in the ring), then marks it done.
+//! 4. What is published and not done is shown in lsn order: the owner writes it to the backing store again,
+//!    only that (a done write may have been overwritten by one that is not in the ring), then marks it done.
 //!
 //! Only then is there a ring to serve from: `TakeOver` holds it back until nothing is undone.
 
@@ -84,7 +84,8 @@ impl<H: Host> TakeOver<H> {
         Ok(Self { ring, tail, head })
     }
 
-    /// The published records that are not done, in lsn order: write each to the backing store, then `mark_done`.
+    /// The published records that are not done, in lsn order: write each to the backing store, then
+    /// `mark_done`.
     pub fn undone(&self) -> Undone<'_, H> {
         Undone { taken: self, position: self.tail }
     }
@@ -255,7 +256,8 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// Calls `each(position, header, state word)` for every record that is no pad, as long as headers are sound.
+    /// Calls `each(position, header, state word)` for every record that is no pad, as long as headers are
+    /// sound.
     fn each_header(
         &self,
         tail: u64,
@@ -288,7 +290,8 @@ impl<H: Host> Ring<H> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ring::{Captured, Entry};
+    use crate::entry::Entry;
+    use crate::ring::Captured;
     use crate::testing::{Heap, IDENTITY, heap_ring, write};
     use std::vec::Vec;
 

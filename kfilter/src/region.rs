@@ -1,7 +1,7 @@
 //! The user side's home of a ring: a file in tmpfs, owned by one process at a time.
 //!
-//! The owner's death loses nothing: memory of the file outlives it, and the next owner takes it over. A reboot
-//! loses the file, and with it the ring.
+//! The owner's death loses nothing: memory of the file outlives it, and the next owner takes it over. A
+//! reboot loses the file, and with it the ring.
 //!
 //! ```text
 //! DIR/ring        the mapping (see `abi`), complete from the moment it has this name
@@ -141,8 +141,8 @@ impl Region {
         })
     }
 
-    /// Whether the pages are locked in memory. When they are not (RLIMIT_MEMLOCK), a machine under memory pressure
-    /// may swap them, and writes wait for that: worth a warning.
+    /// Whether the pages are locked in memory. When they are not (RLIMIT_MEMLOCK), a machine under memory
+    /// pressure may swap them, and writes wait for that: worth a warning.
     pub fn is_pinned(&self) -> bool {
         self.host().pinned
     }
@@ -159,8 +159,8 @@ impl Region {
 }
 
 impl<R: Deref<Target = Region>> Consumer<Mapping, R> {
-    /// Sleeps until there is a record to take or the time is over. True when `peek` has something to say; false may
-    /// come early.
+    /// Sleeps until there is a record to take or the time is over. True when `peek` has something to say;
+    /// false may come early.
     pub fn wait(&self, timeout: Duration) -> bool {
         self.ring().host().waker.wait(timeout, || !matches!(self.peek(), Ok(None)))
     }
@@ -176,8 +176,8 @@ impl Mapping {
             let _ = map.advise(Advice::PopulateWrite);
         }
         let base = NonNull::new(map.as_mut_ptr()).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: page aligned, mapped as long as `map` beside it lives, every page allocated by `fill`, and no
-        // other process has it mapped: `lock` is held, and only its holder maps the file.
+        // SAFETY: page aligned, mapped as long as `map` beside it lives, every page allocated by `fill`, and
+        // no other process has it mapped: `lock` is held, and only its holder maps the file.
         let span = unsafe { Span::new(base, bytes) };
         Ok(Self {
             span,
@@ -247,7 +247,8 @@ fn at(path: &Path) -> impl Fn(io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::abi::Op;
-    use crate::ring::{Captured, Entry};
+    use crate::entry::Entry;
+    use crate::ring::Captured;
     use crate::testing::{IDENTITY, VOLUMES, write};
     use std::format;
     use std::string::ToString as _;

@@ -14,14 +14,16 @@
 //! * Headers in [tail, head) are whole: a header is written before the head that shows it. So the next lsn
 //!   follows from the last header, whenever the owner dies.
 //! * Every record takes an lsn, in ring order, without a gap; a pad takes none.
-//! * A write is in the ring, or in a dirty bitmap, never in both and never in none: the choice is made under the
-//!   lock, for all pieces of a write together, before its producer may start it.
+//! * A write is in the ring, or in a dirty bitmap, never in both and never in none: the choice is made under
+//!   the lock, for all pieces of a write together, before its producer may start it.
 //! * Head stands still while the mode is BITMAP.
 
 use super::abi::{
     self, Identity, Layout, Op, RecordHeader, VolumeSpec, control_at, identity_at, slot_at, state,
 };
-use super::memory::{Host, Memory, index};
+use super::entry::Entry;
+use super::memory::{Host, Memory};
+use super::reservation::{Reservation, Token};
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// Where writes go.
@@ -50,66 +52,6 @@ pub enum Refused {
     Dirty,
     /// Another consumer is alive.
     ConsumerTaken,
-}
-
-/// What a producer wants recorded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// What happened.
-    pub op: Op,
-    /// `FLAG_*`.
-    pub flags: u8,
-    /// Volume id within the group.
-    pub volume: u32,
-    /// Byte offset.
-    pub offset: u64,
-    /// Bytes of the extent.
-    pub length: u64,
-    /// Bytes that will be filled in.
-    pub payload_len: u32,
-    /// Whether the record must stay in the ring until `mark_done`. When one of several entries reserved together
-    /// must, all of them do.
-    pub needs_done: bool,
-}
-
-impl Entry {
-    /// A change of an extent that carries no bytes (discard, write zeroes, failed); stays until it is done.
-    pub const fn extent(op: Op, volume: u32, offset: u64, length: u64, flags: u8) -> Self {
-        Self { op, flags, volume, offset, length, payload_len: 0, needs_done: true }
-    }
-
-    /// A record that changes nothing (flush, bookmark, volume, clock jump …), done as soon as it is published.
-    pub const fn event(op: Op, volume: u32, payload_len: u32) -> Self {
-        Self { op, flags: 0, volume, offset: 0, length: 0, payload_len, needs_done: false }
-    }
-
-    /// A write of any length in pieces that fit a record, each to stay until it is done. All carry the flags: a
-    /// piece that reaches the other side is as durable as the write asked for.
-    pub fn write(volume: u32, offset: u64, length: u64, flags: u8) -> impl Iterator<Item = Self> + Clone {
-        let step = u64::from(abi::MAX_PAYLOAD);
-        (0..length.div_ceil(step)).map(move |piece| {
-            let from = piece * step;
-            #[allow(clippy::cast_possible_truncation, reason = "at most MAX_PAYLOAD")]
-            let payload_len = step.min(length - from) as u32;
-            let offset = offset.saturating_add(from);
-            let length = u64::from(payload_len);
-            Self { op: Op::Write, flags, volume, offset, length, payload_len, needs_done: true }
-        })
-    }
-
-    fn is_sound(&self) -> bool {
-        if self.payload_len > abi::MAX_PAYLOAD || self.offset.checked_add(self.length).is_none() {
-            return false;
-        }
-        match self.op {
-            Op::Write => self.length != 0 && u64::from(self.payload_len) == self.length,
-            Op::Discard | Op::WriteZeroes => self.length != 0 && self.payload_len == 0,
-            Op::Failed => self.length != 0,
-            // These move the ring's own state and are reserved by the functions that do so.
-            Op::ResyncBegin | Op::ResyncEnd | Op::Void | Op::Pad => false,
-            Op::Flush | Op::Bookmark | Op::Volume | Op::SyncSlot | Op::ClockJump => true,
-        }
-    }
 }
 
 /// What became of a write.
@@ -270,8 +212,8 @@ impl<H: Host> Ring<H> {
         self.host.locked(|reserver| reserver.next_lsn - 1)
     }
 
-    /// The lsn of the oldest record whose room is not released; the next lsn when the ring is empty. What a dead
-    /// owner's journal does not hold up to here is lost.
+    /// The lsn of the oldest record whose room is not released; the next lsn when the ring is empty. What a
+    /// dead owner's journal does not hold up to here is lost.
     pub fn first_held_lsn(&self) -> u64 {
         self.memory().load64(control_at::ANCHOR_LSN, Acquire)
     }
@@ -288,8 +230,8 @@ impl<H: Host> Ring<H> {
     }
 
     /// Takes places for all entries, next to each other, or sets the dirty bits of all of them; entries that
-    /// touch no extent have no bits, and are refused when they are alone. `now_ns` is realtime; a record never
-    /// gets an earlier time than the one before it. Only after this returns may the write be started.
+    /// touch no extent have no bits, and are refused when they are alone. `now_ns` is realtime; a record
+    /// never gets an earlier time than the one before it. Only after this returns may the write be started.
     #[inline]
     pub fn reserve_many<I>(&self, entries: I, now_ns: u64) -> Result<Captured<Reservation<'_, H>>, Refused>
     where
@@ -344,22 +286,8 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// Says that a published write is in the backing store, so that its room can be released.
-    pub fn mark_done(&self, token: Token) {
-        let Token { from, to, needs_done, .. } = token;
-        // Without the need the records may be gone already.
-        let mut position = if needs_done { from } else { to };
-        while position < to {
-            // The next place first: once the mark is set the record may be released and its room written again.
-            let (_, next) = self.own_record(position, to);
-            let old = self.memory().or32(self.layout.offset_of(position), state::DONE, Release);
-            assert_eq!(old & state::MASK, state::PUBLISHED, "only a published record can be done");
-            position = next;
-        }
-    }
-
-    /// Writes the headers of all entries and shows them with one store of head; `None`, and nothing done, when
-    /// they do not fit.
+    /// Writes the headers of all entries and shows them with one store of head; `None`, and nothing done,
+    /// when they do not fit.
     pub(super) fn place<I>(
         &self,
         reserver: &mut Reserver,
@@ -460,25 +388,6 @@ impl<H: Host> Ring<H> {
         unsafe { self.memory().write(at + 4, &header.encode()) }
     }
 
-    /// The header of a record that this owner reserved and that cannot be released yet, and where the next record of
-    /// the same reservation is, which ends at `to`. A pad between the two is released as soon as the one before it
-    /// is, so it is passed here, never stood on.
-    fn own_record(&self, position: u64, to: u64) -> (RecordHeader, u64) {
-        let own = |position| match self.header_at(position) {
-            Some(header) => header,
-            None => panic!("the ring's memory was written by somebody else"),
-        };
-        let header = own(position);
-        let mut next = position + u64::from(header.total_bytes);
-        if next < to {
-            let behind = own(next);
-            if behind.op == Op::Pad {
-                next += u64::from(behind.total_bytes);
-            }
-        }
-        (header, next)
-    }
-
     /// The header at a position in [tail, head).
     pub(super) fn header_at(&self, position: u64) -> Option<RecordHeader> {
         let mut bytes = [0; 60];
@@ -493,130 +402,6 @@ fn bytes32(bytes: u64) -> u32 {
     #[allow(clippy::cast_possible_truncation, reason = "at most the largest record")]
     let short = bytes as u32;
     short
-}
-
-/// Places taken for the pieces of one write. Fill them in, then publish. Dropped unpublished, the records become
-/// void: their write must not have been started then.
-#[derive(Debug)]
-#[must_use]
-pub struct Reservation<'r, H: Host> {
-    ring: &'r Ring<H>,
-    /// The first record (behind a pad that may precede it, which is released on its own), and the end.
-    from: u64,
-    to: u64,
-    first_lsn: u64,
-    last_lsn: u64,
-    /// `state::DONE` when no mark is needed.
-    done: u32,
-    /// Position of the first record that was not entered yet.
-    at: u64,
-    /// Offset in the mapping, and bytes, of what is still to be filled of the record entered last.
-    payload_at: u64,
-    payload_left: u64,
-    /// The end was reached.
-    filled: bool,
-}
-
-impl<H: Host> Reservation<'_, H> {
-    /// Lsn of the first piece.
-    pub fn first_lsn(&self) -> u64 {
-        self.first_lsn
-    }
-
-    /// Lsn of the last piece.
-    pub fn last_lsn(&self) -> u64 {
-        self.last_lsn
-    }
-
-    /// Copies the next bytes of the payload. More than was reserved aborts.
-    #[inline]
-    pub fn fill(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            while self.payload_left == 0 {
-                assert!(self.enter_next(), "more payload than was reserved");
-            }
-            let (now, later) = bytes.split_at(bytes.len().min(index(self.payload_left)));
-            // SAFETY: payload of a record that we reserved and did not publish: ours alone.
-            unsafe { self.ring.memory().write(self.payload_at, now) }
-            self.payload_at += now.len() as u64;
-            self.payload_left -= now.len() as u64;
-            bytes = later;
-        }
-    }
-
-    /// Shows the records to the consumer, all of them. Less payload than was reserved aborts.
-    #[inline]
-    pub fn publish(mut self) -> Token {
-        while self.payload_left == 0 && self.enter_next() {}
-        assert!(self.payload_left == 0, "less payload than was reserved");
-        self.filled = true;
-        self.settle(state::PUBLISHED);
-        let token = Token {
-            from: self.from,
-            to: self.to,
-            first_lsn: self.first_lsn,
-            last_lsn: self.last_lsn,
-            needs_done: self.done == 0,
-        };
-        self.ring.host.published();
-        token
-    }
-
-    /// Steps to the next record; false at the end.
-    fn enter_next(&mut self) -> bool {
-        if self.at == self.to {
-            return false;
-        }
-        let (header, next) = self.ring.own_record(self.at, self.to);
-        self.payload_at = self.ring.layout.offset_of(self.at) + abi::LINE;
-        self.payload_left = u64::from(header.payload_len);
-        self.at = next;
-        true
-    }
-
-    /// Turns every RESERVED into PUBLISHED or VOID.
-    fn settle(&self, to: u32) {
-        let mut position = self.from;
-        while position < self.to {
-            // The next place first: what is settled may be released at once.
-            let (_, next) = self.ring.own_record(position, self.to);
-            self.ring.memory().store32(self.ring.layout.offset_of(position), to | self.done, Release);
-            position = next;
-        }
-    }
-}
-
-impl<H: Host> Drop for Reservation<'_, H> {
-    fn drop(&mut self) {
-        if !self.filled {
-            self.settle(state::VOID);
-            self.ring.host.published();
-        }
-    }
-}
-
-/// A published write that may not be done yet: give it to `mark_done` when it is in the backing store. Until then it
-/// holds its room in the ring, and a new owner writes it to the backing store again.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use]
-pub struct Token {
-    from: u64,
-    to: u64,
-    first_lsn: u64,
-    last_lsn: u64,
-    needs_done: bool,
-}
-
-impl Token {
-    /// Lsn of the first piece.
-    pub fn first_lsn(&self) -> u64 {
-        self.first_lsn
-    }
-
-    /// Lsn of the last piece.
-    pub fn last_lsn(&self) -> u64 {
-        self.last_lsn
-    }
 }
 
 #[cfg(test)]

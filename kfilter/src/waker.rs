@@ -1,8 +1,8 @@
-//! Lets the consumer sleep while the ring is empty, without missing a publish and at the cost of a fence and a
-//! load for producers.
+//! Lets the consumer sleep while the ring is empty, without missing a publish and at the cost of a fence and
+//! a load for producers.
 //!
-//! Producer: publish, fence, look whether the consumer sleeps. Consumer: say that it sleeps, fence, look whether
-//! something is published. With both fences one of the two sees the other (Dekker); loom checks it.
+//! Producer: publish, fence, look whether the consumer sleeps. Consumer: say that it sleeps, fence, look
+//! whether something is published. With both fences one of the two sees the other (Dekker); loom checks it.
 
 #[cfg(loom)]
 use loom::sync::{
@@ -49,8 +49,8 @@ impl Waker {
         }
     }
 
-    /// Sleeps until somebody wakes us or the time is over, unless `ready` says that there is no need. Returns what
-    /// `ready` says in the end; it may be false before the time is over.
+    /// Sleeps until somebody wakes us or the time is over, unless `ready` says that there is no need. Returns
+    /// what `ready` says in the end; it may be false before the time is over.
     pub fn wait(&self, timeout: Duration, ready: impl Fn() -> bool) -> bool {
         if ready() {
             return true;

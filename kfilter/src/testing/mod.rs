@@ -4,8 +4,10 @@ mod model;
 mod stops;
 
 use super::abi::{Identity, Layout, VolumeSpec};
+use super::entry::Entry;
 use super::memory::{Host, Memory, Span, index};
-use super::ring::{Captured, Entry, Reserver, Ring, Token};
+use super::reservation::Token;
+use super::ring::{Captured, Reserver, Ring};
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};

@@ -3,9 +3,11 @@
 use super::{Heap, IDENTITY, heap_ring, payload};
 use crate::abi::{GRANULE, LINE, Op};
 use crate::consumer::Consumer;
+use crate::entry::Entry;
 use crate::memory::Host as _;
 use crate::recovery::TakeOver;
-use crate::ring::{Captured, Entry, Mode, Reservation, Ring, Token};
+use crate::reservation::{Reservation, Token};
+use crate::ring::{Captured, Mode, Ring};
 use proptest::prelude::*;
 use std::collections::{BTreeSet, VecDeque};
 use std::vec::Vec;

@@ -3,16 +3,17 @@
 use super::{Heap, IDENTITY, VOLUMES, payload};
 use crate::abi::{GRANULE, Layout, Op};
 use crate::consumer::Consumer;
+use crate::entry::Entry;
 use crate::recovery::TakeOver;
-use crate::ring::{Captured, Entry, Mode, Ring};
+use crate::ring::{Captured, Mode, Ring};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::{boxed::Box, vec::Vec};
 
-/// What must hold whenever the owner dies. Weakened before a call that takes something away, strengthened after a
-/// call that has promised something.
+/// What must hold whenever the owner dies. Weakened before a call that takes something away, strengthened
+/// after a call that has promised something.
 #[derive(Default)]
 struct Promise {
     /// Highest lsn that a producer was told.
