@@ -1,0 +1,332 @@
+//! AGENT: the receiving daemon, from its settings to its graceful end.
+//!
+//! Owns the groups and the endpoint; runs on the caller's tokio runtime, with two named threads for each group. State on
+//! disk is the groups' own; this room keeps none beside it. Invariants: a group is opened once, under its lock; a final
+//! error (a failed sync, a dead thread) is kept, told by [`Handle::failed`], and nothing is acknowledged after it.
+
+mod apply_thread;
+pub(crate) mod attach;
+mod bell;
+mod clock;
+mod failure;
+pub(crate) mod group;
+mod heartbeats;
+pub(crate) mod progress;
+mod report;
+mod schedule;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use journal::io::{Disk, RealDisk};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use wire::message::ErrorCode;
+use wire::{Fingerprint, Identity, Server, Tuning};
+
+pub(crate) use clock::now_ns;
+use failure::Failure;
+use group::{Claim, Group, Setup, lock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::ingest::Refusal;
+use crate::link;
+use crate::point::Points;
+use crate::restore::{self, RestoreReport, RestoreRequest};
+use crate::state::GROUP_FILE;
+use crate::status::Status;
+
+/// The receiving daemon.
+pub struct Receiver;
+
+/// A running receiver.
+pub struct Handle {
+    shared: Arc<Shared>,
+    local: SocketAddr,
+    links: JoinHandle<()>,
+}
+
+/// What connections and the handle share.
+pub(crate) struct Shared {
+    pub settings: Arc<conf::Receiver>,
+    pub failure: Failure,
+    pub stopping: watch::Sender<bool>,
+    setup: Setup,
+    groups: Mutex<BTreeMap<String, Arc<Group>>>,
+    /// Groups that could not be opened, and why; tried again when their source says hello.
+    broken: Mutex<BTreeMap<String, String>>,
+    /// Held while a group is opened or created.
+    opening: tokio::sync::Mutex<()>,
+}
+
+impl Receiver {
+    /// Opens what is in the settings' directory and listens. On the current tokio runtime.
+    ///
+    /// A group that cannot be opened does not keep the others from working: it is shown as such by the status.
+    ///
+    /// # Errors
+    /// No identity, no socket, or a directory that the disk refuses.
+    pub async fn start(settings: conf::Receiver) -> Result<Handle> {
+        let settings = Arc::new(settings);
+        let failure = Failure::none();
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let setup = Setup { disk, settings: settings.clone(), failure: failure.clone() };
+        let shared = Arc::new(Shared {
+            settings: settings.clone(),
+            failure,
+            stopping: watch::Sender::new(false),
+            setup,
+            groups: Mutex::default(),
+            broken: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
+        });
+        let opening = shared.clone();
+        let identity = blocking("open", move || {
+            opening.open_groups()?;
+            Identity::load(&opening.settings.identity_dir).map_err(of_wire)
+        })
+        .await?;
+        let server = listen(&settings, &identity)?;
+        let local = server.local_addr().map_err(of_wire)?;
+        let links = tokio::spawn(link::serve(server, shared.clone()));
+        Ok(Handle { shared, local, links })
+    }
+}
+
+fn listen(settings: &Arc<conf::Receiver>, identity: &Identity) -> Result<Server> {
+    let known = settings.clone();
+    let accept = Arc::new(move |peer: &Fingerprint| known.source.iter().any(|s| s.identity == peer.0));
+    let quic = &settings.quic;
+    let tuning = Tuning {
+        stream_window_bytes: quic.stream_window,
+        connection_window_bytes: quic.connection_window,
+        send_window_bytes: quic.send_window,
+        mtu_bytes: quic.mtu,
+        socket_buffer_bytes: quic.socket_buffer,
+        ..Tuning::default()
+    };
+    let server = Server::new(identity, accept, &tuning, settings.listen).map_err(of_wire)?;
+    if let Some(advice) = server.socket_buffers().and_then(|buffers| buffers.advice()) {
+        tracing::warn!("{advice}");
+    }
+    Ok(server)
+}
+
+impl Shared {
+    /// Opens every group that the directory holds.
+    fn open_groups(&self) -> Result<()> {
+        let dir = self.settings.dir.join("groups");
+        let io = |e| Error::io(format!("open {}", dir.display()), e);
+        self.setup.disk.create_dir(&dir).map_err(io)?;
+        for name in self.setup.disk.list(&dir).map_err(io)? {
+            if !conf::check_name(&name) || !self.exists(&name)? {
+                continue;
+            }
+            match Group::open(&self.setup, &name) {
+                Ok(group) => _ = lock(&self.groups).insert(name, group),
+                Err(error) if error.kind == ErrorKind::Sync => return Err(error),
+                Err(error) => {
+                    tracing::error!(group = name, %error, "cannot open the group");
+                    lock(&self.broken).insert(name, error.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a group was created: a directory alone may be what a crash left of a creation.
+    fn exists(&self, name: &str) -> Result<bool> {
+        let path: PathBuf = self.setup.group_dir(name).join(GROUP_FILE);
+        match self.setup.disk.open_read(&path) {
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(Error::io(format!("open {}", path.display()), e)),
+        }
+    }
+
+    /// The group of a greeted peer; created, or opened again, if need be.
+    ///
+    /// # Errors
+    /// The claim does not fit the group on disk, or the group cannot be opened.
+    pub(crate) async fn group_for(
+        self: &Arc<Self>,
+        claim: &Claim,
+    ) -> std::result::Result<Arc<Group>, Refusal> {
+        let _turn = self.opening.lock().await;
+        let open = self.group(&claim.name);
+        let group = match open {
+            Some(group) => group,
+            None => self.open_or_create(claim.clone()).await.map_err(|error| {
+                let code = match error.kind {
+                    ErrorKind::Busy => ErrorCode::GroupBusy,
+                    _ => ErrorCode::JournalFailed,
+                };
+                Refusal::new(code, format!("group {} cannot be opened: {error}", claim.name))
+            })?,
+        };
+        group.check(claim)?;
+        Ok(group)
+    }
+
+    async fn open_or_create(self: &Arc<Self>, claim: Claim) -> Result<Arc<Group>> {
+        let shared = self.clone();
+        let name = claim.name.clone();
+        let opened = blocking("open", move || match shared.exists(&claim.name)? {
+            true => Group::open(&shared.setup, &claim.name),
+            false => Group::create(&shared.setup, &claim),
+        })
+        .await;
+        match opened {
+            Ok(group) => {
+                lock(&self.broken).remove(&name);
+                lock(&self.groups).insert(name, group.clone());
+                Ok(group)
+            }
+            Err(error) => {
+                lock(&self.broken).insert(name, error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    fn group(&self, name: &str) -> Option<Arc<Group>> {
+        lock(&self.groups).get(name).cloned()
+    }
+
+    fn all(&self) -> Vec<Arc<Group>> {
+        lock(&self.groups).values().cloned().collect()
+    }
+}
+
+impl Handle {
+    /// Where sources connect to.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Where everything stands.
+    pub fn status(&self) -> Status {
+        let mut groups: Vec<_> = self.shared.all().iter().map(|group| report::group(group)).collect();
+        let broken = lock(&self.shared.broken);
+        groups.extend(broken.iter().map(|(name, why)| report::broken(name, why)));
+        groups.sort_by(|a, b| a.name.cmp(&b.name));
+        Status { groups }
+    }
+
+    /// The recovery points of a group.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here.
+    pub fn points(&self, group: &str) -> Result<Points> {
+        Ok(self.known(group)?.history.points())
+    }
+
+    /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; what the restore says.
+    pub async fn restore(
+        &self,
+        group: &str,
+        request: RestoreRequest,
+        mut progress: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<RestoreReport> {
+        let history = self.known(group)?.history.clone();
+        blocking("restore", move || restore::restore(&history, &request, &mut progress)).await
+    }
+
+    /// Waits until everything that is received by now is on the replicas.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`], at once where it cannot happen by itself, or when the time is over.
+    pub async fn wait(&self, timeout: Duration) -> Result<()> {
+        let refuse = |what: String| Err(Error::new(ErrorKind::NotPossible, what));
+        if let Some((name, why)) = lock(&self.shared.broken).first_key_value() {
+            return refuse(format!("group {name}: {why}"));
+        }
+        let deadline = tokio::time::Instant::now() + timeout;
+        for group in self.shared.all() {
+            let mut progress = group.progress();
+            let target = progress.borrow().durable.lsn;
+            group.apply_now(target);
+            let there = progress.wait_for(|p| p.checkpoint >= target || p.stalled.is_some());
+            match tokio::time::timeout_at(deadline, there).await {
+                Ok(Ok(p)) if p.checkpoint >= target => {}
+                Ok(Ok(p)) => {
+                    let why = p.stalled.as_ref().map_or("apply stands still", |stall| stall.why());
+                    return refuse(format!("group {}: {why}", group.name()));
+                }
+                Ok(Err(_)) => return refuse(format!("group {}: the receiver is stopping", group.name())),
+                Err(_) => {
+                    let at = group.progress().borrow().checkpoint;
+                    return refuse(format!(
+                        "group {}: lsn {at} of {target} on the replica in time",
+                        group.name()
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Resolves with the error that ends this receiver: the process shuts it down and exits non-zero.
+    pub async fn failed(&self) -> Arc<Error> {
+        self.shared.failure.wait().await
+    }
+
+    /// Ends in good order: connections are told, batches finished, what was received synced, replicas stamped.
+    ///
+    /// # Errors
+    /// The final error, if there was one.
+    pub async fn shutdown(self) -> Result<()> {
+        self.shared.stopping.send_replace(true);
+        // A panicked task has nothing left to end.
+        let _ = self.links.await;
+        let groups = std::mem::take(&mut *lock(&self.shared.groups));
+        blocking("shutdown", move || {
+            groups.into_values().for_each(|group| group.stop());
+            Ok(())
+        })
+        .await?;
+        match self.shared.failure.get() {
+            Some(error) => Err(Error { kind: error.kind, at: error.to_string(), source: None }),
+            None => Ok(()),
+        }
+    }
+
+    fn known(&self, group: &str) -> Result<Arc<Group>> {
+        self.shared.group(group).ok_or_else(|| {
+            let why = lock(&self.shared.broken).get(group).cloned();
+            let why = why.unwrap_or_else(|| format!("there is no group {group:?} here"));
+            Error::new(ErrorKind::Usage, why)
+        })
+    }
+}
+
+/// Runs disk work on a named thread of its own, off the runtime.
+async fn blocking<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (done, result) = oneshot::channel();
+    let run = move || _ = done.send(work());
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(run)
+        .map_err(|e| Error::io(format!("start thread {name}"), e))?;
+    let panicked =
+        |_| Error::new(ErrorKind::Io, format!("thread {name} panicked: its message is in the log"));
+    result.await.map_err(panicked)?
+}
+
+fn of_wire(error: wire::Error) -> Error {
+    let kind = match error.kind {
+        wire::ErrorKind::Bind => ErrorKind::Busy,
+        wire::ErrorKind::Io => ErrorKind::Io,
+        _ => ErrorKind::Usage,
+    };
+    Error { kind, at: error.to_string(), source: Some(Box::new(error)) }
+}

@@ -1,0 +1,273 @@
+//! The apply thread of a group: owner of its applier.
+//!
+//! Woken by the bell when a batch is due; between batches it keeps house (heartbeats, retention). A replica that fails
+//! stops apply, never ingest: the applier is opened again after a while, and the reason is shown meanwhile. The thread
+//! yields to ingest and to the front of `up`, which share the machine.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use journal::Lsn;
+use journal::compress::Compression;
+use journal::segment::SegmentSummary;
+use tokio::sync::watch;
+
+use super::bell::{Bell, Wake};
+use super::failure::Failure;
+use super::group::{Setup, lock};
+use super::heartbeats::Heartbeats;
+use super::progress::{Progress, Stall};
+use crate::apply::{Applier, ApplySettings, Expired};
+use crate::error::{Error, ErrorKind, Result};
+use crate::history::History;
+use crate::ingest::thread::Ingest;
+use crate::retention::Policy;
+
+/// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+/// Pause before a full disk, or a stream that waits for its new epoch, is looked at again.
+const RETRY: Duration = Duration::from_millis(500);
+/// Pause before a failed replica is opened again.
+const REOPEN: Duration = Duration::from_secs(10);
+/// Apply is work that can wait: acknowledgements cannot.
+const NICENESS: i32 = 10;
+
+/// What the thread works with.
+pub(super) struct Parts {
+    pub history: Arc<History>,
+    pub bell: Arc<Bell>,
+    pub heartbeats: Arc<Mutex<Heartbeats>>,
+    pub segments: Arc<Mutex<Vec<SegmentSummary>>>,
+    pub ingest: Ingest,
+    pub progress: watch::Sender<Progress>,
+}
+
+/// See the module.
+pub(super) struct ApplyThread {
+    parts: Parts,
+    setup: Setup,
+    dir: PathBuf,
+    settings: ApplySettings,
+    policy: Policy,
+    failure: Failure,
+    applier: Option<Applier>,
+    reopen_at: Instant,
+    shortened: bool,
+}
+
+impl ApplyThread {
+    /// Opens the applier, which redoes nothing yet. A replica that cannot be opened is a stall, not an error.
+    ///
+    /// # Errors
+    /// A failed sync.
+    pub fn open(setup: &Setup, name: &str, parts: Parts) -> Result<ApplyThread> {
+        let mut thread = ApplyThread {
+            parts,
+            dir: setup.group_dir(name),
+            settings: apply_settings(&setup.settings, name),
+            policy: policy(&setup.settings.history),
+            failure: setup.failure.clone(),
+            setup: setup.clone(),
+            applier: None,
+            reopen_at: Instant::now(),
+            shortened: false,
+        };
+        thread.reopen()?;
+        Ok(thread)
+    }
+
+    /// Runs until the bell says stop.
+    ///
+    /// # Errors
+    /// A failed sync, which is final.
+    pub fn run(mut self) -> Result<()> {
+        if let Err(errno) = rustix::process::setpriority_process(None, NICENESS) {
+            tracing::debug!(%errno, "the apply thread keeps its priority");
+        }
+        let mut housekeeping = Instant::now() + HOUSEKEEPING;
+        loop {
+            let wake = self.parts.bell.wait(self.checkpoint(), housekeeping);
+            if wake == Wake::Stop || self.failure.get().is_some() {
+                break;
+            }
+            if wake == Wake::Batch {
+                self.batch()?;
+            }
+            if Instant::now() >= housekeeping {
+                self.keep_house()?;
+                housekeeping = Instant::now() + HOUSEKEEPING;
+            }
+        }
+        self.close()
+    }
+
+    fn checkpoint(&self) -> Lsn {
+        self.parts.progress.borrow().checkpoint
+    }
+
+    /// Applies one batch, or notes why not.
+    fn batch(&mut self) -> Result<()> {
+        if self.applier.is_none() && Instant::now() >= self.reopen_at {
+            self.reopen()?;
+        }
+        let Some(applier) = &mut self.applier else {
+            self.parts.bell.ring(|schedule| schedule.hold(self.reopen_at));
+            return Ok(());
+        };
+        let durable = self.parts.progress.borrow().durable;
+        match applier.next_batch(&durable) {
+            Ok(done) => {
+                let state = applier.state();
+                let checkpoint = state.checkpoint.lsn;
+                let stall = state.needs_resync.clone().map(Stall::NeedsResync);
+                self.publish(checkpoint, stall);
+                let now = Instant::now();
+                self.parts.bell.ring(|schedule| {
+                    schedule.applied(checkpoint, now);
+                    if done.is_none() {
+                        schedule.hold(now + RETRY);
+                    }
+                });
+                if let Some(done) = done {
+                    tracing::debug!(?done, "batch applied");
+                }
+                Ok(())
+            }
+            Err(error) => self.stalled(error),
+        }
+    }
+
+    /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
+    fn stalled(&mut self, error: Error) -> Result<()> {
+        let retry = match error.kind {
+            ErrorKind::Sync => return Err(error),
+            ErrorKind::NoSpace | ErrorKind::Io => RETRY,
+            _ => {
+                self.applier = None;
+                REOPEN
+            }
+        };
+        let why = match &error.source {
+            Some(source) => format!("{error}: {source}"),
+            None => error.to_string(),
+        };
+        let stall = match error.kind {
+            ErrorKind::ReplicaFailed | ErrorKind::Busy => Stall::ReplicaFailed(why),
+            _ => Stall::Stopped(why),
+        };
+        self.reopen_at = Instant::now() + retry;
+        self.parts.bell.ring(|schedule| schedule.hold(self.reopen_at));
+        self.publish(self.checkpoint(), Some(stall));
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        let (disk, history) = (self.setup.disk.clone(), self.parts.history.clone());
+        match Applier::open(disk, &self.dir, self.settings.clone(), history) {
+            Ok(applier) => {
+                let state = applier.state();
+                let stall = state.needs_resync.clone().map(Stall::NeedsResync);
+                self.publish(state.checkpoint.lsn, stall);
+                self.applier = Some(applier);
+                Ok(())
+            }
+            Err(error) => self.stalled(error),
+        }
+    }
+
+    fn publish(&self, checkpoint: Lsn, stalled: Option<Stall>) {
+        self.parts.progress.send_if_modified(|progress| {
+            let changed = progress.checkpoint != checkpoint || progress.stalled != stalled;
+            if progress.stalled != stalled {
+                match &stalled {
+                    Some(stall) => tracing::warn!(why = stall.why(), "apply stands still"),
+                    None => tracing::info!("apply goes on"),
+                }
+            }
+            progress.applied = checkpoint;
+            progress.checkpoint = checkpoint;
+            progress.stalled = stalled;
+            changed
+        });
+    }
+
+    /// Heartbeats and retention.
+    fn keep_house(&mut self) -> Result<()> {
+        let Some(applier) = &mut self.applier else { return Ok(()) };
+        let durable = self.parts.progress.borrow().durable.lsn;
+        let beat = lock(&self.parts.heartbeats).durable(durable);
+        let kept = beat.map_or(Ok(()), |beat| applier.keep_heartbeat(beat));
+        let segments = lock(&self.parts.segments).clone();
+        match kept.and_then(|()| applier.expire(&self.policy, &segments)) {
+            Ok(expired) => {
+                self.follow(&expired);
+                Ok(())
+            }
+            Err(error) if error.kind == ErrorKind::Sync => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "cannot shorten the history");
+                Ok(())
+            }
+        }
+    }
+
+    /// What retention means for ingest: segments to let go, or nothing more to take.
+    fn follow(&mut self, expired: &Expired) {
+        if let Some(segment) = expired.drop_journal_before {
+            self.parts.ingest.drop_before(segment);
+        }
+        let verdict = &expired.verdict;
+        if verdict.shortened && !self.shortened {
+            let (kept_bytes, quota_bytes) = (verdict.kept_bytes, expired.quota_bytes);
+            tracing::warn!(kept_bytes, quota_bytes, "the quota makes the history shorter than its window");
+        }
+        self.shortened = verdict.shortened;
+        let over = verdict.over_quota_bytes;
+        let why = (over > 0).then(|| {
+            format!(
+                "the history that must be kept (history.min, or what leads to the last consistent point) takes {over} \
+                 bytes more than the quota of {}: raise history.quota",
+                expired.quota_bytes
+            )
+        });
+        self.parts.ingest.hold_back(why);
+    }
+
+    fn close(mut self) -> Result<()> {
+        // After a final error the replica is left as after a crash: nothing may call it clean.
+        let Some(applier) = self.applier.take().filter(|_| self.failure.get().is_none()) else {
+            return Ok(());
+        };
+        match applier.close() {
+            Err(error) if error.kind == ErrorKind::Sync => Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the group will be recovered as after a crash");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+}
+
+fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
+    let own = settings.replica.iter().filter(|replica| replica.group == group);
+    let replica_paths: BTreeMap<_, _> = own.map(|r| (r.volume.clone(), r.path.clone())).collect();
+    ApplySettings {
+        batch_bytes: settings.apply.batch_bytes,
+        undo_bytes: settings.apply.undo_bytes,
+        undo_compression: match settings.apply.undo_compression {
+            conf::Compression::Off => Compression::Off,
+            conf::Compression::Zstd(level) => Compression::Zstd(level.into()),
+        },
+        replica_dir: settings.dir.join("replica").join(group),
+        replica_paths,
+        hold_replicas: true,
+    }
+}
+
+fn policy(history: &conf::History) -> Policy {
+    let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    Policy { window_ns: ns(history.window), min_ns: ns(history.min), quota_bytes: history.quota }
+}

@@ -1,0 +1,282 @@
+//! One group at the receiver: its directory under lock, its two threads, and what the link and the agent ask of it.
+//!
+//! ```text
+//! link ─ attach, submit ─► ingest thread ─ bell ─► apply thread ─► replica
+//!                              └──── Progress (watch) ────┴──► acks, status, wait
+//! ```
+//! A group is created by the first hello of the identity that the settings bind to its name, and is never given to
+//! another. It outlives connections; it ends with the agent.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use journal::frame::FrameHeader;
+use journal::io::Disk;
+use journal::segment::SegmentSummary;
+use journal::writer::{Writer, WriterOptions};
+use journal::{Epoch, GroupId, Lineage, Lsn, Position};
+use tokio::sync::watch;
+use wire::message::ErrorCode;
+
+use super::apply_thread::{ApplyThread, Parts};
+use super::attach::{Attached, Berth};
+use super::bell::Bell;
+use super::failure::{self, Failure};
+use super::heartbeats::Heartbeats;
+use super::progress::Progress;
+use super::schedule::Pace;
+use crate::error::Result;
+use crate::history::History;
+use crate::ingest::thread::{Durable, Ingest, Runner};
+use crate::ingest::{IngestCore, Refusal};
+use crate::lock::GroupLock;
+use crate::state::{GroupState, GroupStore, Moment, journal_dir};
+
+/// What a peer says that it is, after its identity was proved and bound to the name by the settings.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Group's name, checked.
+    pub name: String,
+    /// Group's id.
+    pub id: GroupId,
+    /// Proved identity.
+    pub owner: [u8; 32],
+    /// Line of descent of what it holds.
+    pub lineage: Lineage,
+}
+
+/// What every group needs of its receiver.
+#[derive(Clone)]
+pub struct Setup {
+    /// The disk under everything.
+    pub disk: Arc<dyn Disk>,
+    /// Settings.
+    pub settings: Arc<conf::Receiver>,
+    /// Where final errors go.
+    pub failure: Failure,
+}
+
+impl Setup {
+    /// A group's directory.
+    pub fn group_dir(&self, name: &str) -> PathBuf {
+        self.settings.dir.join("groups").join(name)
+    }
+}
+
+/// See the module.
+pub struct Group {
+    name: String,
+    pub(super) dir: PathBuf,
+    id: GroupId,
+    owner: [u8; 32],
+    lineage: Lineage,
+    progress: watch::Sender<Progress>,
+    /// The way to the journal.
+    pub ingest: Ingest,
+    pub(super) bell: Arc<Bell>,
+    pub(super) history: Arc<History>,
+    pub(super) heartbeats: Arc<Mutex<Heartbeats>>,
+    pub(super) berth: Berth,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    // Last: let go when everything that uses the directory has ended.
+    _lock: GroupLock,
+}
+
+impl Group {
+    /// Creates the group of a claim on disk, then opens it. Blocking.
+    ///
+    /// # Errors
+    /// The directory is in use, or the disk refuses.
+    pub fn create(setup: &Setup, claim: &Claim) -> Result<Arc<Group>> {
+        let dir = setup.group_dir(&claim.name);
+        setup.disk.create_dir(&dir).map_err(|e| crate::Error::io(format!("create {}", dir.display()), e))?;
+        let lock = GroupLock::take(&dir)?;
+        let state = GroupState::new(claim.id, &claim.name, claim.owner, claim.lineage);
+        drop(GroupStore::create(setup.disk.clone(), &dir, state)?);
+        Group::start(setup, &claim.name, lock)
+    }
+
+    /// Opens an existing group: recovers its journal and its replica, starts its threads. Blocking.
+    ///
+    /// # Errors
+    /// The directory is in use, damaged, or the disk refuses.
+    pub fn open(setup: &Setup, name: &str) -> Result<Arc<Group>> {
+        let lock = GroupLock::take(&setup.group_dir(name))?;
+        Group::start(setup, name, lock)
+    }
+
+    fn start(setup: &Setup, name: &str, lock: GroupLock) -> Result<Arc<Group>> {
+        let dir = setup.group_dir(name);
+        let state = GroupStore::open(setup.disk.clone(), &dir)?.state().clone();
+        // 1. The journal first: what it kept is durable when it is open, and only that is applied or announced.
+        let writer = open_journal(setup, name, &state)?;
+        let history = History::open(setup.disk.clone(), &dir)?;
+        history.attach_tail(writer.shared());
+        history.note_segments(writer.segments());
+        let progress = watch::Sender::new(Progress::at(&writer, state.checkpoint.lsn));
+        let bell = Arc::new(Bell::new(pace(&setup.settings.apply)));
+        let segments = Arc::new(Mutex::new(writer.segments().to_vec()));
+        ring_for_backlog(&bell, &writer, state.checkpoint.lsn);
+        let told = Told { bell: bell.clone(), history: history.clone(), segments: segments.clone() };
+        let core = IngestCore::new(state.group, writer.appended())?;
+        let (ingest, runner) = Runner::new(core, writer, progress.clone(), told);
+        // 2. Then the replica; whatever is wrong with it, ingest goes on.
+        let heartbeats = Arc::new(Mutex::new(Heartbeats::new(state.heartbeat)));
+        let parts = Parts {
+            history: history.clone(),
+            bell: bell.clone(),
+            heartbeats: heartbeats.clone(),
+            segments,
+            ingest: ingest.clone(),
+            progress: progress.clone(),
+        };
+        let apply = ApplyThread::open(setup, name, parts)?;
+        // 3. Threads last: nothing is announced before everything is recovered.
+        let threads = vec![
+            failure::spawn(format!("ingest-{name}"), &setup.failure, move || runner.run())?,
+            failure::spawn(format!("apply-{name}"), &setup.failure, move || apply.run())?,
+        ];
+        Ok(Arc::new(Group {
+            name: name.to_owned(),
+            dir,
+            id: state.group,
+            owner: state.owner,
+            lineage: state.lineage,
+            progress,
+            ingest,
+            bell,
+            history,
+            heartbeats,
+            berth: Berth::default(),
+            threads: Mutex::new(threads),
+            _lock: lock,
+        }))
+    }
+
+    /// Operator's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Checks a claim against what is on disk.
+    ///
+    /// # Errors
+    /// The group is another's, or another group or line of descent of the same name.
+    pub fn check(&self, claim: &Claim) -> std::result::Result<(), Refusal> {
+        if claim.owner != self.owner {
+            let what = format!("group {} was created by another identity and stays its own", self.name);
+            return Err(Refusal::new(ErrorCode::GroupNotYours, what));
+        }
+        if claim.id != self.id {
+            let what = format!(
+                "group {} here is {}, the source's is {}: it is another group of the same name",
+                self.name, self.id, claim.id
+            );
+            return Err(Refusal::new(ErrorCode::GroupNotYours, what));
+        }
+        if claim.lineage != self.lineage {
+            let what =
+                format!("lineage {} is held of group {}, not {}", self.lineage, self.name, claim.lineage);
+            return Err(Refusal::new(ErrorCode::LineageMismatch, what));
+        }
+        Ok(())
+    }
+
+    /// Makes a connection the group's one connection.
+    ///
+    /// # Errors
+    /// The receiver is stopping.
+    pub async fn attach(&self, peer: String) -> std::result::Result<Attached, Refusal> {
+        let stopping = |_| Refusal::new(ErrorCode::JournalFailed, "the receiver is stopping");
+        self.berth.attach(&self.ingest, peer).await.map_err(stopping)
+    }
+
+    /// Where the group stands, now and from now on.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// The source spoke of its newest lsn.
+    pub fn heartbeat(&self, beat: Moment) {
+        lock(&self.heartbeats).heard(beat, Instant::now());
+    }
+
+    /// Applies up to `lsn` without waiting for fuller batches.
+    pub fn apply_now(&self, lsn: Lsn) {
+        self.bell.ring(|schedule| schedule.want(lsn));
+    }
+
+    /// Ends both threads in good order. Blocking: a batch under way is finished, the replica stamped.
+    pub fn stop(&self) {
+        self.ingest.stop();
+        self.bell.stop();
+        for thread in lock(&self.threads).drain(..) {
+            // A panic was reported by the thread itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn open_journal(setup: &Setup, name: &str, state: &GroupState) -> Result<Writer> {
+    let dir = journal_dir(&setup.group_dir(name));
+    let segment_bytes = setup.settings.journal.segment_bytes;
+    let options = WriterOptions { group: state.group, segment_bytes };
+    let now_ns = super::now_ns();
+    if Writer::exists(&*setup.disk, &dir)? {
+        let (writer, recovery) = Writer::open(setup.disk.clone(), &dir, options, now_ns)?;
+        if let Some((offset, why)) = recovery.torn {
+            tracing::info!(group = name, segment = recovery.segment, offset, why, "cut a torn tail");
+        }
+        return Ok(writer);
+    }
+    let start = Position::epoch_start(state.lineage, Epoch::default(), Lsn::ZERO);
+    Ok(Writer::create(setup.disk.clone(), &dir, options, start, now_ns)?)
+}
+
+fn pace(apply: &conf::Apply) -> Pace {
+    let conf::Apply { batch_bytes, interval, idle, min_interval, .. } = *apply;
+    Pace { batch_bytes, interval, idle, min_interval }
+}
+
+/// What was durable and not applied when we were here last is applied without waiting for more.
+fn ring_for_backlog(bell: &Bell, writer: &Writer, checkpoint: Lsn) {
+    let durable = writer.durable().lsn;
+    if durable > checkpoint {
+        let behind = writer.segments().iter().filter(|segment| segment.last_lsn > checkpoint);
+        let bytes = behind.map(|segment| segment.bytes).sum();
+        bell.ring(|schedule| {
+            schedule.received(durable, bytes, Instant::now());
+            schedule.want(durable);
+        });
+    }
+}
+
+/// Ingest's news, passed on to history and the apply thread.
+struct Told {
+    bell: Arc<Bell>,
+    history: Arc<History>,
+    segments: Arc<Mutex<Vec<SegmentSummary>>>,
+}
+
+impl Durable for Told {
+    fn frame(&mut self, header: &FrameHeader, frame: &[u8], received_ns: u64) {
+        if let Err(error) = self.history.note_frame(header, frame, received_ns) {
+            // The applier meets the same frame and stops there; until then only its bookmarks are missing.
+            tracing::warn!(lsn = %header.first_lsn, %error, "a frame's events cannot be read");
+        }
+    }
+
+    fn received(&mut self, last: Lsn, raw_bytes: u64) {
+        self.bell.ring(|schedule| schedule.received(last, raw_bytes, Instant::now()));
+    }
+
+    fn segments(&mut self, segments: &[SegmentSummary]) {
+        *lock(&self.segments) = segments.to_vec();
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,73 @@
+//! Where a group stands: one value that its threads write and its connection, `status` and `wait` read.
+//!
+//! It lives in a `watch`, so readers always see all positions of one instant, and a slow reader costs nothing.
+
+use journal::writer::Writer;
+use journal::{Lsn, Position};
+use wire::message::{ReceiverCode, ReceiverState};
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Everything up to here is fdatasync'ed in the group's journal: what acknowledgements say.
+    pub durable: Position,
+    /// Time of the last durable record, source's clock.
+    pub durable_time_ns: u64,
+    /// Bytes that the group's journal takes.
+    pub journal_bytes: u64,
+    /// Written to the replica.
+    pub applied: Lsn,
+    /// The replica durably is exactly this.
+    pub checkpoint: Lsn,
+    /// Why nothing more is acknowledged, if so.
+    pub full: Option<String>,
+    /// Why apply stands still, if so.
+    pub stalled: Option<Stall>,
+}
+
+/// Why apply stands still.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// The replica is not what we left: only a new epoch repairs it.
+    NeedsResync(String),
+    /// The replica could not be written; tried again.
+    ReplicaFailed(String),
+    /// Something else (no room for undo, damage in the journal); tried again.
+    Stopped(String),
+}
+
+impl Stall {
+    /// The reason in words.
+    pub fn why(&self) -> &str {
+        match self {
+            Stall::NeedsResync(why) | Stall::ReplicaFailed(why) | Stall::Stopped(why) => why,
+        }
+    }
+}
+
+impl Progress {
+    /// A group whose journal is `writer` and whose replica is at `checkpoint`.
+    pub fn at(writer: &Writer, checkpoint: Lsn) -> Progress {
+        Progress {
+            durable: writer.durable(),
+            durable_time_ns: writer.segments().last().map_or(0, |segment| segment.last_time_ns),
+            journal_bytes: writer.journal_bytes(),
+            applied: checkpoint,
+            checkpoint,
+            full: None,
+            stalled: None,
+        }
+    }
+
+    /// What the source is told: the worst first.
+    pub fn receiver_state(&self) -> ReceiverState {
+        let (code, why) = match (&self.stalled, &self.full) {
+            (Some(Stall::NeedsResync(why)), _) => (ReceiverCode::NeedsResync, why.as_str()),
+            (_, Some(why)) => (ReceiverCode::JournalFull, why.as_str()),
+            (Some(Stall::ReplicaFailed(why)), _) => (ReceiverCode::ReplicaFailed, why.as_str()),
+            (Some(Stall::Stopped(why)), _) => (ReceiverCode::Stopped, why.as_str()),
+            (None, None) => (ReceiverCode::Ok, ""),
+        };
+        ReceiverState { code, why: why.to_owned() }
+    }
+}

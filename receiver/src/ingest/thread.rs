@@ -1,0 +1,581 @@
+//! The ingest thread of a group: owner of its journal writer.
+//!
+//! ```text
+//! link ─ submit ─► [queue, 8 MiB] ─► judge ─► append ─► fdatasync (grouped) ─► Progress.durable ─► acks
+//! ```
+//! A full queue makes `submit` wait, which stops reading from the connection, which closes QUIC's window: a slow disk
+//! is the source's to see, never memory here.
+//!
+//! Invariants: a position is published only after the fdatasync that covers it; a full disk stops acknowledging and
+//! overwrites nothing; a failed sync ends the receiver.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use journal::frame::{FLAG_EVENTS, FrameHeader, MAX_FRAME_BYTES};
+use journal::segment::SegmentSummary;
+use journal::writer::Writer;
+use journal::{Lsn, Position};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use super::{IngestCore, Refusal, Step};
+use crate::agent::now_ns;
+use crate::agent::progress::Progress;
+use crate::error::{Error, Result};
+
+/// Frame bytes between the connection and the journal.
+const QUEUE_BYTES: usize = 8 << 20;
+/// Items in the queue: as many as frames of one sector each would be.
+const QUEUE_ITEMS: usize = QUEUE_BYTES / journal::SECTOR_BYTES;
+/// Bytes after which the journal is synced even though more is waiting.
+const SYNC_BYTES: u64 = 4 << 20;
+/// Time after which the journal is synced even though more is waiting.
+const SYNC_DELAY: Duration = Duration::from_millis(5);
+/// Pause before a full disk is tried again.
+const FULL_RETRY: Duration = Duration::from_millis(200);
+
+const _: () = assert!(MAX_FRAME_BYTES <= QUEUE_BYTES, "a frame always fits into the empty queue");
+
+/// One connection's right to hand in frames. Frames that are still queued when it ends are dropped.
+#[derive(Debug)]
+pub struct Session {
+    closed: AtomicBool,
+    refused: watch::Sender<Option<Refusal>>,
+}
+
+impl Session {
+    /// A live session.
+    pub fn new() -> Arc<Session> {
+        Arc::new(Session { closed: AtomicBool::new(false), refused: watch::Sender::new(None) })
+    }
+
+    /// Nothing of this session is taken any more.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Resolves when a frame of this session was refused.
+    pub async fn refused(&self) -> Refusal {
+        let mut refusals = self.refused.subscribe();
+        let found = refusals.wait_for(Option::is_some).await.map(|refusal| refusal.clone());
+        match found {
+            Ok(Some(refusal)) => refusal,
+            _ => unreachable!("the sender outlives the wait"),
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn refuse(&self, refusal: Refusal) {
+        self.close();
+        self.refused.send_replace(Some(refusal));
+    }
+}
+
+enum Item {
+    Frame {
+        session: Arc<Session>,
+        header: FrameHeader,
+        frame: Bytes,
+        _room: OwnedSemaphorePermit,
+    },
+    /// Answered with the durable position once everything before it is durable.
+    Settle(oneshot::Sender<Position>),
+    /// Something else than a frame changed: look.
+    Nudge,
+}
+
+/// The way into a group's ingest thread.
+#[derive(Clone)]
+pub struct Ingest {
+    items: mpsc::Sender<Item>,
+    room: Arc<Semaphore>,
+    drop_before: Arc<AtomicU64>,
+    held_back: Arc<std::sync::Mutex<Option<String>>>,
+}
+
+/// The ingest thread is gone: the receiver is stopping.
+#[derive(Debug)]
+pub struct Gone;
+
+impl Ingest {
+    /// Hands in a frame; waits while the queue is full.
+    pub async fn submit(
+        &self,
+        session: &Arc<Session>,
+        header: FrameHeader,
+        frame: Bytes,
+    ) -> std::result::Result<(), Gone> {
+        let bytes = u32::try_from(frame.len().clamp(1, QUEUE_BYTES)).expect("clamped to the queue's size");
+        let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| Gone)?;
+        let item = Item::Frame { session: session.clone(), header, frame, _room: room };
+        self.items.send(item).await.map_err(|_| Gone)
+    }
+
+    /// The durable position after everything handed in so far.
+    pub async fn settle(&self) -> std::result::Result<Position, Gone> {
+        let (answer, position) = oneshot::channel();
+        self.items.send(Item::Settle(answer)).await.map_err(|_| Gone)?;
+        position.await.map_err(|_| Gone)
+    }
+
+    /// Lets go of journal segments below `segment`: history does not need them any more.
+    pub fn drop_before(&self, segment: u64) {
+        if self.drop_before.fetch_max(segment, Ordering::AcqRel) < segment {
+            // A full queue means that the thread is busy and looks by itself after the next sync.
+            let _ = self.items.try_send(Item::Nudge);
+        }
+    }
+
+    /// Lets the thread end: what is appended is made durable, what is still queued is the source's to send again.
+    pub fn stop(&self) {
+        self.room.close();
+        // A full queue means that the thread is not asleep: it looks after the item that it is at.
+        let _ = self.items.try_send(Item::Nudge);
+    }
+
+    /// Takes nothing more while there is a reason (history that must be kept fills its quota), or goes on without one.
+    pub fn hold_back(&self, why: Option<String>) {
+        *lock(&self.held_back) = why;
+    }
+}
+
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// What became durable, told after the position is published: for history and for the apply thread.
+pub trait Durable: Send {
+    /// A frame that became durable, in order; `frame` is empty where it holds no events.
+    fn frame(&mut self, header: &FrameHeader, frame: &[u8], received_ns: u64);
+    /// Everything up to `last` is durable, `raw_bytes` more than before.
+    fn received(&mut self, last: Lsn, raw_bytes: u64);
+    /// The journal has another first or last segment.
+    fn segments(&mut self, segments: &[SegmentSummary]);
+}
+
+/// The thread's own state.
+pub struct Runner<D: Durable> {
+    writer: Writer,
+    core: IngestCore,
+    items: mpsc::Receiver<Item>,
+    room: Arc<Semaphore>,
+    drop_before: Arc<AtomicU64>,
+    held_back: Arc<std::sync::Mutex<Option<String>>>,
+    progress: watch::Sender<Progress>,
+    told: D,
+    /// An epoch that the writer has begun and whose first frame is not appended yet (the disk was full between).
+    begun: Option<Position>,
+    unsynced: Unsynced,
+    /// First and last segment told of.
+    segments: Option<(u64, u64)>,
+}
+
+#[derive(Default)]
+struct Unsynced {
+    bytes: u64,
+    raw_bytes: u64,
+    since: Option<Instant>,
+    frames: Vec<(FrameHeader, Bytes, u64)>,
+}
+
+impl<D: Durable> Runner<D> {
+    /// The runner and the way into it. What `writer` kept at recovery is durable already: its `open` synced it.
+    pub fn new(
+        core: IngestCore,
+        writer: Writer,
+        progress: watch::Sender<Progress>,
+        told: D,
+    ) -> (Ingest, Runner<D>) {
+        let (sender, items) = mpsc::channel(QUEUE_ITEMS);
+        let ingest = Ingest {
+            items: sender,
+            room: Arc::new(Semaphore::new(QUEUE_BYTES)),
+            drop_before: Arc::default(),
+            held_back: Arc::default(),
+        };
+        let runner = Runner {
+            writer,
+            core,
+            items,
+            room: ingest.room.clone(),
+            drop_before: ingest.drop_before.clone(),
+            held_back: ingest.held_back.clone(),
+            progress,
+            told,
+            begun: None,
+            unsynced: Unsynced::default(),
+            segments: None,
+        };
+        (ingest, runner)
+    }
+
+    /// Runs until [`Ingest::stop`].
+    ///
+    /// # Errors
+    /// Final ones: a sync failed, or the disk refuses writes for another reason than being full.
+    pub fn run(mut self) -> Result<()> {
+        self.tell_segments();
+        while let Some(item) = self.next_item()? {
+            match item {
+                Item::Frame { session, header, frame, _room } => self.take(&session, &header, frame)?,
+                Item::Settle(answer) => {
+                    self.sync()?;
+                    // Whoever asked may have gone meanwhile.
+                    let _ = answer.send(self.writer.durable());
+                }
+                Item::Nudge => {}
+            }
+            let due = self.unsynced.since.is_some_and(|since| since.elapsed() >= SYNC_DELAY);
+            if due || self.unsynced.bytes >= SYNC_BYTES {
+                self.sync()?;
+            }
+            self.drop_segments()?;
+            if self.is_stopping() {
+                break;
+            }
+        }
+        self.sync()
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.room.is_closed()
+    }
+
+    /// The next item; when there is none, what was appended is synced before the thread sleeps.
+    fn next_item(&mut self) -> Result<Option<Item>> {
+        match self.items.try_recv() {
+            Ok(item) => Ok(Some(item)),
+            Err(mpsc::error::TryRecvError::Disconnected) => Ok(None),
+            Err(mpsc::error::TryRecvError::Empty) => {
+                self.sync()?;
+                Ok(self.items.blocking_recv())
+            }
+        }
+    }
+
+    fn take(&mut self, session: &Session, header: &FrameHeader, frame: Bytes) -> Result<()> {
+        if session.is_closed() {
+            return Ok(());
+        }
+        let step = match self.core.judge(header, &frame) {
+            Ok(step) => step,
+            Err(refusal) => {
+                session.refuse(refusal);
+                return Ok(());
+            }
+        };
+        let Some(received_ns) = self.append_when_room(session, step, header, &frame)? else {
+            return Ok(());
+        };
+        self.core.taken(header);
+        let unsynced = &mut self.unsynced;
+        unsynced.bytes += frame.len() as u64;
+        unsynced.raw_bytes += u64::from(header.raw_bytes);
+        unsynced.since.get_or_insert_with(Instant::now);
+        let events = if header.flags & FLAG_EVENTS != 0 { frame } else { Bytes::new() };
+        unsynced.frames.push((*header, events, received_ns));
+        Ok(())
+    }
+
+    /// Appends, waiting for room as long as the session lives; the time of receipt, `None` when the session ended first.
+    fn append_when_room(
+        &mut self,
+        session: &Session,
+        step: Step,
+        header: &FrameHeader,
+        frame: &[u8],
+    ) -> Result<Option<u64>> {
+        loop {
+            let held_back = lock(&self.held_back).clone();
+            let full = match held_back {
+                Some(why) => why,
+                None => match self.append(step, header, frame) {
+                    Ok(received_ns) => {
+                        self.publish_full(None);
+                        return Ok(Some(received_ns));
+                    }
+                    Err(error) if error.kind == journal::ErrorKind::NoSpace => {
+                        format!("no room for the journal: {error}")
+                    }
+                    Err(error) => return Err(Error::from(error).during("append to the journal")),
+                },
+            };
+            // What is appended already is acknowledged before we wait: the source may drop it.
+            self.sync()?;
+            self.publish_full(Some(full));
+            if session.is_closed() || self.is_stopping() {
+                return Ok(None);
+            }
+            std::thread::sleep(FULL_RETRY);
+            self.drop_segments()?;
+        }
+    }
+
+    fn append(&mut self, step: Step, header: &FrameHeader, frame: &[u8]) -> journal::Result<u64> {
+        let received_ns = now_ns();
+        if let Step::Begins(start) = step {
+            if self.begun != Some(start) {
+                self.writer.begin_epoch(start, received_ns)?;
+                self.begun = Some(start);
+            }
+        }
+        self.writer.append(frame, header, received_ns)?;
+        self.begun = None;
+        Ok(received_ns)
+    }
+
+    /// Makes what is appended durable, then says so.
+    fn sync(&mut self) -> Result<()> {
+        if self.unsynced.since.is_none() {
+            return Ok(());
+        }
+        let durable = self.writer.sync().map_err(|e| Error::from(e).during("sync the journal"))?;
+        let done = std::mem::take(&mut self.unsynced);
+        // History first: whoever sees the new position also finds its bookmarks.
+        for (header, frame, received_ns) in &done.frames {
+            self.told.frame(header, frame, *received_ns);
+        }
+        let newest_ns = done.frames.last().map(|(header, ..)| header.last_time_ns);
+        self.progress.send_modify(|progress| {
+            progress.durable = durable;
+            progress.durable_time_ns = newest_ns.unwrap_or(progress.durable_time_ns);
+        });
+        self.told.received(durable.lsn, done.raw_bytes);
+        self.tell_segments();
+        Ok(())
+    }
+
+    fn publish_full(&self, full: Option<String>) {
+        self.progress.send_if_modified(|progress| {
+            let changed = progress.full != full;
+            match (&progress.full, &full) {
+                (None, Some(why)) => tracing::warn!(why, "stopped acknowledging"),
+                (Some(_), None) => tracing::info!("acknowledging again"),
+                _ => {}
+            }
+            progress.full = full;
+            changed
+        });
+    }
+
+    /// Drops the segments that nobody needs any more.
+    fn drop_segments(&mut self) -> Result<()> {
+        let before = self.drop_before.swap(0, Ordering::AcqRel);
+        if before == 0 {
+            return Ok(());
+        }
+        match self.writer.drop_before(before) {
+            Ok(_) => {
+                self.tell_segments();
+                Ok(())
+            }
+            Err(error) if error.kind == journal::ErrorKind::Sync => Err(Error::from(error)),
+            Err(error) => {
+                // Tried again with the next round of retention.
+                tracing::warn!(%error, "cannot drop old journal segments");
+                Ok(())
+            }
+        }
+    }
+
+    /// Tells of the segments when there is another first or last one.
+    fn tell_segments(&mut self) {
+        let segments = self.writer.segments();
+        let ends = segments.first().zip(segments.last()).map(|(first, last)| (first.number, last.number));
+        if ends != self.segments {
+            self.segments = ends;
+            self.told.segments(segments);
+            let journal_bytes = self.writer.journal_bytes();
+            self.progress.send_modify(|progress| progress.journal_bytes = journal_bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{GROUP, LINEAGE, frame, opening, stamp};
+    use super::*;
+    use crate::error::ErrorKind;
+    use journal::Epoch;
+    use journal::record::Op;
+    use journal::sim_disk::SimDisk;
+    use journal::writer::WriterOptions;
+    use std::path::Path;
+    use std::thread::JoinHandle;
+    use tokio::time::timeout;
+    use wire::message::ErrorCode;
+
+    /// Only a broken test waits this long.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[derive(Clone, Default)]
+    struct Told(Arc<std::sync::Mutex<Vec<(Lsn, bool)>>>);
+
+    impl Durable for Told {
+        fn frame(&mut self, header: &FrameHeader, frame: &[u8], _received_ns: u64) {
+            lock(&self.0).push((header.last_lsn, !frame.is_empty()));
+        }
+        fn received(&mut self, _last: Lsn, _raw_bytes: u64) {}
+        fn segments(&mut self, _segments: &[SegmentSummary]) {}
+    }
+
+    struct Bench {
+        disk: SimDisk,
+        ingest: Ingest,
+        progress: watch::Receiver<Progress>,
+        told: Told,
+        thread: JoinHandle<Result<()>>,
+        chain: u64,
+        lsn: u64,
+    }
+
+    impl Bench {
+        fn new() -> Bench {
+            let disk = SimDisk::new();
+            let options = WriterOptions { group: GROUP, segment_bytes: 1 << 20 };
+            let start = Position::epoch_start(LINEAGE, Epoch::default(), Lsn::ZERO);
+            let dir = Path::new("/g/journal");
+            let writer = Writer::create(Arc::new(disk.clone()), dir, options, start, 1).unwrap();
+            let progress = watch::Sender::new(Progress::at(&writer, Lsn::ZERO));
+            let core = IngestCore::new(GROUP, start).unwrap();
+            let told = Told::default();
+            let receiver = progress.subscribe();
+            let (ingest, runner) = Runner::new(core, writer, progress, told.clone());
+            let thread = std::thread::spawn(move || runner.run());
+            Bench { disk, ingest, progress: receiver, told, thread, chain: 0, lsn: 9 }
+        }
+
+        /// The next frame of a stream that begins with an opening.
+        fn next(&mut self) -> (FrameHeader, Bytes) {
+            let (header, bytes) = match self.chain {
+                0 => opening(2, self.lsn + 1),
+                chain => frame(&stamp(2), chain, self.lsn + 1, &[Op::Write, Op::Flush]),
+            };
+            (self.chain, self.lsn) = (header.chain_out, header.last_lsn.0);
+            (header, Bytes::from(bytes))
+        }
+
+        async fn submit(&self, session: &Arc<Session>, (header, bytes): (FrameHeader, Bytes)) {
+            timeout(PATIENCE, self.ingest.submit(session, header, bytes)).await.unwrap().unwrap();
+        }
+
+        async fn until(&mut self, what: impl FnMut(&Progress) -> bool) -> Progress {
+            timeout(PATIENCE, self.progress.wait_for(what)).await.unwrap().unwrap().clone()
+        }
+
+        fn end(self) -> Result<()> {
+            self.ingest.stop();
+            self.thread.join().unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn frames_become_durable_and_history_hears_of_them_in_order() {
+        let mut bench = Bench::new();
+        let session = Session::new();
+        for _ in 0..50 {
+            let next = bench.next();
+            bench.submit(&session, next).await;
+        }
+        let settled = bench.ingest.settle().await.unwrap();
+        assert_eq!((settled.lsn, settled.chain), (Lsn(bench.lsn), bench.chain));
+        assert_eq!(bench.until(|_| true).await.durable, settled);
+        let told = lock(&bench.told.0).clone();
+        assert_eq!(told.len(), 50);
+        assert!(told.is_sorted(), "in lsn order");
+        assert!(told[0].1 && told[1..].iter().all(|(_, events)| !events), "only the opening has events");
+        bench.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_refused_frame_ends_its_session_and_no_other() {
+        let mut bench = Bench::new();
+        let session = Session::new();
+        let first = bench.next();
+        bench.submit(&session, first.clone()).await;
+        bench.submit(&session, first).await;
+        assert_eq!(timeout(PATIENCE, session.refused()).await.unwrap().code, ErrorCode::OutOfOrder);
+        let next = bench.next();
+        bench.submit(&session, next.clone()).await;
+        assert_eq!(bench.ingest.settle().await.unwrap().lsn, Lsn(11), "the refused session is over");
+        bench.submit(&Session::new(), next).await;
+        assert_eq!(bench.ingest.settle().await.unwrap().lsn, Lsn(bench.lsn));
+        bench.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_stops_acknowledging_says_so_and_goes_on_with_room() {
+        let mut bench = Bench::new();
+        let session = Session::new();
+        let opening = bench.next();
+        bench.submit(&session, opening).await;
+        let before = bench.ingest.settle().await.unwrap();
+        bench.disk.set_capacity(Some(0));
+        // Segments are reserved in full: the disk is felt when the next one is due.
+        let many = 2 * (1 << 20) / 1024;
+        for _ in 0..many {
+            let next = bench.next();
+            bench.submit(&session, next).await;
+        }
+        let stuck = bench.until(|progress| progress.full.is_some()).await;
+        assert!(stuck.durable.lsn > before.lsn && stuck.durable.lsn.0 < bench.lsn);
+        assert!(stuck.full.unwrap().contains("no room"));
+        bench.disk.set_capacity(None);
+        let last = bench.lsn;
+        let done = bench.until(|progress| progress.durable.lsn.0 == last).await;
+        assert_eq!((done.full, done.durable.chain), (None, bench.chain));
+        bench.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_failed_sync_is_final_and_publishes_nothing() {
+        let mut bench = Bench::new();
+        let session = Session::new();
+        let opening = bench.next();
+        bench.submit(&session, opening).await;
+        let durable = bench.ingest.settle().await.unwrap();
+        bench.disk.fail_syncs(true);
+        let next = bench.next();
+        bench.submit(&session, next).await;
+        assert!(bench.ingest.settle().await.is_err(), "the thread is gone");
+        assert_eq!(bench.progress.borrow().durable, durable);
+        assert_eq!(bench.end().unwrap_err().kind, ErrorKind::Sync);
+    }
+
+    #[tokio::test]
+    async fn the_queue_is_bounded_in_bytes_while_ingest_is_held_back() {
+        let mut bench = Bench::new();
+        bench.ingest.hold_back(Some("history fills its quota".into()));
+        let session = Session::new();
+        let opening = bench.next();
+        bench.submit(&session, opening).await;
+        bench.until(|progress| progress.full.as_deref() == Some("history fills its quota")).await;
+        let next = bench.next();
+        let fit = QUEUE_BYTES / next.1.len();
+        for _ in 0..fit {
+            if bench.ingest.room.available_permits() < next.1.len() {
+                break;
+            }
+            bench.submit(&session, next.clone()).await;
+        }
+        assert!(bench.ingest.room.available_permits() < next.1.len());
+        let ingest = bench.ingest.clone();
+        let mut waits = std::pin::pin!(ingest.submit(&session, next.0, next.1.clone()));
+        tokio::select! {
+            biased;
+            _ = &mut waits => panic!("the queue took more than its bytes"),
+            () = std::future::ready(()) => {}
+        }
+        // A session that ends makes room: what it had queued is dropped, the way is free for the next.
+        session.close();
+        timeout(PATIENCE, waits).await.unwrap().unwrap();
+        bench.ingest.hold_back(None);
+        assert_eq!(bench.ingest.settle().await.unwrap().lsn, Lsn::ZERO);
+        bench.end().unwrap();
+    }
+}

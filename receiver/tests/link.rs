@@ -1,0 +1,337 @@
+//! The network half end to end, in one process over loopback QUIC: a scripted source against a real receiver.
+
+mod link_source;
+
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use link_source::{Link, PATIENCE, Source, VOLUME_BYTES};
+use receiver::agent::{Handle, Receiver};
+use receiver::point::At;
+use receiver::restore::RestoreRequest;
+use receiver::status::State;
+use wire::message::{ErrorCode, Message, ReceiverCode};
+use wire::{Client, Fingerprint, Identity, Tuning, framing};
+
+/// A receiver's directory with its identity, and the settings to start it.
+struct Site {
+    dir: tempfile::TempDir,
+    identity: Fingerprint,
+}
+
+impl Site {
+    fn new() -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::create(&dir.path().join("r/identity")).unwrap().fingerprint();
+        Site { dir, identity }
+    }
+
+    fn source(&self, group: &str) -> Source {
+        Source::new(&self.dir.path().join(format!("source-{group}")), group)
+    }
+
+    /// Settings that bind each source to its group, and apply without delay.
+    fn settings(&self, sources: &[&Source]) -> conf::Receiver {
+        let bind = |source: &&Source| conf::Source {
+            identity: source.identity.fingerprint().0,
+            groups: vec![source.group.clone()],
+        };
+        let local = ([127, 0, 0, 1], 0).into();
+        let mut settings =
+            conf::Receiver::embedded(&self.dir.path().join("r"), local, [0; 32], "none").unwrap();
+        settings.source = sources.iter().map(bind).collect();
+        settings.apply.idle = Duration::from_millis(5);
+        settings.apply.min_interval = Duration::ZERO;
+        settings.journal.segment_bytes = 1 << 20;
+        settings
+    }
+
+    async fn start(&self, sources: &[&Source]) -> Handle {
+        Receiver::start(self.settings(sources)).await.unwrap()
+    }
+
+    fn assert_replicas(&self, source: &Source) {
+        for (id, expected) in &source.model {
+            let path = self.dir.path().join(format!("r/replica/{}/vol{id}.img", source.group));
+            assert_equal(&path, expected);
+        }
+    }
+
+    async fn connect(&self, source: &Source, handle: &Handle) -> Link {
+        source.connect(handle.local_addr(), self.identity).await
+    }
+}
+
+#[track_caller]
+fn assert_equal(path: &Path, expected: &[u8]) {
+    let found = std::fs::read(path).unwrap();
+    assert_eq!(found.len(), expected.len(), "{}", path.display());
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{} differs", path.display());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sent_is_acknowledged_applied_and_restored_across_cuts_and_restarts() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = site.start(&[&source]).await;
+
+    // 1. A first connection, cut without a word in the middle of everything.
+    source.begin_epoch();
+    source.write(40);
+    let mut link = site.connect(&source, &handle).await;
+    assert_eq!((link.resume, link.state.code), (None, ReceiverCode::Ok));
+    link.send(&source.frames).await;
+    link.acknowledged(source.frames[10].0.last_lsn.0).await;
+    link.connection.close(7_u32.into(), b"cut");
+
+    // 2. The next one resumes from what is durable: at or after what was acknowledged, and the source's own history.
+    source.write(40);
+    source.bookmark("here");
+    let at_bookmark = source.model.clone();
+    source.write(40);
+    let acked = link.acked;
+    let mut link = site.connect(&source, &handle).await;
+    let resume = link.resume.unwrap();
+    assert!(resume.lsn >= acked);
+    assert!(
+        source.frames.iter().any(|(header, _)| wire::message::Position::from(header.position()) == resume)
+    );
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+
+    // 3. Everything is on the replica when `wait` returns, and the status says so.
+    let heartbeat = Message::Heartbeat { captured_lsn: source.lsn, epoch: 1, time_ns: u64::MAX / 4 };
+    link.sender.send(&heartbeat).await.unwrap();
+    handle.wait(PATIENCE).await.unwrap();
+    link.on_replica(source.lsn).await;
+    site.assert_replicas(&source);
+    let status = handle.status();
+    let group = &status.groups[0];
+    assert_eq!(group.state, State::Replicating, "{group:?}");
+    assert_eq!(group.positions.checkpoint_lsn.0, source.lsn);
+    assert_eq!((group.rpo_ms, group.backlog_bytes, group.volumes.len()), (Some(0), 0, 2));
+    assert_eq!(handle.points("g").unwrap().bookmarks[0].name, "here");
+
+    // 4. The receiver restarts; nothing is sent twice, more is taken, and the past is still there.
+    handle.shutdown().await.unwrap();
+    let handle = site.start(&[&source]).await;
+    source.write(20);
+    let mut link = site.connect(&source, &handle).await;
+    assert_eq!(link.resume.unwrap().lsn, source.frames[source.frames.len() - 21].0.last_lsn.0);
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    link.sender.send(&Message::ApplyNow { lsn: source.lsn }).await.unwrap();
+    link.on_replica(source.lsn).await;
+    site.assert_replicas(&source);
+    let to = site.dir.path().join("past");
+    let request = RestoreRequest {
+        at: At::Bookmark("here".into()),
+        to: to.clone(),
+        volume: None,
+        force: false,
+        dry_run: false,
+    };
+    handle.restore("g", request, |_, _| {}).await.unwrap();
+    for (id, expected) in &at_bookmark {
+        assert_equal(&to.join(format!("vol{id}.img")), expected);
+    }
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frames_that_are_not_the_next_end_the_connection_with_their_reason() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = site.start(&[&source]).await;
+    source.begin_epoch();
+    source.write(5);
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+
+    let mut other = site.source("other");
+    other.begin_epoch();
+    let frame = |frames: &[(_, Bytes)], at: usize| frames[at].1.clone();
+    let last = source.frames.len() - 1;
+    source.write(2);
+    let mut damaged = frame(&source.frames, last + 1).to_vec();
+    damaged[300] ^= 1;
+    let cases = [
+        ("duplicate", frame(&source.frames, last), ErrorCode::OutOfOrder),
+        ("replayed", frame(&source.frames, 0), ErrorCode::OutOfOrder),
+        ("reordered", frame(&source.frames, last + 2), ErrorCode::OutOfOrder),
+        ("foreign", frame(&other.frames, 0), ErrorCode::GroupNotYours),
+        ("damaged", Bytes::from(damaged), ErrorCode::BadFrame),
+        ("no frame at all", Bytes::from(vec![0x5a; 4096]), ErrorCode::BadFrame),
+    ];
+    for (what, bytes, expected) in cases {
+        let mut link = site.connect(&source, &handle).await;
+        link.send_exactly([bytes].into_iter()).await;
+        let (code, reason) = link.error().await;
+        assert_eq!(code, expected, "{what}: {reason}");
+    }
+    // None of them left a trace: the true ones are still taken.
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    site.assert_replicas(&source);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_belongs_to_one_identity_one_id_and_one_lineage() {
+    let site = Site::new();
+    let (mut mine, theirs, stranger) = (site.source("mine"), site.source("theirs"), site.source("stranger"));
+    let handle = site.start(&[&mine, &theirs]).await;
+    let to = handle.local_addr();
+    mine.begin_epoch();
+    drop(site.connect(&mine, &handle).await);
+
+    // Another known identity asks for my group; somebody unknown does not even get through TLS.
+    let (code, _) = theirs.greet(to, site.identity, &mine.hello()).await.err().unwrap();
+    assert_eq!(code, ErrorCode::GroupNotYours);
+    let client = Client::new(&stranger.identity, site.identity, &Tuning::default()).unwrap();
+    let refused = async {
+        let connection = client.connect(&to.to_string(), PATIENCE).await?;
+        let (mut sender, mut control) = framing::open(&connection).await?;
+        sender.send(&mine.hello()).await?;
+        control.next().await
+    };
+    assert_eq!(refused.await.unwrap_err().kind, wire::ErrorKind::Untrusted);
+
+    // My own hello with another id, lineage or version.
+    let change = |change: fn(&mut Message)| {
+        let mut hello = mine.hello();
+        change(&mut hello);
+        hello
+    };
+    let cases = [
+        (
+            change(|m| {
+                if let Message::Hello { group_id, .. } = m {
+                    *group_id = [9; 16]
+                }
+            }),
+            ErrorCode::GroupNotYours,
+        ),
+        (
+            change(|m| {
+                if let Message::Hello { lineage, .. } = m {
+                    *lineage = [9; 16]
+                }
+            }),
+            ErrorCode::LineageMismatch,
+        ),
+        (
+            change(|m| {
+                if let Message::Hello { versions, .. } = m {
+                    *versions = vec![99]
+                }
+            }),
+            ErrorCode::VersionMismatch,
+        ),
+        (Message::ApplyNow { lsn: 1 }, ErrorCode::BadFrame),
+    ];
+    for (hello, expected) in cases {
+        let (code, reason) = mine.greet(to, site.identity, &hello).await.err().unwrap();
+        assert_eq!(code, expected, "{reason}");
+    }
+    handle.shutdown().await.unwrap();
+
+    // Settings that bind the group to another identity do not give it away: it remembers its owner.
+    let mut settings = site.settings(&[&theirs]);
+    settings.source[0].groups.push("mine".into());
+    let handle = Receiver::start(settings).await.unwrap();
+    let (code, reason) = theirs.greet(handle.local_addr(), site.identity, &mine.hello()).await.err().unwrap();
+    assert_eq!(code, ErrorCode::GroupNotYours);
+    assert!(reason.contains("created by another"), "{reason}");
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_connection_takes_over_and_the_older_learns_it() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = site.start(&[&source]).await;
+    source.begin_epoch();
+    let mut older = site.connect(&source, &handle).await;
+    older.send(&source.frames).await;
+    older.acknowledged(source.lsn).await;
+    source.write(10);
+    let mut newer = site.connect(&source, &handle).await;
+    assert_eq!(older.error().await.0, ErrorCode::GroupBusy);
+    newer.send(&source.frames).await;
+    newer.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    site.assert_replicas(&source);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_bytes_of_one_source_do_not_touch_another() {
+    let site = Site::new();
+    let (mut good, mut bad) = (site.source("good"), site.source("bad"));
+    let handle = site.start(&[&good, &bad]).await;
+    good.begin_epoch();
+    bad.begin_epoch();
+    let mut steady = site.connect(&good, &handle).await;
+
+    // A valid header with a payload that never comes, garbage, and garbage on the control stream.
+    let mut link = site.connect(&bad, &handle).await;
+    let cut = bad.frames[0].1.slice(..journal::frame::HEADER_BYTES + 10);
+    link.send_exactly([cut].into_iter()).await;
+    assert_eq!(link.error().await.0, ErrorCode::BadFrame);
+    let connection = {
+        let client = Client::new(&bad.identity, site.identity, &Tuning::default()).unwrap();
+        client.connect(&handle.local_addr().to_string(), PATIENCE).await.unwrap()
+    };
+    let (mut raw, _recv) = connection.open_bi().await.unwrap();
+    raw.write_all(&[0xff; 1000]).await.unwrap();
+    connection.closed().await;
+
+    steady.send(&good.frames).await;
+    steady.acknowledged(good.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    site.assert_replicas(&good);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_others_changed_waits_for_a_new_epoch() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = site.start(&[&source]).await;
+    source.begin_epoch();
+    source.write(10);
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    handle.shutdown().await.unwrap();
+
+    let replica = site.dir.path().join("r/replica/g/vol1.img");
+    std::fs::write(&replica, vec![0xee; VOLUME_BYTES]).unwrap();
+    let handle = site.start(&[&source]).await;
+    source.write(10);
+    let mut link = site.connect(&source, &handle).await;
+    assert_eq!(link.state.code, ReceiverCode::NeedsResync);
+    assert!(link.state.why.contains("vol1"), "{}", link.state.why);
+    assert_eq!(handle.status().groups[0].state, State::NeedsResync);
+    // Frames of the old epoch are kept, acknowledged and not applied.
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    let refused = handle.wait(PATIENCE).await.unwrap_err();
+    assert_eq!(refused.kind, receiver::ErrorKind::NotPossible);
+    assert_equal(&replica, &vec![0xee; VOLUME_BYTES]);
+    // A new epoch brings everything anew.
+    source.begin_epoch();
+    source.write(10);
+    link.send(&source.frames).await;
+    link.on_replica(source.lsn).await;
+    site.assert_replicas(&source);
+    assert_eq!(link.state.code, ReceiverCode::Ok);
+    handle.shutdown().await.unwrap();
+}
