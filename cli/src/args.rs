@@ -1,0 +1,342 @@
+//! The command line, as a contract: names and meanings are added to, never bent. `tests/help/` holds every help text.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+/// Continuous replication of Linux block devices, with every past write a recovery point.
+#[derive(Debug, Parser)]
+#[command(name = "afterimage", version, propagate_version = false, max_term_width = 100)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 failed, 2 usage, 3 not possible at that point or in this state, 4 corruption found."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Every command.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Protect disks in one process: NBD front, replicator and a local receiver
+    Up(UpArgs),
+    /// Run the source daemon
+    Replicate(DaemonArgs),
+    /// Run the receiving daemon
+    Receive(DaemonArgs),
+    /// Show groups, their state and positions
+    Status(StatusArgs),
+    /// Wait until everything captured so far is on the replica
+    Wait(WaitArgs),
+    /// Show the recoverable window, bookmarks, and gaps with their reasons
+    Points(PointsArgs),
+    /// Name the present moment of a group; prints its lsn
+    Bookmark(BookmarkArgs),
+    /// Write a group or volume as it was at any past write into a file, directory or device
+    Restore(RestoreArgs),
+    /// List, check or print journal and undo files
+    #[command(subcommand)]
+    Journal(JournalCommand),
+    /// Make or show the identity that a peer pins
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// Work with settings files
+    #[command(subcommand)]
+    Conf(ConfCommand),
+    /// Show it on real data: protect, write a file system, bookmark, ransom it, restore, prove by hash
+    Demo(DemoArgs),
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line of text each.
+    #[default]
+    Text,
+    /// One JSON object each.
+    Json,
+}
+
+/// Which daemon a command speaks to.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Target {
+    /// The daemon's control socket
+    #[arg(long, value_name = "SOCKET", env = "AFTERIMAGE_CONTROL", hide_env_values = true)]
+    pub control: Option<PathBuf>,
+    /// The directory given to `up`, or a daemon's `dir`: means DIR/control.sock
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// `up`.
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Where everything is kept; a second `up` with the same DIR continues
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Protect a new sparse disk of this size, DIR/source/NAME.img (64MiB, 10GiB, …); may be repeated
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: Vec<u64>,
+    /// Protect this file or block device; may be repeated
+    #[arg(long, value_name = "PATH")]
+    pub disk: Vec<PathBuf>,
+    /// Name of a volume, in the order of --size and --disk; one name for several volumes is numbered [default: disk0, disk1, …]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    pub volume: Vec<String>,
+    /// Name of the group: the volumes share one write order and restore to one instant [default: default]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    pub group: Option<String>,
+    /// Serve NBD on this TCP address too; further volumes on the ports after it. NBD knows no passwords
+    #[arg(long, value_name = "IP:PORT")]
+    pub nbd_tcp: Option<SocketAddr>,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// --size and --disk in the order given.
+    #[arg(skip)]
+    pub disks: Vec<DiskArg>,
+}
+
+/// One volume asked for on `up`'s command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskArg {
+    /// `--size`
+    Size(u64),
+    /// `--disk`
+    Disk(PathBuf),
+}
+
+/// `replicate`, `receive`.
+#[derive(Debug, Args)]
+pub struct DaemonArgs {
+    /// Settings; `afterimage conf check FILE` shows what they come to
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+/// `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print the daemon's JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Show it again every second
+    #[arg(long)]
+    pub watch: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `wait`.
+#[derive(Debug, Args)]
+pub struct WaitArgs {
+    /// How long to wait at most
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub timeout: Duration,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `points`.
+#[derive(Debug, Args)]
+pub struct PointsArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Print the daemon's JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `bookmark`.
+#[derive(Debug, Args)]
+pub struct BookmarkArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Name of the bookmark; where a name is used twice, the newer one is meant
+    pub name: String,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Which moment: latest, lsn:N, time:RFC3339 (time:2026-01-31T12:00:00Z) or bookmark:NAME
+    #[arg(long, value_name = "POINT", value_parser = crate::restore::parse_point)]
+    pub at: String,
+    /// Target: a file or block device for one volume, a directory for several
+    #[arg(long, value_name = "PATH")]
+    pub to: PathBuf,
+    /// Only this volume
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    pub volume: Option<String>,
+    /// Read a directory whose daemon does not run: groups/NAME, or the receiver's directory
+    #[arg(long, value_name = "DIR", conflicts_with = "control", conflicts_with = "dir")]
+    pub journal: Option<PathBuf>,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Overwrite the target if it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `journal`.
+#[derive(Debug, Subcommand)]
+pub enum JournalCommand {
+    /// List segments
+    Ls(JournalArgs),
+    /// Check every byte; exit code 4 and file and offset of each finding where something is damaged
+    Verify(JournalArgs),
+    /// Print records: lsn, time, op, volume, offset, length
+    Dump {
+        #[command(flatten)]
+        args: JournalArgs,
+        /// First lsn
+        #[arg(long, value_name = "LSN", default_value_t = 0)]
+        from: u64,
+        /// Last lsn
+        #[arg(long, value_name = "LSN", default_value_t = u64::MAX, hide_default_value = true)]
+        to: u64,
+    },
+}
+
+/// What every `journal` command takes.
+#[derive(Debug, Args)]
+pub struct JournalArgs {
+    /// A journal directory, an undo directory, or a group's directory for both
+    pub dir: PathBuf,
+    /// Print JSON, one object a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `identity`.
+#[derive(Debug, Subcommand)]
+pub enum IdentityCommand {
+    /// Make a key and certificate; refused where there is one
+    New {
+        /// Where it is kept: a daemon's `identity_dir`
+        #[arg(long, value_name = "DIR", default_value = "identity")]
+        dir: PathBuf,
+    },
+    /// Print the fingerprint that the other side pins
+    Show {
+        /// Where it is kept: a daemon's `identity_dir`
+        #[arg(long, value_name = "DIR", default_value = "identity")]
+        dir: PathBuf,
+    },
+}
+
+/// Which daemon a settings file is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// `afterimage replicate`
+    Source,
+    /// `afterimage receive`
+    Receiver,
+}
+
+/// `conf`.
+#[derive(Debug, Subcommand)]
+pub enum ConfCommand {
+    /// Print effective settings and where each came from
+    Check {
+        /// The settings file
+        file: PathBuf,
+        /// Which daemon it is for [default: told by its keys]
+        #[arg(long, value_enum)]
+        role: Option<Role>,
+    },
+}
+
+/// `demo`.
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Work in this directory and keep it [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// Parses this process's command line; usage errors and `--help` end the process here.
+pub fn parse() -> Cli {
+    let matches = Cli::command().get_matches();
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if let (Command::Up(up), Some(matches)) = (&mut cli.command, matches.subcommand_matches("up")) {
+        up.disks = in_order(matches);
+    }
+    cli
+}
+
+/// clap keeps each option's values apart; which volume is the first depends on the order across both.
+fn in_order(matches: &clap::ArgMatches) -> Vec<DiskArg> {
+    let sizes = matches.get_many::<u64>("size").into_iter().flatten().map(|size| DiskArg::Size(*size));
+    let disks =
+        matches.get_many::<PathBuf>("disk").into_iter().flatten().map(|disk| DiskArg::Disk(disk.clone()));
+    let size_at = matches.indices_of("size").into_iter().flatten();
+    let disk_at = matches.indices_of("disk").into_iter().flatten();
+    let mut all: Vec<(usize, DiskArg)> = size_at.zip(sizes).chain(disk_at.zip(disks)).collect();
+    all.sort_by_key(|(index, _)| *index);
+    all.into_iter().map(|(_, disk)| disk).collect()
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let bytes = conf::units::parse_bytes(text)?;
+    // A sector is the smallest thing that has an lsn; a disk of none protects nothing.
+    if bytes == 0 || !bytes.is_multiple_of(4096) {
+        return Err("a disk is a multiple of 4096 bytes, and not empty".into());
+    }
+    Ok(bytes)
+}
+
+fn parse_name(text: &str) -> Result<String, &'static str> {
+    if conf::check_name(text) { Ok(text.to_owned()) } else { Err("a name is 1 to 64 of a-z 0-9 _ -") }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; 500ms, 60s, 5m are allowed"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_disks_keep_their_order() {
+        let line = ["afterimage", "up", "--dir", "d", "--size", "1MiB", "--disk", "/a", "--size", "2MiB"];
+        let matches = Cli::command().try_get_matches_from(line).unwrap();
+        let disks = in_order(matches.subcommand_matches("up").unwrap());
+        assert_eq!(disks, [DiskArg::Size(1 << 20), DiskArg::Disk("/a".into()), DiskArg::Size(2 << 20)]);
+    }
+
+    #[test]
+    fn sizes_are_whole_sectors() {
+        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
+        for bad in ["0", "100", "4097", "x", "-1"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

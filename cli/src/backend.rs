@@ -1,0 +1,176 @@
+//! What each daemon answers on its control socket: the source, the receiver, or both in one process.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::mpsc;
+
+use crate::control::{Answer, Backend, Progress, RestoreOrder};
+use crate::exit::{Fault, Kind};
+use crate::restore;
+use crate::status::{Group, Status};
+
+type SourceHandle = Arc<replicator::Handle>;
+type ReceiverHandle = Arc<receiver::agent::Handle>;
+
+/// `afterimage replicate`: knows what is captured, and nothing of history.
+pub struct Source(pub SourceHandle);
+
+/// `afterimage receive`: knows history, and cannot name a moment that it has not seen.
+pub struct Receiver(pub ReceiverHandle);
+
+/// `afterimage up`.
+pub struct Both {
+    /// The source's side.
+    pub source: SourceHandle,
+    /// The receiver's side.
+    pub receiver: ReceiverHandle,
+}
+
+impl Backend for Source {
+    fn status(&self) -> Status {
+        Status::of(&self.0.status())
+    }
+
+    fn wait(&self, timeout: Duration) -> Answer<'_, u64> {
+        Box::pin(wait_at_source(&self.0, timeout))
+    }
+
+    fn points(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async { Err(not_here("history is", "receiver")) })
+    }
+
+    fn bookmark(&self, group: String, name: String) -> Answer<'_, u64> {
+        Box::pin(bookmark(&self.0, group, name))
+    }
+
+    fn restore(&self, _order: RestoreOrder, _progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
+        Box::pin(async { Err(not_here("history is", "receiver")) })
+    }
+}
+
+impl Backend for Receiver {
+    fn status(&self) -> Status {
+        Status::of(&self.0.status())
+    }
+
+    fn wait(&self, timeout: Duration) -> Answer<'_, u64> {
+        Box::pin(wait_at_receiver(&self.0, timeout))
+    }
+
+    fn points(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(points(&self.0, group))
+    }
+
+    fn bookmark(&self, _group: String, _name: String) -> Answer<'_, u64> {
+        Box::pin(async { Err(not_here("bookmarks are made", "source")) })
+    }
+
+    fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
+        Box::pin(restored(&self.0, order, progress))
+    }
+}
+
+impl Backend for Both {
+    fn status(&self) -> Status {
+        // The receiver first: then what the source has captured is never less than what the receiver holds.
+        let receiver = Status::of(&self.receiver.status());
+        join(Status::of(&self.source.status()), &receiver)
+    }
+
+    fn wait(&self, timeout: Duration) -> Answer<'_, u64> {
+        Box::pin(wait_at_source(&self.source, timeout))
+    }
+
+    fn points(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(points(&self.receiver, group))
+    }
+
+    fn bookmark(&self, group: String, name: String) -> Answer<'_, u64> {
+        Box::pin(bookmark(&self.source, group, name))
+    }
+
+    fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
+        Box::pin(restored(&self.receiver, order, progress))
+    }
+}
+
+fn not_here(what: &str, side: &str) -> Fault {
+    Fault::not_possible(format!("{what} at the {side}: ask the {side}'s control socket"))
+}
+
+async fn wait_at_source(source: &replicator::Handle, timeout: Duration) -> Result<u64, Fault> {
+    match source.wait(timeout).await.map_err(Fault::from_error)? {
+        replicator::WaitOutcome::Done { lsn } => Ok(lsn.0),
+        replicator::WaitOutcome::Impossible { why } => Err(Fault::not_possible(why)),
+        replicator::WaitOutcome::TimedOut { why } => Err(Fault::new(Kind::TimedOut, why)),
+    }
+}
+
+async fn bookmark(source: &replicator::Handle, group: String, name: String) -> Result<u64, Fault> {
+    if !source.status().groups.iter().any(|known| known.name == group) {
+        return Err(Fault::usage(format!("there is no group {group} here; `afterimage status` lists them")));
+    }
+    Ok(source.bookmark(&name).map_err(Fault::from_error)?.0)
+}
+
+/// The receiver may hold several groups; the newest lsn that is on a replica stands for all.
+async fn wait_at_receiver(receiver: &receiver::agent::Handle, timeout: Duration) -> Result<u64, Fault> {
+    let begun = Instant::now();
+    match receiver.wait(timeout).await {
+        Ok(()) => {
+            let groups = receiver.status().groups;
+            Ok(groups.iter().map(|group| group.positions.checkpoint_lsn.0).max().unwrap_or(0))
+        }
+        // The receiver gives one kind for both; what took the whole time might have happened in more.
+        Err(error) if begun.elapsed() >= timeout => Err(Fault::new(Kind::TimedOut, error.to_string())),
+        Err(error) => Err(Fault::from_error(error)),
+    }
+}
+
+async fn points(receiver: &receiver::agent::Handle, group: String) -> Result<Value, Fault> {
+    json(&receiver.points(&group).map_err(Fault::from_error)?)
+}
+
+async fn restored(
+    receiver: &receiver::agent::Handle,
+    order: RestoreOrder,
+    progress: mpsc::Sender<Progress>,
+) -> Result<Value, Fault> {
+    let request = restore::request(&order)?;
+    let tell = move |done_bytes, total_bytes| {
+        // A reader that is slow hears less often.
+        let _ = progress.try_send(Progress { done_bytes, total_bytes });
+    };
+    json(&receiver.restore(&order.group, request, tell).await.map_err(Fault::from_error)?)
+}
+
+fn json(value: &impl Serialize) -> Result<Value, Fault> {
+    serde_json::to_value(value).map_err(Fault::from_error)
+}
+
+/// The source's status, with what only the receiver knows.
+fn join(mut source: Status, receiver: &Status) -> Status {
+    for group in &mut source.groups {
+        if let Some(other) = receiver.groups.iter().find(|other| other.name == group.name) {
+            join_group(group, other);
+        }
+    }
+    source
+}
+
+fn join_group(group: &mut Group, other: &Group) {
+    group.received_lsn = other.received_lsn;
+    group.applied_lsn = other.applied_lsn;
+    group.checkpoint_lsn = other.checkpoint_lsn;
+    for volume in &mut group.volumes {
+        if let Some(other) = other.volumes.iter().find(|other| other.name == volume.name) {
+            volume.replica.clone_from(&other.replica);
+        }
+    }
+    for (key, value) in &other.more {
+        group.more.entry(key).or_insert_with(|| value.clone());
+    }
+}

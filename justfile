@@ -1,0 +1,53 @@
+# The developers' interface. `.ci/run` calls the same recipes. `scripts/setup.sh tools` installs what they need.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+# What there is.
+default:
+    @just --list
+
+# Formatting and lints of the whole workspace.
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Everything that must pass before a change goes in.
+test: check unit loom (fuzz "10") e2e
+
+# Unit, model, crash and integration tests.
+unit:
+    cargo nextest run --workspace --locked
+
+# The ring under every interleaving of its atomics. Its own target directory: `--cfg loom` would rebuild all else.
+loom:
+    RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p afterimage-kfilter --release --locked loom
+
+# Every decoder of foreign bytes, SECONDS each. RUSTC_BOOTSTRAP: coverage counters are an unstable flag of a stable compiler.
+fuzz SECONDS="60":
+    cd fuzz && for target in $(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
+        echo "fuzz $target"; \
+        RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none "$target" -- -max_total_time={{ SECONDS }} -verbosity=0; \
+    done
+
+# The stories with real clients and file systems.
+e2e:
+    cargo build --release --locked -p afterimage
+    if [ -x tests/run.sh ]; then tests/run.sh; fi
+
+# Ratios to peers and bare limits, as a table and as JSON.
+bench *ARGS:
+    cargo bench --workspace --locked -- {{ ARGS }}
+
+# The same tests again and again, for HOURS: rare interleavings and leaks.
+soak HOURS="1":
+    cargo build --release --locked -p afterimage
+    end=$((SECONDS + {{ HOURS }} * 3600)); round=0; \
+    while [ $SECONDS -lt $end ]; do \
+        round=$((round + 1)); echo "soak: round $round"; \
+        cargo nextest run --workspace --locked; \
+        if [ -x tests/run.sh ]; then tests/run.sh; fi; \
+    done
+
+# The story, told on real data.
+demo *ARGS:
+    cargo run --release --locked -p afterimage -- demo {{ ARGS }}
