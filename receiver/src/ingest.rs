@@ -7,6 +7,7 @@
 //! epoch, lsn and chain all say that it is the next; a newer epoch is entered only through a frame that announces what
 //! it is about (its volumes, and that a resync begins), above everything held.
 
+pub mod queue;
 pub mod thread;
 
 use std::fmt;

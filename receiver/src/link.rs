@@ -32,7 +32,8 @@ const CLOSED: u32 = 1;
 
 /// Accepts connections until the endpoint is closed or the agent stops; returns when all of them have ended.
 pub(crate) async fn serve(server: Server, shared: Arc<Shared>) {
-    let slots = Arc::new(Semaphore::new(shared.settings.max_connections as usize));
+    let limit = shared.settings.max_connections as usize;
+    let slots = Arc::new(Semaphore::new(limit));
     let mut connections = JoinSet::new();
     let mut stopping = shared.stopping.subscribe();
     loop {
@@ -41,6 +42,12 @@ pub(crate) async fn serve(server: Server, shared: Arc<Shared>) {
         tokio::select! {
             incoming = server.accept() => {
                 let Some(incoming) = incoming else { break };
+                // When places get scarce, an address must answer before it takes one: forged ones cannot.
+                if slots.available_permits() * 2 < limit && incoming.may_retry() {
+                    // It cannot fail where it may be done; a lost retry is the client's to repeat.
+                    let _ = incoming.retry();
+                    continue;
+                }
                 match slots.clone().try_acquire_owned() {
                     Ok(slot) => {
                         let shared = shared.clone();

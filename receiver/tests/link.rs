@@ -1,5 +1,7 @@
 //! The network half end to end, in one process over loopback QUIC: a scripted source against a real receiver.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod link_source;
 
 use std::path::Path;
@@ -333,5 +335,76 @@ async fn a_replica_that_others_changed_waits_for_a_new_epoch() {
     link.on_replica(source.lsn).await;
     site.assert_replicas(&source);
     assert_eq!(link.state.code, ReceiverCode::Ok);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_cannot_be_written_stops_apply_and_not_ingest() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    // Something foreign stands where the replica should be.
+    let replica = site.dir.path().join("r/replica/g/vol1.img");
+    std::fs::create_dir_all(replica.parent().unwrap()).unwrap();
+    std::fs::write(&replica, b"somebody's file").unwrap();
+    let handle = site.start(&[&source]).await;
+    source.begin_epoch();
+    source.write(10);
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    let refused = handle.wait(PATIENCE).await.unwrap_err();
+    assert_eq!(refused.kind, receiver::ErrorKind::NotPossible);
+    assert!(refused.to_string().contains("vol1"), "{refused}");
+    while link.state.code != ReceiverCode::ReplicaFailed {
+        link.hear().await;
+    }
+    let status = handle.status();
+    assert_eq!(status.groups[0].state, State::Degraded);
+    assert_eq!(status.groups[0].positions.checkpoint_lsn.0, 0, "no false checkpoint");
+    source.write(10);
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    assert_equal(&replica, b"somebody's file");
+    handle.shutdown().await.unwrap();
+
+    // Once it is out of the way, a restart applies what was received meanwhile.
+    std::fs::remove_file(&replica).unwrap();
+    let handle = site.start(&[&source]).await;
+    handle.wait(PATIENCE).await.unwrap();
+    site.assert_replicas(&source);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_group_is_shown_and_does_not_keep_others_from_working() {
+    let site = Site::new();
+    let (mut good, mut bad) = (site.source("good"), site.source("bad"));
+    good.begin_epoch();
+    bad.begin_epoch();
+    let handle = site.start(&[&good, &bad]).await;
+    let mut link = site.connect(&bad, &handle).await;
+    link.send(&bad.frames).await;
+    link.acknowledged(bad.lsn).await;
+    handle.shutdown().await.unwrap();
+
+    // Rot below the durable position.
+    let journal = site.dir.path().join("r/groups/bad/journal");
+    let names = std::fs::read_dir(&journal).unwrap().map(|entry| entry.unwrap().path());
+    let segment = names.filter(|path| path.extension().is_some_and(|e| e == "seg")).min().unwrap();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[700] ^= 0xff;
+    std::fs::write(&segment, bytes).unwrap();
+
+    let handle = site.start(&[&good, &bad]).await;
+    let status = handle.status();
+    assert_eq!((status.groups[0].name.as_str(), status.groups[0].state), ("bad", State::Degraded));
+    let segment = segment.file_name().unwrap().to_str().unwrap();
+    assert!(status.groups[0].why.as_ref().unwrap().contains(segment), "{status:?}");
+    let (code, reason) = bad.greet(handle.local_addr(), site.identity, &bad.hello()).await.err().unwrap();
+    assert_eq!(code, ErrorCode::JournalFailed);
+    assert!(reason.contains(segment), "{reason}");
+    let mut link = site.connect(&good, &handle).await;
+    link.send(&good.frames).await;
+    link.acknowledged(good.lsn).await;
     handle.shutdown().await.unwrap();
 }

@@ -22,7 +22,7 @@ use super::progress::{Progress, Stall};
 use crate::apply::{Applier, ApplySettings, Expired};
 use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
-use crate::ingest::thread::Ingest;
+use crate::ingest::queue::Ingest;
 use crate::retention::Policy;
 
 /// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
@@ -99,6 +99,10 @@ impl ApplyThread {
                 self.keep_house()?;
                 housekeeping = Instant::now() + HOUSEKEEPING;
             }
+        }
+        if self.failure.get().is_none() {
+            // The newest heartbeat too: times up to now stay answerable after the restart.
+            self.keep_house()?;
         }
         self.close()
     }
@@ -259,7 +263,7 @@ fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
         undo_bytes: settings.apply.undo_bytes,
         undo_compression: match settings.apply.undo_compression {
             conf::Compression::Off => Compression::Off,
-            conf::Compression::Zstd(level) => Compression::Zstd(level.into()),
+            conf::Compression::Zstd(level) => Compression::Zstd(level),
         },
         replica_dir: settings.dir.join("replica").join(group),
         replica_paths,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use journal::Position;
 use tokio::sync::{Notify, oneshot};
 
-use crate::ingest::thread::{Gone, Ingest, Session};
+use crate::ingest::queue::{Gone, Ingest, Session};
 
 /// The place of a group's one connection.
 #[derive(Debug, Default)]

@@ -3,32 +3,24 @@
 //! ```text
 //! link ─ submit ─► [queue, 8 MiB] ─► judge ─► append ─► fdatasync (grouped) ─► Progress.durable ─► acks
 //! ```
-//! A full queue makes `submit` wait, which stops reading from the connection, which closes QUIC's window: a slow disk
-//! is the source's to see, never memory here.
-//!
 //! Invariants: a position is published only after the fdatasync that covers it; a full disk stops acknowledging and
 //! overwrites nothing; a failed sync ends the receiver.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use journal::frame::{FLAG_EVENTS, FrameHeader, MAX_FRAME_BYTES};
+use journal::frame::{FLAG_EVENTS, FrameHeader};
 use journal::segment::SegmentSummary;
 use journal::writer::Writer;
 use journal::{Lsn, Position};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::watch;
 
-use super::{IngestCore, Refusal, Step};
+use super::queue::{self, Ingest, Item, Queue, Session};
+use super::{IngestCore, Step};
 use crate::agent::now_ns;
 use crate::agent::progress::Progress;
 use crate::error::{Error, Result};
 
-/// Frame bytes between the connection and the journal.
-const QUEUE_BYTES: usize = 8 << 20;
-/// Items in the queue: as many as frames of one sector each would be.
-const QUEUE_ITEMS: usize = QUEUE_BYTES / journal::SECTOR_BYTES;
 /// Bytes after which the journal is synced even though more is waiting.
 const SYNC_BYTES: u64 = 4 << 20;
 /// Time after which the journal is synced even though more is waiting.
@@ -36,119 +28,7 @@ const SYNC_DELAY: Duration = Duration::from_millis(5);
 /// Pause before a full disk is tried again.
 const FULL_RETRY: Duration = Duration::from_millis(200);
 
-const _: () = assert!(MAX_FRAME_BYTES <= QUEUE_BYTES, "a frame always fits into the empty queue");
-
-/// One connection's right to hand in frames. Frames that are still queued when it ends are dropped.
-#[derive(Debug)]
-pub struct Session {
-    closed: AtomicBool,
-    refused: watch::Sender<Option<Refusal>>,
-}
-
-impl Session {
-    /// A live session.
-    pub fn new() -> Arc<Session> {
-        Arc::new(Session { closed: AtomicBool::new(false), refused: watch::Sender::new(None) })
-    }
-
-    /// Nothing of this session is taken any more.
-    pub fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-    }
-
-    /// Resolves when a frame of this session was refused.
-    pub async fn refused(&self) -> Refusal {
-        let mut refusals = self.refused.subscribe();
-        let found = refusals.wait_for(Option::is_some).await.map(|refusal| refusal.clone());
-        match found {
-            Ok(Some(refusal)) => refusal,
-            _ => unreachable!("the sender outlives the wait"),
-        }
-    }
-
-    fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
-    }
-
-    fn refuse(&self, refusal: Refusal) {
-        self.close();
-        self.refused.send_replace(Some(refusal));
-    }
-}
-
-enum Item {
-    Frame {
-        session: Arc<Session>,
-        header: FrameHeader,
-        frame: Bytes,
-        _room: OwnedSemaphorePermit,
-    },
-    /// Answered with the durable position once everything before it is durable.
-    Settle(oneshot::Sender<Position>),
-    /// Something else than a frame changed: look.
-    Nudge,
-}
-
-/// The way into a group's ingest thread.
-#[derive(Clone)]
-pub struct Ingest {
-    items: mpsc::Sender<Item>,
-    room: Arc<Semaphore>,
-    drop_before: Arc<AtomicU64>,
-    held_back: Arc<std::sync::Mutex<Option<String>>>,
-}
-
-/// The ingest thread is gone: the receiver is stopping.
-#[derive(Debug)]
-pub struct Gone;
-
-impl Ingest {
-    /// Hands in a frame; waits while the queue is full.
-    pub async fn submit(
-        &self,
-        session: &Arc<Session>,
-        header: FrameHeader,
-        frame: Bytes,
-    ) -> std::result::Result<(), Gone> {
-        let bytes = u32::try_from(frame.len().clamp(1, QUEUE_BYTES)).expect("clamped to the queue's size");
-        let room = self.room.clone().acquire_many_owned(bytes).await.map_err(|_| Gone)?;
-        let item = Item::Frame { session: session.clone(), header, frame, _room: room };
-        self.items.send(item).await.map_err(|_| Gone)
-    }
-
-    /// The durable position after everything handed in so far.
-    pub async fn settle(&self) -> std::result::Result<Position, Gone> {
-        let (answer, position) = oneshot::channel();
-        self.items.send(Item::Settle(answer)).await.map_err(|_| Gone)?;
-        position.await.map_err(|_| Gone)
-    }
-
-    /// Lets go of journal segments below `segment`: history does not need them any more.
-    pub fn drop_before(&self, segment: u64) {
-        if self.drop_before.fetch_max(segment, Ordering::AcqRel) < segment {
-            // A full queue means that the thread is busy and looks by itself after the next sync.
-            let _ = self.items.try_send(Item::Nudge);
-        }
-    }
-
-    /// Lets the thread end: what is appended is made durable, what is still queued is the source's to send again.
-    pub fn stop(&self) {
-        self.room.close();
-        // A full queue means that the thread is not asleep: it looks after the item that it is at.
-        let _ = self.items.try_send(Item::Nudge);
-    }
-
-    /// Takes nothing more while there is a reason (history that must be kept fills its quota), or goes on without one.
-    pub fn hold_back(&self, why: Option<String>) {
-        *lock(&self.held_back) = why;
-    }
-}
-
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// What became durable, told after the position is published: for history and for the apply thread.
+/// Who hears of what became durable: history, before the position is published, and the apply thread, after it.
 pub trait Durable: Send {
     /// A frame that became durable, in order; `frame` is empty where it holds no events.
     fn frame(&mut self, header: &FrameHeader, frame: &[u8], received_ns: u64);
@@ -162,10 +42,7 @@ pub trait Durable: Send {
 pub struct Runner<D: Durable> {
     writer: Writer,
     core: IngestCore,
-    items: mpsc::Receiver<Item>,
-    room: Arc<Semaphore>,
-    drop_before: Arc<AtomicU64>,
-    held_back: Arc<std::sync::Mutex<Option<String>>>,
+    queue: Queue,
     progress: watch::Sender<Progress>,
     told: D,
     /// An epoch that the writer has begun and whose first frame is not appended yet (the disk was full between).
@@ -191,20 +68,11 @@ impl<D: Durable> Runner<D> {
         progress: watch::Sender<Progress>,
         told: D,
     ) -> (Ingest, Runner<D>) {
-        let (sender, items) = mpsc::channel(QUEUE_ITEMS);
-        let ingest = Ingest {
-            items: sender,
-            room: Arc::new(Semaphore::new(QUEUE_BYTES)),
-            drop_before: Arc::default(),
-            held_back: Arc::default(),
-        };
+        let (ingest, queue) = queue::new();
         let runner = Runner {
             writer,
             core,
-            items,
-            room: ingest.room.clone(),
-            drop_before: ingest.drop_before.clone(),
-            held_back: ingest.held_back.clone(),
+            queue,
             progress,
             told,
             begun: None,
@@ -235,25 +103,20 @@ impl<D: Durable> Runner<D> {
                 self.sync()?;
             }
             self.drop_segments()?;
-            if self.is_stopping() {
+            if self.queue.is_stopping() {
                 break;
             }
         }
         self.sync()
     }
 
-    fn is_stopping(&self) -> bool {
-        self.room.is_closed()
-    }
-
     /// The next item; when there is none, what was appended is synced before the thread sleeps.
     fn next_item(&mut self) -> Result<Option<Item>> {
-        match self.items.try_recv() {
-            Ok(item) => Ok(Some(item)),
-            Err(mpsc::error::TryRecvError::Disconnected) => Ok(None),
-            Err(mpsc::error::TryRecvError::Empty) => {
+        match self.queue.try_next() {
+            Some(item) => Ok(Some(item)),
+            None => {
                 self.sync()?;
-                Ok(self.items.blocking_recv())
+                Ok(self.queue.next())
             }
         }
     }
@@ -291,7 +154,7 @@ impl<D: Durable> Runner<D> {
         frame: &[u8],
     ) -> Result<Option<u64>> {
         loop {
-            let held_back = lock(&self.held_back).clone();
+            let held_back = self.queue.held_back();
             let full = match held_back {
                 Some(why) => why,
                 None => match self.append(step, header, frame) {
@@ -308,7 +171,7 @@ impl<D: Durable> Runner<D> {
             // What is appended already is acknowledged before we wait: the source may drop it.
             self.sync()?;
             self.publish_full(Some(full));
-            if session.is_closed() || self.is_stopping() {
+            if session.is_closed() || self.queue.is_stopping() {
                 return Ok(None);
             }
             std::thread::sleep(FULL_RETRY);
@@ -318,11 +181,12 @@ impl<D: Durable> Runner<D> {
 
     fn append(&mut self, step: Step, header: &FrameHeader, frame: &[u8]) -> journal::Result<u64> {
         let received_ns = now_ns();
-        if let Step::Begins(start) = step {
-            if self.begun != Some(start) {
+        match step {
+            Step::Begins(start) if self.begun != Some(start) => {
                 self.writer.begin_epoch(start, received_ns)?;
                 self.begun = Some(start);
             }
+            _ => {}
         }
         self.writer.append(frame, header, received_ns)?;
         self.begun = None;
@@ -365,7 +229,7 @@ impl<D: Durable> Runner<D> {
 
     /// Drops the segments that nobody needs any more.
     fn drop_segments(&mut self) -> Result<()> {
-        let before = self.drop_before.swap(0, Ordering::AcqRel);
+        let before = self.queue.take_drop_before();
         if before == 0 {
             return Ok(());
         }
@@ -398,6 +262,7 @@ impl<D: Durable> Runner<D> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::queue::QUEUE_BYTES;
     use super::super::tests::{GROUP, LINEAGE, frame, opening, stamp};
     use super::*;
     use crate::error::ErrorKind;
@@ -406,6 +271,7 @@ mod tests {
     use journal::sim_disk::SimDisk;
     use journal::writer::WriterOptions;
     use std::path::Path;
+    use std::sync::{Arc, Mutex};
     use std::thread::JoinHandle;
     use tokio::time::timeout;
     use wire::message::ErrorCode;
@@ -414,11 +280,11 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(20);
 
     #[derive(Clone, Default)]
-    struct Told(Arc<std::sync::Mutex<Vec<(Lsn, bool)>>>);
+    struct Told(Arc<Mutex<Vec<(Lsn, bool)>>>);
 
     impl Durable for Told {
         fn frame(&mut self, header: &FrameHeader, frame: &[u8], _received_ns: u64) {
-            lock(&self.0).push((header.last_lsn, !frame.is_empty()));
+            self.0.lock().unwrap().push((header.last_lsn, !frame.is_empty()));
         }
         fn received(&mut self, _last: Lsn, _raw_bytes: u64) {}
         fn segments(&mut self, _segments: &[SegmentSummary]) {}
@@ -485,7 +351,7 @@ mod tests {
         let settled = bench.ingest.settle().await.unwrap();
         assert_eq!((settled.lsn, settled.chain), (Lsn(bench.lsn), bench.chain));
         assert_eq!(bench.until(|_| true).await.durable, settled);
-        let told = lock(&bench.told.0).clone();
+        let told = bench.told.0.lock().unwrap().clone();
         assert_eq!(told.len(), 50);
         assert!(told.is_sorted(), "in lsn order");
         assert!(told[0].1 && told[1..].iter().all(|(_, events)| !events), "only the opening has events");
@@ -558,12 +424,12 @@ mod tests {
         let next = bench.next();
         let fit = QUEUE_BYTES / next.1.len();
         for _ in 0..fit {
-            if bench.ingest.room.available_permits() < next.1.len() {
+            if bench.ingest.room_bytes() < next.1.len() {
                 break;
             }
             bench.submit(&session, next.clone()).await;
         }
-        assert!(bench.ingest.room.available_permits() < next.1.len());
+        assert!(bench.ingest.room_bytes() < next.1.len());
         let ingest = bench.ingest.clone();
         let mut waits = std::pin::pin!(ingest.submit(&session, next.0, next.1.clone()));
         tokio::select! {

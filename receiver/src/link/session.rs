@@ -94,8 +94,11 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
     let Wires { connection, sender, receiver, .. } = wires;
     let (end, ended) = oneshot::channel();
     let reading = async {
+        let reason = first_end(&connection, receiver, group, shared, &attached).await;
+        // Nothing more is handed to ingest: a newer connection need not wait for our goodbye.
+        drop(attached);
         // The speaking half may have ended first, with the connection.
-        let _ = end.send(first_end(&connection, receiver, group, shared, &attached).await);
+        let _ = end.send(reason);
     };
     let speaking = async {
         let end = speak(sender, progress, state, ended).await;

@@ -212,7 +212,7 @@ impl Link {
         writer.finish();
     }
 
-    async fn hear(&mut self) -> Message {
+    pub async fn hear(&mut self) -> Message {
         let message = timeout(PATIENCE, self.control.next()).await.expect("the receiver is silent");
         let message = message.unwrap().expect("the control stream ended");
         if let Message::Ack { received_lsn, checkpoint_lsn, state, .. } = &message {
