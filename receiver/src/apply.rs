@@ -28,7 +28,9 @@ use crate::gather::{Behind, Gathered, Gatherer, Want};
 use crate::history::{History, outlived};
 use crate::replica::{Replica, stamp};
 use crate::retention::{Policy, RedoPart, Verdict, decide};
-use crate::state::{GroupState, GroupStore, Moment, ReplicaState, journal_dir, replica_path, stored_path, undo_dir};
+use crate::state::{
+    GroupState, GroupStore, Moment, ReplicaState, journal_dir, replica_path, stored_path, undo_dir,
+};
 use crate::undo::{UndoOwner, UndoSummary, UndoWriter, file_name, file_number, read_summary};
 use crate::{Error, ErrorKind, Result};
 
@@ -155,7 +157,11 @@ impl Applier {
         for name in names {
             match file_number(&name) {
                 Some(number) if number > next => {
-                    let at = format!("{}: undo of batch {number}, {} is applied", dir.join(name).display(), next - 1);
+                    let at = format!(
+                        "{}: undo of batch {number}, {} is applied",
+                        dir.join(name).display(),
+                        next - 1
+                    );
                     return Err(Error::corrupt(at));
                 }
                 Some(number) if state.oldest_batch != 0 && number >= state.oldest_batch => {
@@ -232,7 +238,8 @@ impl Applier {
         self.follow_volumes(&batch)?;
         let mut written_bytes = 0;
         for (volume, ranges) in &changes {
-            let replica = self.replicas.get(volume).expect("gather checked that every record's volume exists");
+            let replica =
+                self.replicas.get(volume).expect("gather checked that every record's volume exists");
             written_bytes += replica.write(&batch.fold, ranges, &mut self.scratch)?;
         }
         let events_bytes = self.events.append(&batch.events, self.store.state().events_bytes)?;
@@ -271,7 +278,9 @@ impl Applier {
         };
         let replicas = &self.replicas;
         let sizes = replicas.iter().map(|(id, replica)| (*id, replica.size_bytes())).collect();
-        let undo_of = |volume: VolumeId, range| replicas.get(&volume).map_or(Ok(0), |replica| replica.data_bytes(range));
+        let undo_of = |volume: VolumeId, range| {
+            replicas.get(&volume).map_or(Ok(0), |replica| replica.data_bytes(range))
+        };
         let batch = self.gatherer.gather(&behind, want, self.history.limit(), sizes, &undo_of)?;
         if let Some(cut) = &self.cut {
             let found = batch.as_ref().map(|batch| (batch.epoch, batch.first.lsn, batch.last.lsn));
@@ -353,7 +362,10 @@ impl Applier {
     fn plan_replica(&self, id: VolumeId, record: &VolumeRecord) -> Result<ReplicaState> {
         let VolumeRecord { uuid, size_bytes, name, .. } = record;
         if let Some(other) = self.replicas.values().find(|other| other.name() == name) {
-            let at = format!("volume {name}: the source sends it under id {id}; it is known under id {}", other.id());
+            let at = format!(
+                "volume {name}: the source sends it under id {id}; it is known under id {}",
+                other.id()
+            );
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
         let own = self.settings.replica_paths.get(name).cloned();
@@ -428,7 +440,8 @@ impl Applier {
             .collect();
         let quota_bytes = match policy.quota_bytes {
             Some(bytes) => bytes,
-            None => self.default_quota(self.history.undo_bytes() + redo.iter().map(|part| part.bytes).sum::<u64>())?,
+            None => self
+                .default_quota(self.history.undo_bytes() + redo.iter().map(|part| part.bytes).sum::<u64>())?,
         };
         let verdict = decide(policy, quota_bytes, &batches, &redo, newest_ns, floor);
         let mut removed = 0;
@@ -436,7 +449,9 @@ impl Applier {
             removed = self.drop_before(keep_from)?;
         }
         let floor = self.history.redo_floor();
-        let kept = segments.iter().find(|segment| segment.last_lsn > floor || segment.frames == 0 || !segment.sealed);
+        let kept = segments
+            .iter()
+            .find(|segment| segment.last_lsn > floor || segment.frames == 0 || !segment.sealed);
         let drop_journal_before = kept.map(|segment| segment.number);
         Ok(Expired { drop_journal_before, removed, verdict, quota_bytes })
     }
@@ -482,8 +497,12 @@ impl Applier {
         if gone < 64 || gone * 2 < events.len() {
             return Ok(None);
         }
-        let kept: Vec<Event> =
-            events.into_iter().zip(outlived).filter(|(_, outlived)| !outlived).map(|(event, _)| event).collect();
+        let kept: Vec<Event> = events
+            .into_iter()
+            .zip(outlived)
+            .filter(|(_, outlived)| !outlived)
+            .map(|(event, _)| event)
+            .collect();
         let old = log_path(&self.group_dir, state.events_file);
         state.events_file += 1;
         // Left over where an earlier try was cut before its state was stored.
@@ -513,9 +532,10 @@ impl Applier {
 
 /// Compares the replicas with their stamps.
 fn note_changed(group_dir: &Path, state: &mut GroupState) {
-    let changed = state.replicas.iter().find(|known| {
-        known.stamp.is_some() && stamp(&replica_path(group_dir, &known.path)) != known.stamp
-    });
+    let changed = state
+        .replicas
+        .iter()
+        .find(|known| known.stamp.is_some() && stamp(&replica_path(group_dir, &known.path)) != known.stamp);
     if let Some(known) = changed {
         let path = replica_path(group_dir, &known.path);
         let why = format!("replica {} was changed by others while the receiver was away", path.display());

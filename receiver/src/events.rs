@@ -153,9 +153,8 @@ impl EventLog {
         }
         let length = usize::try_from(bytes).map_err(|_| corrupt(0, "too long for this machine"))?;
         let mut content = vec![0; length];
-        let got = file
-            .read_at(&mut content, 0)
-            .map_err(|e| Error::io(format!("read {}", path.display()), e))?;
+        let got =
+            file.read_at(&mut content, 0).map_err(|e| Error::io(format!("read {}", path.display()), e))?;
         content.truncate(got);
         let mut events = Vec::new();
         let mut at = 0;

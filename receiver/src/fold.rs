@@ -150,8 +150,8 @@ pub fn push_range(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use journal::record::{Record, Records};
     use journal::Lsn;
+    use journal::record::{Record, Records};
 
     fn fold_of(records: &[(Op, u64, Vec<u8>, u64)]) -> Fold {
         let mut raw = Vec::new();
@@ -184,7 +184,7 @@ mod tests {
             (Op::Discard, 8192, vec![], 1 << 30),
             (Op::Write, 16384, vec![4; 512], 512),
         ]);
-        assert_eq!(fold.ranges(VolumeId(1)), [0..8192 + (1 << 30)]);
+        assert_eq!(fold.ranges(VolumeId(1)), vec![Range { start: 0, end: 8192 + (1 << 30) }]);
         let mut seen = Vec::new();
         fold.runs(VolumeId(1), 0..u64::MAX, &mut Vec::new(), |run| {
             seen.push(match run {

@@ -48,8 +48,10 @@ impl FromStr for At {
                 number.parse().map(|lsn| At::Lsn(Lsn(lsn))).map_err(|_| usage("not a number"))
             }
             Some(("time", time)) => {
-                let time: Timestamp = time.parse().map_err(|_| usage("not an RFC 3339 time with its offset"))?;
-                let ns = u64::try_from(time.as_nanosecond()).map_err(|_| usage("before 1970 or too far away"))?;
+                let time: Timestamp =
+                    time.parse().map_err(|_| usage("not an RFC 3339 time with its offset"))?;
+                let ns =
+                    u64::try_from(time.as_nanosecond()).map_err(|_| usage("before 1970 or too far away"))?;
                 Ok(At::Time(ns))
             }
             Some(("bookmark", name)) if !name.is_empty() => Ok(At::Bookmark(name.to_owned())),
@@ -71,7 +73,8 @@ impl fmt::Display for At {
 
 /// A time as it is shown: RFC 3339, UTC.
 pub fn rfc3339(time_ns: u64) -> String {
-    Timestamp::from_nanosecond(i128::from(time_ns)).map_or_else(|_| format!("{time_ns} ns"), |time| time.to_string())
+    Timestamp::from_nanosecond(i128::from(time_ns))
+        .map_or_else(|_| format!("{time_ns} ns"), |time| time.to_string())
 }
 
 /// A moment as it is shown.
@@ -269,7 +272,8 @@ impl History {
         };
         let inner = self.lock();
         let boundary = inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)));
-        let (boundary, at) = boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
+        let (boundary, at) =
+            boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
         Ok(Point { moment, boundary, boundary_lsn: at.lsn })
     }
 
@@ -300,14 +304,22 @@ impl History {
         Err(not_possible(format!("no bookmark {name:?} in the history; newest bookmarks: {known}")))
     }
 
-    fn find_time(&self, time_ns: u64, oldest: Moment, newest: Moment, gaps: &[Gap], span: &str) -> Result<Lsn> {
+    fn find_time(
+        &self,
+        time_ns: u64,
+        oldest: Moment,
+        newest: Moment,
+        gaps: &[Gap],
+        span: &str,
+    ) -> Result<Lsn> {
         let at = At::Time(time_ns);
         if time_ns < oldest.time_ns {
             return Err(not_possible(format!("{at} is before the history: {span}")));
         }
-        if let Some(gap) = gaps.iter().find(|gap| {
-            gap.after.time_ns < time_ns && gap.until.is_none_or(|until| time_ns < until.time_ns)
-        }) {
+        if let Some(gap) = gaps
+            .iter()
+            .find(|gap| gap.after.time_ns < time_ns && gap.until.is_none_or(|until| time_ns < until.time_ns))
+        {
             return Err(gap_error(&at, gap));
         }
         if time_ns >= newest.time_ns {
@@ -323,7 +335,9 @@ impl History {
         let mut reader = self.reader()?;
         reader.seek_time(time_ns.saturating_add(1)).map_err(damage)?;
         let mut frame = Vec::new();
-        let Some(header) = reader.next(&mut frame, self.limit()).map_err(damage)? else { return Ok(newest.lsn) };
+        let Some(header) = reader.next(&mut frame, self.limit()).map_err(damage)? else {
+            return Ok(newest.lsn);
+        };
         let mut raw = Vec::new();
         Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
         let mut found = None;
@@ -355,7 +369,10 @@ impl History {
                 }
             }
         }
-        Err(Error::corrupt(format!("journal of group {}: lsn {lsn} is not held, though it should be", self.group())))
+        Err(Error::corrupt(format!(
+            "journal of group {}: lsn {lsn} is not held, though it should be",
+            self.group()
+        )))
     }
 
     /// Lists what can be had back.
@@ -387,7 +404,9 @@ impl History {
             warnings.push("no recovery point yet: the first synchronisation is not complete".into());
         }
         warnings.extend(inner.batches.values().filter_map(|slot| match slot {
-            crate::history::Slot::Damaged(at) => Some(format!("damaged undo, points below it are lost: {at}")),
+            crate::history::Slot::Damaged(at) => {
+                Some(format!("damaged undo, points below it are lost: {at}"))
+            }
             crate::history::Slot::Kept(_) => None,
         }));
         let shown = |gap: &Gap| ShownGap {
@@ -443,7 +462,9 @@ mod tests {
             assert_eq!(text.parse::<At>().unwrap().to_string(), text);
         }
         assert_eq!("time:1970-01-01T01:00:01+01:00".parse::<At>().unwrap(), At::Time(1_000_000_000));
-        for text in ["", "lsn:", "lsn:-1", "time:yesterday", "time:1969-01-01T00:00:00Z", "bookmark:", "oldest"] {
+        for text in
+            ["", "lsn:", "lsn:-1", "time:yesterday", "time:1969-01-01T00:00:00Z", "bookmark:", "oldest"]
+        {
             assert_eq!(text.parse::<At>().unwrap_err().kind, ErrorKind::Usage, "{text}");
         }
     }

@@ -194,7 +194,11 @@ impl Replica {
     pub fn grow(&mut self, size_bytes: u64) -> Result<()> {
         let have = self.file.size().map_err(|e| self.error("size of", 0, e))?;
         if have < size_bytes && self.is_device {
-            let at = format!("replica of volume {}: {} has {have} bytes, {size_bytes} are needed", self.name, self.path.display());
+            let at = format!(
+                "replica of volume {}: {} has {have} bytes, {size_bytes} are needed",
+                self.name,
+                self.path.display()
+            );
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
         if have < size_bytes {
@@ -220,7 +224,9 @@ impl Replica {
     /// [`ErrorKind::ReplicaFailed`].
     pub fn next_data(&self, range: Range<u64>) -> Result<Option<Range<u64>>> {
         let found = self.file.next_data(range.start).map_err(|e| self.error("seek", range.start, e))?;
-        Ok(found.map(|data| data.start.max(range.start)..data.end.min(range.end)).filter(|data| !data.is_empty()))
+        Ok(found
+            .map(|data| data.start.max(range.start)..data.end.min(range.end))
+            .filter(|data| !data.is_empty()))
     }
 
     /// Bytes in `range` that may hold something other than zeros: the most that its undo can take.
@@ -254,7 +260,10 @@ impl Replica {
                     Run::Bytes(at, bytes) => (at, bytes.len() as u64, self.file.write_at(bytes, at)),
                 };
                 result.map_err(|e| match crate::error::is_full(&e) {
-                    true => Error::io(format!("replica of volume {}: write {}", self.name, self.path.display()), e),
+                    true => Error::io(
+                        format!("replica of volume {}: write {}", self.name, self.path.display()),
+                        e,
+                    ),
                     false => self.error("write", at, e),
                 })?;
                 written += len;
@@ -325,7 +334,10 @@ mod tests {
         assert_eq!(replica.check(&record).unwrap_err().kind, ErrorKind::ReplicaFailed);
         drop(replica);
         assert!(stamp(&path).is_some());
-        assert_eq!(Replica::check_vacant(&RealDisk, &path, "disk").unwrap_err().kind, ErrorKind::ReplicaFailed);
+        assert_eq!(
+            Replica::check_vacant(&RealDisk, &path, "disk").unwrap_err().kind,
+            ErrorKind::ReplicaFailed
+        );
         fs::remove_file(&path).unwrap();
         let missing = Replica::open(&RealDisk, &group_dir, &state(&path, true), true);
         assert_eq!(missing.err().unwrap().kind, ErrorKind::ReplicaFailed, "a lost replica is not made anew");

@@ -163,7 +163,10 @@ fn plan(history: &History, request: &RestoreRequest, point: Point) -> Result<Vec
         }
     }
     if volumes.is_empty() {
-        return Err(Error::new(ErrorKind::NotPossible, format!("no volume exists at lsn {}", point.moment.lsn)));
+        return Err(Error::new(
+            ErrorKind::NotPossible,
+            format!("no volume exists at lsn {}", point.moment.lsn),
+        ));
     }
     let into_dir = volumes.len() > 1 || request.to.is_dir();
     if into_dir && !request.dry_run {
@@ -331,7 +334,12 @@ impl<'a> Content<'a> {
         Ok(())
     }
 
-    fn copy_replica(&mut self, target: &mut Target, gap: Range<u64>, passed: &mut dyn FnMut(u64)) -> Result<()> {
+    fn copy_replica(
+        &mut self,
+        target: &mut Target,
+        gap: Range<u64>,
+        passed: &mut dyn FnMut(u64),
+    ) -> Result<()> {
         let path = &self.replica_path;
         let failed = |at: u64, e| Error::replica(format!("read replica {} at byte {at}", path.display()), e);
         let mut at = gap.start;

@@ -92,7 +92,8 @@ mod tests {
 
     /// One batch an hour, 10 bytes of undo each, one redo segment of 5 bytes each.
     fn day(hours: u64) -> (Vec<Aged>, Vec<RedoPart>) {
-        let batch = |n: u64| Aged { number: n, last_lsn: Lsn(n * 100), received_ns: n * HOUR, undo_bytes: 10 };
+        let batch =
+            |n: u64| Aged { number: n, last_lsn: Lsn(n * 100), received_ns: n * HOUR, undo_bytes: 10 };
         let part = |n: u64| RedoPart { last_lsn: Lsn(n * 100), bytes: 5 };
         ((1..=hours).map(batch).collect(), (1..=hours).map(part).collect())
     }

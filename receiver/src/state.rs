@@ -131,12 +131,14 @@ impl GroupState {
     }
 
     fn encode(&self) -> Result<Vec<u8>> {
-        let malformed = |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
+        let malformed =
+            |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
         postcard::to_extend(self, vec![VERSION]).map_err(malformed)
     }
 
     fn decode(bytes: &[u8], path: &Path) -> Result<GroupState> {
-        let malformed = |what: String| Error::new(ErrorKind::Malformed, format!("{}: {what}", path.display()));
+        let malformed =
+            |what: String| Error::new(ErrorKind::Malformed, format!("{}: {what}", path.display()));
         match bytes.split_first() {
             Some((&VERSION, rest)) => {
                 postcard::from_bytes(rest).map_err(|e| malformed(format!("group state: {e}")))

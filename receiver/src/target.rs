@@ -48,7 +48,10 @@ pub fn check(disk: &dyn Disk, path: &Path, size_bytes: u64, force: bool, replica
         return Err(Error::new(ErrorKind::Usage, format!("{shown} is a directory")));
     }
     if !force {
-        return Err(Error::new(ErrorKind::Usage, format!("{shown} exists; it is overwritten only with --force")));
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("{shown} exists; it is overwritten only with --force"),
+        ));
     }
     if is_block_device(path) {
         ReplicaHold::acquire(path)?;

@@ -68,7 +68,8 @@ pub fn file_number(name: &str) -> Option<u64> {
 /// [`ErrorKind::Corrupt`] where they are damaged, or do not belong to this group and number.
 pub fn read_summary(disk: &dyn Disk, dir: &Path, number: u64, group: GroupId) -> Result<UndoSummary> {
     let path = dir.join(file_name(number));
-    let corrupt = |offset: usize, what: String| Error::corrupt(format!("{} at byte {offset}: {what}", path.display()));
+    let corrupt =
+        |offset: usize, what: String| Error::corrupt(format!("{} at byte {offset}: {what}", path.display()));
     let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
     let mut front = [0; SECTOR_BYTES + frame::HEADER_BYTES];
     match read_exact_at(&*file, &mut front, 0) {
@@ -76,7 +77,8 @@ pub fn read_summary(disk: &dyn Disk, dir: &Path, number: u64, group: GroupId) ->
         other => other.map_err(|e| Error::io(format!("read {}", path.display()), e))?,
     }
     let header = SegmentHeader::decode(&front).map_err(|e| corrupt(0, e.to_string()))?;
-    let first = FrameHeader::parse(&front[SECTOR_BYTES..]).map_err(|e| corrupt(SECTOR_BYTES, e.to_string()))?;
+    let first =
+        FrameHeader::parse(&front[SECTOR_BYTES..]).map_err(|e| corrupt(SECTOR_BYTES, e.to_string()))?;
     if header.kind != SegmentKind::Undo || header.number != number || header.group != group {
         return Err(corrupt(0, format!("is not the undo segment of batch {number} of group {group}")));
     }
@@ -285,7 +287,8 @@ fn record(op: Op, volume: VolumeId, at: Moment, extent: Extent) -> Record {
 
 /// Whether all bytes are zero; compares against itself, a byte further, which the compiler turns into a memcmp.
 pub fn is_zero(bytes: &[u8]) -> bool {
-    bytes.first().is_none_or(|first| *first == 0) && bytes[..bytes.len().saturating_sub(1)] == bytes[bytes.len().min(1)..]
+    bytes.first().is_none_or(|first| *first == 0)
+        && bytes[..bytes.len().saturating_sub(1)] == bytes[bytes.len().min(1)..]
 }
 
 /// Reads what the replica holds, without touching the disk for its holes.
@@ -371,10 +374,9 @@ impl UndoSegment {
     /// [`ErrorKind::Corrupt`] naming file and offset.
     pub fn read_frame(&self, frame: u32, reading: &mut FrameBuffers) -> Result<()> {
         let path = self.summary.path.display();
-        let entry = self
-            .index
-            .frame(frame)
-            .ok_or_else(|| Error::corrupt(format!("{path}: index names frame {frame}, which it does not hold")))?;
+        let entry = self.index.frame(frame).ok_or_else(|| {
+            Error::corrupt(format!("{path}: index names frame {frame}, which it does not hold"))
+        })?;
         let corrupt = |what: String| Error::corrupt(format!("{path} at byte {}: {what}", entry.offset));
         if entry.bytes as usize > frame::MAX_FRAME_BYTES {
             return Err(corrupt(format!("index names a frame of {} bytes", entry.bytes)));
@@ -423,7 +425,11 @@ impl FrameBuffers {
         let from = at as usize;
         let to = usize::try_from(len).ok().and_then(|len| from.checked_add(len));
         to.and_then(|to| self.raw.get(from..to)).ok_or_else(|| {
-            Error::corrupt(format!("{}: index names bytes {from}+{len} of a frame of {}", file.display(), self.raw.len()))
+            Error::corrupt(format!(
+                "{}: index names bytes {from}+{len} of a frame of {}",
+                file.display(),
+                self.raw.len()
+            ))
         })
     }
 }

@@ -128,7 +128,8 @@ impl View {
             };
             redo.insert(record.extent.offset..record.extent.offset + record.extent.len, piece);
             if redo.len() > MAX_REDO_EXTENTS {
-                let at = "too much is not applied yet below this point; wait until the receiver has caught up";
+                let at =
+                    "too much is not applied yet below this point; wait until the receiver has caught up";
                 return Err(Error::new(ErrorKind::NotPossible, at));
             }
             Ok(())
@@ -238,7 +239,10 @@ impl View {
         let (mut frame, mut raw) = (Vec::new(), Vec::new());
         let header = reader.next(&mut frame, self.history.limit()).map_err(damage)?;
         let header = header.filter(|header| header.first_lsn == first_lsn).ok_or_else(|| {
-            Error::corrupt(format!("journal of group {}: frame of lsn {first_lsn} is gone", self.history.group()))
+            Error::corrupt(format!(
+                "journal of group {}: frame of lsn {first_lsn} is gone",
+                self.history.group()
+            ))
         })?;
         Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
         Ok(raw)
@@ -247,7 +251,8 @@ impl View {
 
 /// The pieces of a map, those of one frame together, so that each frame is unpacked once.
 pub(crate) fn in_frame_order(pieces: &ExtentMap<UndoPiece>) -> Vec<(Range<u64>, UndoPiece)> {
-    let mut sorted: Vec<(Range<u64>, UndoPiece)> = pieces.iter().map(|(range, piece)| (range, *piece)).collect();
+    let mut sorted: Vec<(Range<u64>, UndoPiece)> =
+        pieces.iter().map(|(range, piece)| (range, *piece)).collect();
     sorted.sort_unstable_by_key(|(range, piece)| match piece {
         UndoPiece::Zeros => (0, 0, range.start),
         UndoPiece::Bytes { batch, frame, .. } => (*batch, *frame, range.start),

@@ -1,3 +1,10 @@
+#![allow(dead_code, reason = "each test binary uses its part of the harness")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test harness; its numbers are small"
+)]
+
 //! A scripted source and its model: records with lsns and times, framed into a journal, and what every volume holds
 //! after any of them.
 
@@ -85,7 +92,7 @@ impl Source {
 
     /// Another piece of the same lsn.
     pub fn push_piece(&mut self, op: Op, volume: u32, offset: u64, len: u64, payload: Vec<u8>) -> Lsn {
-        self.time_ns += 1_000_000;
+        self.time_ns += 100_000_000;
         let record = Record {
             op,
             flags: 0,
@@ -109,7 +116,8 @@ impl Source {
 
     pub fn volume(&mut self, id: u32, size_bytes: u64) -> Lsn {
         let uuid = VolumeUuid([id as u8 + 1; 16]);
-        let record = VolumeRecord { uuid, size_bytes, sector_bytes: 512, present: true, name: format!("v{id}") };
+        let record =
+            VolumeRecord { uuid, size_bytes, sector_bytes: 512, present: true, name: format!("v{id}") };
         self.push(Op::Volume, id, 0, 0, record.encode())
     }
 
@@ -154,7 +162,11 @@ impl Source {
             1 => self.push(Op::Flush, id as u32, 0, 0, Vec::new()),
             // Often the same few bytes again: what does not change is neither undone nor written.
             2 | 3 => self.write(id as u32, offset * 512, vec![byte & 1; len as usize * 512]),
-            _ => self.write(id as u32, offset * 512, (0..len * 512).map(|i| byte.wrapping_add((i / 64) as u8)).collect()),
+            _ => self.write(
+                id as u32,
+                offset * 512,
+                (0..len * 512).map(|i| byte.wrapping_add((i / 64) as u8)).collect(),
+            ),
         }
     }
 
@@ -164,7 +176,8 @@ impl Source {
             return;
         }
         let stamp = Stamp { group: GROUP, lineage: LINEAGE, epoch: self.epoch };
-        let encoded = self.encoder.encode(&self.batch, &stamp, None, Compression::Zstd(1), Vec::new()).unwrap();
+        let encoded =
+            self.encoder.encode(&self.batch, &stamp, None, Compression::Zstd(1), Vec::new()).unwrap();
         let (bytes, chain) = encoded.seal(self.chain);
         self.chain = chain;
         let header = FrameHeader::parse(&bytes).unwrap();
@@ -249,7 +262,11 @@ pub fn settings(batch_bytes: u64) -> ApplySettings {
 }
 
 /// Opens history and applier, as a daemon that starts does.
-pub fn open(disk: &Arc<dyn Disk>, dir: &Path, settings: ApplySettings) -> receiver::Result<(Arc<History>, Applier)> {
+pub fn open(
+    disk: &Arc<dyn Disk>,
+    dir: &Path,
+    settings: ApplySettings,
+) -> receiver::Result<(Arc<History>, Applier)> {
     let history = History::open(Arc::clone(disk), dir)?;
     let applier = Applier::open(Arc::clone(disk), dir, settings, Arc::clone(&history))?;
     Ok((history, applier))
@@ -282,9 +299,13 @@ pub fn read_view(history: &Arc<History>, lsn: Lsn, volume: &str) -> Vec<u8> {
 
 /// Every volume at `lsn` is what the model says.
 pub fn assert_exact(history: &Arc<History>, source: &Source, lsn: Lsn) {
-    for (name, expected) in source.model(lsn) {
-        let found = read_view(history, lsn, &name);
-        assert_same(&found, &expected, &format!("{name} at lsn {lsn}"));
+    assert_equals(history, &source.model(lsn), lsn);
+}
+
+pub fn assert_equals(history: &Arc<History>, model: &BTreeMap<String, Vec<u8>>, lsn: Lsn) {
+    for (name, expected) in model {
+        let found = read_view(history, lsn, name);
+        assert_same(&found, expected, &format!("{name} at lsn {lsn}"));
     }
 }
 

@@ -1,0 +1,430 @@
+//! Views and restores against the model: random records, random batches, random restarts; beside a running applier; on the
+//! real disk; what is refused and why; what retention may drop.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
+
+mod storage;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use journal::Lsn;
+use journal::io::{Disk, RealDisk};
+use journal::record::Op;
+use journal::sim_disk::SimDisk;
+use proptest::prelude::*;
+use receiver::ErrorKind;
+use receiver::history::History;
+use receiver::point::{At, rfc3339};
+use receiver::restore::{RestoreRequest, open_bare, restore};
+use receiver::retention::Policy;
+use receiver::state::Moment;
+use receiver::view::View;
+use storage::*;
+
+const SIZES: [u64; 2] = [256 << 10, 64 << 10];
+
+fn sim() -> (SimDisk, Arc<dyn Disk>) {
+    let sim = SimDisk::new();
+    let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+    (sim, disk)
+}
+
+/// An initial sync and `changes` live changes, a few a frame.
+fn live(seed: u64, changes: usize) -> Source {
+    let mut random = Random(seed);
+    let mut source = Source::new();
+    source.epoch(random.below(1 << 33));
+    source.resync(&SIZES, &mut random, "first");
+    for at in 0..changes {
+        source.random_change(&SIZES, &mut random);
+        if random.below(4) == 0 {
+            source.frame();
+        }
+        if at % 50 == 20 {
+            source.bookmark(&format!("b{}", at / 100));
+        }
+    }
+    source.frame();
+    source
+}
+
+fn request(at: At, to: &Path) -> RestoreRequest {
+    RestoreRequest { at, to: to.to_path_buf(), volume: None, force: false, dry_run: false }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Whatever the batches and restarts, every point that is asked for is exact, by view and by restore; frames that are
+    /// received and not applied count too.
+    #[test]
+    fn every_point_is_exact(seed in any::<u64>(), epochs in 1_usize..3) {
+        let mut random = Random(seed);
+        let mut source = live(random.next(), 60);
+        for _ in 1..epochs {
+            source.epoch(1 + random.below(1 << 20));
+            source.resync(&SIZES, &mut random, "again");
+            for _ in 0..30 {
+                source.random_change(&SIZES, &mut random);
+            }
+            source.frame();
+        }
+        let (_, disk) = sim();
+        let dir = Path::new(GROUP_DIR);
+        let mut group = Group::create(Arc::clone(&disk), dir, &source);
+        let mut opened = None;
+        for step in 0..12 {
+            if opened.is_none() || random.below(3) == 0 {
+                drop(opened.take());
+                let tell = random.below(2) == 0;
+                opened = Some((open(&disk, dir, settings(2_000 + random.below(60_000))).unwrap(), tell));
+            }
+            let ((history, applier), tell) = opened.as_mut().unwrap();
+            let frames = source.frames.len() / 12 + 1;
+            let durable = group.receive(&source, frames, tell.then_some(&**history));
+            if random.below(4) == 0 {
+                apply_all(applier, &durable).unwrap();
+            } else if random.below(3) > 0 {
+                applier.next_batch(&durable).unwrap();
+            }
+            let state = history.state();
+            if state.oldest_batch == 0 {
+                continue;
+            }
+            let received = history.received().lsn;
+            let points: Vec<Lsn> = source
+                .points
+                .iter()
+                .copied()
+                .filter(|lsn| *lsn >= state.history_start.lsn && *lsn <= received)
+                .collect();
+            for _ in 0..3 {
+                let lsn = points[random.below(points.len() as u64) as usize];
+                assert_exact(history, &source, lsn);
+                let to = format!("/restored/{step}/{lsn}-{}", random.next());
+                let report = restore(history, &request(At::Lsn(lsn), Path::new(&to)), &mut |_, _| {}).unwrap();
+                prop_assert_eq!(report.lsn, lsn);
+                for (name, expected) in source.model(lsn) {
+                    let file = disk.open_read(&Path::new(&to).join(format!("{name}.img"))).unwrap();
+                    let mut found = vec![0; usize::try_from(file.size().unwrap()).unwrap()];
+                    file.read_at(&mut found, 0).unwrap();
+                    assert_same(&found, &expected, &format!("restored {name} at lsn {lsn}"));
+                }
+            }
+        }
+    }
+}
+
+/// ⚠ Replica first, registry second: readers beside the applier never see a byte that is newer than their point.
+#[test]
+fn views_and_restores_are_exact_while_the_applier_runs() {
+    let mut source = live(3, 40);
+    let fixed = source.last();
+    let mut random = Random(17);
+    for _ in 0..600 {
+        source.random_change(&SIZES, &mut random);
+        source.frame();
+    }
+    let temporary = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let dir = temporary.path().join("groups/g");
+    let mut group = Group::create(Arc::clone(&disk), &dir, &source);
+    let mut real = settings(12_000);
+    real.replica_dir = temporary.path().join("replica/g");
+    real.hold_replicas = true;
+    let (history, mut applier) = open(&disk, &dir, real).unwrap();
+    history.attach_tail(group.writer.shared());
+    let before = source.frames.iter().filter(|(_, header)| header.last_lsn <= fixed).count();
+    let durable = group.receive(&source, before, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    assert_eq!(applier.state().checkpoint.lsn, fixed);
+    let batches = applier.state().applied_batch;
+    let expected = source.model(fixed);
+    let running = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        let (point, pin) = history.resolve_pinned(&At::Lsn(fixed)).unwrap();
+        let readers: Vec<_> = (0..2)
+            .map(|reader| {
+                let (history, expected, running) = (&history, &expected, &running);
+                scope.spawn(move || {
+                    let view = View::open(history, point, "v0").unwrap();
+                    let mut random = Random(reader);
+                    let mut reads = 0;
+                    let mut buffer = vec![0; 32 << 10];
+                    while running.load(Ordering::Relaxed) || reads == 0 {
+                        let offset = random.below(SIZES[0] - buffer.len() as u64) as usize;
+                        view.read_at(&mut buffer, offset as u64).unwrap();
+                        let expected = &expected["v0"][offset..offset + buffer.len()];
+                        assert_same(&buffer, expected, &format!("read {reads} at {offset}"));
+                        reads += 1;
+                    }
+                    reads
+                })
+            })
+            .collect();
+        let restorer = scope.spawn(|| {
+            let mut restores = 0;
+            while running.load(Ordering::Relaxed) || restores == 0 {
+                let to = temporary.path().join(format!("out{restores}"));
+                restore(&history, &request(At::Lsn(fixed), &to), &mut |_, _| {}).unwrap();
+                for (name, expected) in &expected {
+                    let found = std::fs::read(to.join(format!("{name}.img"))).unwrap();
+                    assert_same(&found, expected, &format!("restore {restores}: {name}"));
+                }
+                restores += 1;
+            }
+            restores
+        });
+        while group.writer.durable().lsn < source.last() {
+            let durable = group.receive(&source, 7, Some(&history));
+            apply_all(&mut applier, &durable).unwrap();
+        }
+        running.store(false, Ordering::Relaxed);
+        assert!(restorer.join().unwrap() > 0);
+        assert!(readers.into_iter().all(|reader| reader.join().unwrap() > 0));
+        drop(pin);
+    });
+    assert!(applier.state().applied_batch > batches + 20);
+    applier.close().unwrap();
+
+    // Somebody mounts the replica and writes to it while we are away: no history is made of that.
+    let replica = temporary.path().join("replica/g/v0.img");
+    let file = std::fs::File::options().write(true).open(&replica).unwrap();
+    let unchanged = History::open(Arc::clone(&disk), &dir).unwrap();
+    assert!(unchanged.state().clean && unchanged.state().needs_resync.is_none());
+    std::os::unix::fs::FileExt::write_at(&file, b"x", 4096).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    let mut real = settings(12_000);
+    real.hold_replicas = true;
+    let (history, mut applier) = open(&disk, &dir, real).unwrap();
+    let why = applier.state().needs_resync.clone().unwrap();
+    assert!(why.contains("v0.img was changed by others"), "{why}");
+    assert_eq!(history.resolve(&At::Latest).unwrap_err().kind, ErrorKind::NotPossible);
+    // What is left of the old epoch is refused; a new one repairs it.
+    source.random_change(&SIZES, &mut random);
+    source.frame();
+    let durable = group.receive(&source, 1, Some(&history));
+    assert_eq!(applier.next_batch(&durable).unwrap(), None);
+    source.epoch(10);
+    source.volume(0, SIZES[0]);
+    source.volume(1, SIZES[1]);
+    source.push(Op::ResyncBegin, 0, 0, 0, b"replica changed".to_vec());
+    let whole = source.model(source.last());
+    for (volume, content) in whole.values().enumerate() {
+        for (at, chunk) in content.chunks(64 << 10).enumerate() {
+            let offset = at as u64 * (64 << 10);
+            source.push(Op::SyncSlot, volume as u32, offset, chunk.len() as u64, chunk.to_vec());
+        }
+    }
+    source.push(Op::ResyncEnd, 0, 0, 0, Vec::new());
+    source.random_change(&SIZES, &mut random);
+    source.frame();
+    let durable = group.receive(&source, 1, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    assert_eq!(applier.state().needs_resync, None);
+    assert_exact(&history, &source, source.last());
+}
+
+fn applied(
+    source: &Source,
+    batch_bytes: u64,
+) -> (SimDisk, Arc<dyn Disk>, Group, Arc<History>, receiver::apply::Applier) {
+    let (sim, disk) = sim();
+    let mut group = Group::create(Arc::clone(&disk), Path::new(GROUP_DIR), source);
+    let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(batch_bytes)).unwrap();
+    let durable = group.receive(source, usize::MAX, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    (sim, disk, group, history, applier)
+}
+
+#[test]
+fn points_are_resolved_by_lsn_time_and_name_or_refused_with_the_nearest() {
+    let mut source = live(8, 100);
+    let before = source.last();
+    let before_ns = source.records.last().unwrap().0.time_ns;
+    source.epoch(500);
+    let mut random = Random(1);
+    let end = source.resync(&SIZES, &mut random, "the ring was lost");
+    let jump = source.push(Op::ClockJump, 0, 0, 0, (-6_000_000_000_i64).to_le_bytes().to_vec());
+    let marked = source.bookmark("b0");
+    for _ in 0..10 {
+        source.random_change(&SIZES, &mut random);
+    }
+    source.frame();
+    let (_, _, mut group, history, mut applier) = applied(&source, 30_000);
+    let lsn = |at: &At| history.resolve(at).map(|point| point.moment.lsn);
+    let refused = |at: At| {
+        let error = history.resolve(&at).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotPossible, "{error}");
+        error.to_string()
+    };
+
+    assert_eq!(lsn(&At::Latest).unwrap(), source.last());
+    assert_eq!(lsn(&At::Bookmark("b0".into())).unwrap(), marked, "the newest of a name wins");
+    assert!(refused(At::Bookmark("b9".into())).contains("b0"), "known names are told");
+    for (record, _) in source.records.iter().filter(|(record, _)| source.points.contains(&record.lsn)) {
+        let point = history.resolve(&At::Lsn(record.lsn)).unwrap();
+        assert!(point.boundary_lsn <= record.lsn);
+        assert_eq!(lsn(&At::Time(record.time_ns)).unwrap(), record.lsn, "its own time");
+        assert_eq!(point.moment.time_ns, record.time_ns);
+    }
+    let third = &source.records[60].0;
+    assert_eq!(lsn(&At::Time(third.time_ns + 400_000)).unwrap(), third.lsn, "the last one at or before");
+
+    for inside in [Lsn(before.0 + 1), Lsn(end.0 - 1)] {
+        let why = refused(At::Lsn(inside));
+        assert!(why.contains("the ring was lost"), "{why}");
+        assert!(why.contains(&before.to_string()) && why.contains(&end.to_string()), "nearest: {why}");
+    }
+    assert!(refused(At::Time(before_ns + 1)).contains("the ring was lost"));
+    assert!(refused(At::Lsn(Lsn(source.last().0 + 1))).contains("outside"));
+    assert!(refused(At::Lsn(Lsn(1))).contains("outside"));
+    assert!(refused(At::Time(1)).contains("before the history"));
+    let newest_ns = source.records.last().unwrap().0.time_ns;
+    assert!(refused(At::Time(newest_ns + 5)).contains(&rfc3339(newest_ns)));
+    applier.keep_heartbeat(Moment { lsn: source.last(), time_ns: newest_ns + 1000 }).unwrap();
+    assert_eq!(lsn(&At::Time(newest_ns + 5)).unwrap(), source.last(), "a heartbeat vouches for the silence");
+    assert!(history.resolve(&At::Time(newest_ns + 1001)).is_err());
+
+    let points = history.points();
+    assert_eq!(points.oldest.unwrap().lsn, history.state().history_start.lsn);
+    assert_eq!(points.newest.unwrap().lsn, source.last());
+    assert_eq!(points.gaps.len(), 1);
+    assert_eq!((points.gaps[0].from_lsn, points.gaps[0].to_lsn), (before, Some(end)));
+    assert_eq!(points.gaps[0].reason, "the ring was lost");
+    assert_eq!(points.bookmarks.iter().filter(|bookmark| bookmark.name == "b0").count(), 3, "all are listed");
+    assert!(points.warnings.iter().any(|w| w.contains("-6000 ms") && w.contains(&jump.to_string())));
+
+    // A resync that is under way: latest is the last point before it, whatever is applied.
+    let last = source.last();
+    source.epoch(5);
+    source.volume(0, SIZES[0]);
+    source.push(Op::ResyncBegin, 0, 0, 0, b"agent was killed".to_vec());
+    source.push(Op::SyncSlot, 0, 0, 4096, vec![0xAB; 4096]);
+    source.frame();
+    let durable = group.receive(&source, 1, Some(&history));
+    assert_eq!(lsn(&At::Latest).unwrap(), last);
+    apply_all(&mut applier, &durable).unwrap();
+    assert_eq!(lsn(&At::Latest).unwrap(), last);
+    assert_exact(&history, &source, last);
+    assert!(refused(At::Lsn(source.last())).contains("agent was killed"));
+    assert_eq!(history.points().gaps[1].to_lsn, None);
+}
+
+#[test]
+fn retention_drops_the_oldest_and_keeps_the_rest_exact() {
+    let source = live(21, 300);
+    let (_, disk, mut group, history, mut applier) = applied(&source, 12_000);
+    let batches = applier.state().applied_batch;
+    assert!(batches > 15);
+    let newest = history.received().time_ns;
+    let oldest = history.state().history_start;
+    let half_ns = (newest - oldest.time_ns) / 2;
+    let quota_bytes = Some(u64::MAX);
+    let keep_all = Policy { window_ns: u64::MAX, min_ns: 0, quota_bytes };
+    let policy = Policy { window_ns: half_ns, min_ns: 0, quota_bytes };
+    assert_eq!(applier.expire(&keep_all, group.writer.segments()).unwrap().removed, 0);
+
+    // A pinned point stays, and so does everything above it.
+    let pinned = history.resolve_pinned(&At::Lsn(oldest.lsn)).unwrap();
+    assert_eq!(applier.expire(&policy, group.writer.segments()).unwrap().removed, 0);
+    drop(pinned);
+    let expired = applier.expire(&policy, group.writer.segments()).unwrap();
+    assert!(expired.removed > 3 && expired.removed < batches - 3, "{expired:?}");
+    assert_eq!(history.resolve(&At::Lsn(oldest.lsn)).unwrap_err().kind, ErrorKind::NotPossible);
+    group.writer.drop_before(expired.drop_journal_before.unwrap()).unwrap();
+    let start = history.state().history_start.lsn;
+    let kept: Vec<Lsn> = source.points.iter().copied().filter(|lsn| *lsn >= start).collect();
+    assert!(
+        source.records.iter().any(|(record, _)| record.lsn >= start && record.time_ns >= newest - half_ns)
+    );
+    for lsn in kept.iter().step_by(9) {
+        assert_exact(&history, &source, *lsn);
+    }
+    assert_eq!(disk.list(&Path::new(GROUP_DIR).join("undo")).unwrap().len() as u64, history.points().batches);
+
+    // A restart sees the same, and the last consistent point survives any quota.
+    drop(applier);
+    let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(12_000)).unwrap();
+    assert_eq!(history.state().history_start.lsn, start);
+    assert_exact(&history, &source, start);
+    let nothing = Policy { window_ns: 0, min_ns: 0, quota_bytes: Some(0) };
+    applier.expire(&nothing, group.writer.segments()).unwrap();
+    assert_eq!(history.resolve(&At::Latest).unwrap().moment.lsn, source.last());
+    assert_exact(&history, &source, source.last());
+    assert_eq!(history.resolve(&At::Lsn(start)).unwrap_err().kind, ErrorKind::NotPossible);
+}
+
+#[test]
+fn damage_ends_a_restore_with_its_place_and_without_a_result() {
+    let source = live(4, 200);
+    let (sim, disk, _group, history, applier) = applied(&source, 20_000);
+    let oldest = history.state().history_start.lsn;
+    let undo = Path::new(GROUP_DIR).join("undo");
+    let name = &disk.list(&undo).unwrap()[1];
+    let broken = undo.join(name);
+    // Inside the first frame's payload, behind its header.
+    sim.corrupt(&broken, 512 + 192 + 40, |byte| byte ^ 1);
+    drop((history, applier));
+    let history = History::open(Arc::clone(&disk), Path::new(GROUP_DIR)).unwrap();
+    let error = restore(&history, &request(At::Lsn(oldest), Path::new("/out")), &mut |_, _| {}).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Corrupt, "{error}");
+    assert!(error.to_string().contains(&format!("{} at byte 512", broken.display())), "{error}");
+    assert_eq!(disk.list(Path::new("/out")).unwrap(), Vec::<String>::new());
+    restore(&history, &request(At::Latest, Path::new("/out")), &mut |_, _| {}).unwrap();
+
+    // A missing one too, and it is told in advance.
+    disk.remove(&broken).unwrap();
+    let history = History::open(Arc::clone(&disk), Path::new(GROUP_DIR)).unwrap();
+    assert!(history.points().warnings.iter().any(|warning| warning.contains(name.as_str())));
+    let error = restore(&history, &request(At::Lsn(oldest), Path::new("/out2")), &mut |_, _| {}).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Corrupt, "{error}");
+    assert_exact(&history, &source, source.last());
+}
+
+#[test]
+fn targets_are_not_overwritten_by_accident() {
+    let source = live(9, 60);
+    let temporary = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let dir = temporary.path().join("groups/g");
+    let mut group = Group::create(Arc::clone(&disk), &dir, &source);
+    let mut real = settings(40_000);
+    real.replica_dir = temporary.path().join("replica/g");
+    real.hold_replicas = true;
+    let (_, mut applier) = open(&disk, &dir, real).unwrap();
+    let durable = group.receive(&source, usize::MAX, None);
+    apply_all(&mut applier, &durable).unwrap();
+    applier.close().unwrap();
+
+    let (lock, history) = open_bare(Arc::clone(&disk), &dir).unwrap();
+    assert_eq!(open_bare(Arc::clone(&disk), &dir).err().unwrap().kind, ErrorKind::Busy);
+    let to = temporary.path().join("one.img");
+    let mut wanted = request(At::Latest, &to);
+    wanted.volume = Some("v1".into());
+    wanted.dry_run = true;
+    let report = restore(&history, &wanted, &mut |_, _| {}).unwrap();
+    assert!(report.dry_run && !to.exists());
+    assert_eq!(report.volumes[0].size_bytes, SIZES[1]);
+    wanted.dry_run = false;
+    let mut last = (0, 0);
+    restore(&history, &wanted, &mut |done, total| last = (done, total)).unwrap();
+    assert_eq!(last, (SIZES[1], SIZES[1]));
+    assert_same(&std::fs::read(&to).unwrap(), &source.model(source.last())["v1"], "v1");
+    assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Usage);
+    wanted.force = true;
+    restore(&history, &wanted, &mut |_, _| {}).unwrap();
+    assert!(!temporary.path().join("one.img.partial").exists());
+
+    wanted.to = temporary.path().join("replica/g/v0.img");
+    assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Busy, "a replica");
+    wanted.to = to.clone();
+    let held = receiver::replica::ReplicaHold::acquire(&to).unwrap();
+    assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Busy, "in use");
+    drop(held);
+    wanted.volume = Some("v7".into());
+    assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::NotPossible);
+    drop(lock);
+}
