@@ -248,7 +248,8 @@ impl IndexBuilder {
 
     /// Bytes that the footer will take, trailer and padding included.
     pub fn footer_bytes(&self) -> usize {
-        footer_bytes(self.frames.len(), self.extents.len()).expect("an index in memory has a length in memory")
+        footer_bytes(self.frames.len(), self.extents.len())
+            .expect("an index in memory has a length in memory")
     }
 
     /// The footer for a segment whose items end at `offset`.
@@ -302,7 +303,8 @@ impl IndexBuilder {
 }
 
 fn to_u32(value: usize) -> Result<u32> {
-    u32::try_from(value).map_err(|_| Error::new(ErrorKind::Malformed, format!("index: {value} does not fit 32 bits")))
+    u32::try_from(value)
+        .map_err(|_| Error::new(ErrorKind::Malformed, format!("index: {value} does not fit 32 bits")))
 }
 
 fn footer_bytes(frames: usize, extents: usize) -> Option<usize> {
@@ -342,12 +344,14 @@ impl SegmentIndex {
         }
         let mut trailer = [0; TRAILER_BYTES];
         segment.read(&mut trailer, trailer_at)?;
-        let (offset, footer_crc) = check_trailer(&trailer, segment).map_err(|what| corrupt(trailer_at, what))?;
+        let (offset, footer_crc) =
+            check_trailer(&trailer, segment).map_err(|what| corrupt(trailer_at, what))?;
         let footer = segment
             .file
             .map(offset..trailer_at)
             .map_err(|error| Error::io(format!("map {}: offset {offset}", segment.path.display()), error))?;
-        let index = SegmentIndex::parse(footer, footer_crc, segment, offset).map_err(|what| corrupt(offset, what))?;
+        let index =
+            SegmentIndex::parse(footer, footer_crc, segment, offset).map_err(|what| corrupt(offset, what))?;
         Ok(index)
     }
 
@@ -385,7 +389,9 @@ impl SegmentIndex {
             .file
             .map(offset..trailer_at)
             .map_err(|error| Error::io(format!("map {}: offset {offset}", segment.path.display()), error))?;
-        Ok((claimed == offset).then(|| SegmentIndex::parse(footer, footer_crc, &exact, offset).ok()).flatten())
+        Ok((claimed == offset)
+            .then(|| SegmentIndex::parse(footer, footer_crc, &exact, offset).ok())
+            .flatten())
     }
 
     fn parse(
@@ -413,13 +419,15 @@ impl SegmentIndex {
 
     fn raw_frames(&self) -> &[RawFrame] {
         let bytes = self.head.frames.get() as usize * FRAME_BYTES;
-        <[RawFrame]>::ref_from_bytes(&self.footer[HEAD_BYTES..HEAD_BYTES + bytes]).expect("lengths were checked")
+        <[RawFrame]>::ref_from_bytes(&self.footer[HEAD_BYTES..HEAD_BYTES + bytes])
+            .expect("lengths were checked")
     }
 
     fn raw_extents(&self) -> &[RawExtent] {
         let start = HEAD_BYTES + self.head.frames.get() as usize * FRAME_BYTES;
         let count = usize::try_from(self.head.extents.get()).expect("lengths were checked");
-        <[RawExtent]>::ref_from_bytes(&self.footer[start..start + count * EXTENT_BYTES]).expect("lengths were checked")
+        <[RawExtent]>::ref_from_bytes(&self.footer[start..start + count * EXTENT_BYTES])
+            .expect("lengths were checked")
     }
 
     /// Whether extents are indexed (undo segments).
@@ -520,8 +528,105 @@ fn check_trailer(bytes: &[u8], segment: &SegmentFile) -> std::result::Result<(u6
     }
     let (offset, total) = (trailer.offset.get(), trailer.bytes.get());
     let sector = SECTOR_BYTES as u64;
-    if offset < sector || offset % sector != 0 || total < sector || offset.checked_add(total) != Some(segment.size) {
+    if offset < sector
+        || offset % sector != 0
+        || total < sector
+        || offset.checked_add(total) != Some(segment.size)
+    {
         return Err("trailer: its offsets do not match the file");
     }
     Ok((offset, trailer.footer_crc.get()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compress::tests::{batch_of, stamp};
+    use crate::compress::{Compression, Encoder};
+    use crate::segment::{self, SegmentKind};
+    use crate::sim_disk::SimDisk;
+
+    fn header() -> SegmentHeader {
+        SegmentHeader {
+            kind: SegmentKind::Undo,
+            flags: 0,
+            group: stamp().group,
+            number: 9,
+            first_lsn: Lsn(1),
+            last_lsn: Lsn(1),
+            start: Position::default(),
+            received_ns: 0,
+            allocated_bytes: 0,
+            nonce: 0xAB,
+        }
+    }
+
+    /// A footer over one frame with one extent, its frame at 512.
+    fn footer(with_extents: bool) -> Vec<u8> {
+        let batch = batch_of(1, &[5; 1024]);
+        let encoded = Encoder::new().unwrap().encode(&batch, &stamp(), Some(9), Compression::Off, Vec::new());
+        let frame = FrameHeader::parse(&encoded.unwrap().seal(3).0).unwrap();
+        let mut index = IndexBuilder::new(with_extents);
+        index.push(512, &frame, batch.raw()).unwrap();
+        let end = Position { lsn: Lsn(1), chain: 0x77, ..Position::default() };
+        let closing = Closing { end, received_first_ns: 4, received_last_ns: 6 };
+        let footer = index.finish(&header(), 2048, &closing).unwrap();
+        assert_eq!(footer.len(), index.footer_bytes());
+        footer
+    }
+
+    #[test]
+    fn golden_bytes_of_footer_and_trailer() {
+        let mut expected = [0; 512];
+        expected[..8].copy_from_slice(b"AFTRIDX1");
+        // version, segment, counts, receipts, nonce; end: lsn and chain
+        for (at, value) in
+            [(8, 1), (16, 9), (24, 1), (32, 1), (40, 4), (48, 6), (56, 0xAB), (104, 1), (112, 0x77)]
+        {
+            expected[at] = value;
+        }
+        // frame: offset 512, 1536 bytes, lsns, times
+        for (at, value) in [(129, 2), (137, 6), (144, 1), (152, 1), (160, 1), (168, 1)] {
+            expected[at] = value;
+        }
+        // extent: length 1024, payload behind the record header
+        for (at, value) in [(193, 4), (200, 48)] {
+            expected[at] = value;
+        }
+        let crc = crc32fast::hash(&expected[..448]).to_le_bytes();
+        expected[448..456].copy_from_slice(b"AFTREND1");
+        for (at, value) in [(457, 8), (465, 2), (472, 9), (480, 0xAB)] {
+            expected[at] = value;
+        }
+        expected[504..508].copy_from_slice(&crc);
+        let crc = crc32fast::hash(&expected[448..508]).to_le_bytes();
+        expected[508..].copy_from_slice(&crc);
+        assert_eq!(footer(true), expected);
+        let mut without = footer(false);
+        assert_eq!((without[10], without[32]), (1, 0), "flagged, no extents");
+        without.truncate(448);
+        assert!(without[176..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn every_flip_and_cut_of_a_footer_is_corruption() {
+        let disk = SimDisk::new();
+        let path = Path::new("/s").join(segment::file_name(9));
+        let mut file = header().encode().to_vec();
+        file.resize(2048, 1);
+        file.extend_from_slice(&footer(true));
+        disk.put(&path, file.clone());
+        SegmentIndex::open(&disk, &path).unwrap();
+        for at in 2048..file.len() {
+            disk.corrupt(&path, at as u64, |byte| byte ^ 2);
+            let error = SegmentIndex::open(&disk, &path).err().unwrap();
+            assert_eq!(error.kind, ErrorKind::Corrupt, "flip at {at}");
+            disk.corrupt(&path, at as u64, |byte| byte ^ 2);
+        }
+        for length in 0..file.len() {
+            disk.put(&path, file[..length].to_vec());
+            let error = SegmentIndex::open(&disk, &path).err().unwrap();
+            assert_eq!(error.kind, ErrorKind::Corrupt, "cut at {length}");
+        }
+    }
 }

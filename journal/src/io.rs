@@ -260,9 +260,8 @@ impl File for RealFile {
             return Ok(());
         };
         // SAFETY: a system call on a descriptor that `self` keeps open; it takes numbers, no memory.
-        let result = unsafe {
-            libc::sync_file_range(self.file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE)
-        };
+        let result =
+            unsafe { libc::sync_file_range(self.file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
         // A hint: where it is refused (pipes, some network file systems) the sync simply takes longer. A write-back
         // error is not lost: the kernel keeps it for the next fdatasync of this descriptor.
         let _ = result;

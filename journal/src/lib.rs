@@ -51,7 +51,9 @@ use std::str::FromStr;
 pub const SECTOR_BYTES: usize = 512;
 
 /// Position in a group's write order. Starts at 1, dense within an epoch; 0 means "before everything".
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(transparent)]
 pub struct Lsn(pub u64);
 
@@ -148,7 +150,9 @@ pub struct Epoch {
 }
 
 /// Which volume of its group a record belongs to; given by the agent, stated in the stream by `volume` records.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(transparent)]
 pub struct VolumeId(pub u32);
 

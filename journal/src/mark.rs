@@ -119,7 +119,8 @@ mod tests {
 
     fn sample() -> Mark {
         let epoch = Epoch { number: 3, id: EpochId([5; 16]) };
-        let durable = Position { lineage: Lineage([4; 16]), epoch, lsn: Lsn(77), chain: 0x0807_0605_0403_0201 };
+        let durable =
+            Position { lineage: Lineage([4; 16]), epoch, lsn: Lsn(77), chain: 0x0807_0605_0403_0201 };
         Mark { segment: 9, offset: 1024, nonce: 0xAABB, received_ns: 0x11, durable }
     }
 

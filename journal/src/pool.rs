@@ -39,7 +39,11 @@ struct Done {
 enum Workers {
     /// No threads: encode where it is submitted.
     Inline(Encoder),
-    Threads { jobs: Option<Sender<Job>>, done: Receiver<Done>, handles: Vec<thread::JoinHandle<()>> },
+    Threads {
+        jobs: Option<Sender<Job>>,
+        done: Receiver<Done>,
+        handles: Vec<thread::JoinHandle<()>>,
+    },
 }
 
 /// Encodes batches, in order.

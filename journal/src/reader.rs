@@ -51,7 +51,10 @@ impl Reader {
                 Err(error) => return Err(error),
             }
         }
-        Err(Error::new(ErrorKind::NotHeld, format!("{}: its segments are dropped faster than read", dir.display())))
+        Err(Error::new(
+            ErrorKind::NotHeld,
+            format!("{}: its segments are dropped faster than read", dir.display()),
+        ))
     }
 
     /// Position before the oldest frame held when the reader was opened or last sought.
@@ -77,7 +80,10 @@ impl Reader {
     pub fn seek(&mut self, after: &Position) -> Result<()> {
         let foreign = |what: &str| {
             let (epoch, lsn) = (after.epoch.number, after.lsn);
-            Error::new(ErrorKind::OutOfOrder, format!("epoch {epoch} lsn {lsn} is not in this history: {what}"))
+            Error::new(
+                ErrorKind::OutOfOrder,
+                format!("epoch {epoch} lsn {lsn} is not in this history: {what}"),
+            )
         };
         let (segment, last) = self
             .find(|header| header.start.order() <= after.order())?
@@ -100,7 +106,9 @@ impl Reader {
                 self.go_to(segment, offset, *after);
                 Ok(())
             }
-            Some((_, header)) if header.last_lsn == after.lsn => Err(foreign("its epoch id, lineage or chain differs")),
+            Some((_, header)) if header.last_lsn == after.lsn => {
+                Err(foreign("its epoch id, lineage or chain differs"))
+            }
             Some(_) => Err(foreign("no frame ends there")),
             None if last => Err(self.not_held(after.lsn, "beyond the newest")),
             None => Err(foreign("the epoch ended before")),
@@ -152,7 +160,10 @@ impl Reader {
             self.go_to(segment, offset, position);
             return Ok(());
         }
-        Err(Error::new(ErrorKind::NotHeld, format!("{}: segments were dropped meanwhile", self.dir.display())))
+        Err(Error::new(
+            ErrorKind::NotHeld,
+            format!("{}: segments were dropped meanwhile", self.dir.display()),
+        ))
     }
 
     /// The next whole frame, every byte verified, into `out`; `None` at the limit.
@@ -256,7 +267,10 @@ impl Reader {
 
     fn not_held(&self, lsn: Lsn, what: &str) -> Error {
         let oldest = self.oldest.lsn;
-        Error::new(ErrorKind::NotHeld, format!("{}: lsn {lsn}: {what} (oldest: {oldest})", self.dir.display()))
+        Error::new(
+            ErrorKind::NotHeld,
+            format!("{}: lsn {lsn}: {what} (oldest: {oldest})", self.dir.display()),
+        )
     }
 
     fn reload(&mut self) -> Result<Vec<(u64, PathBuf)>> {
@@ -322,7 +336,13 @@ fn locate(segment: &SegmentFile, skip: impl Fn(&FrameHeader) -> bool) -> Result<
         let offset = index.frames().nth(middle).map_or(0, |entry| entry.offset);
         let header = match segment.peek(offset) {
             Ok(Item::Frame(header)) => header,
-            Ok(_) => return Err(segment.error(ErrorKind::Corrupt, offset, "no frame where the footer says one is")),
+            Ok(_) => {
+                return Err(segment.error(
+                    ErrorKind::Corrupt,
+                    offset,
+                    "no frame where the footer says one is",
+                ));
+            }
             Err(error) if is_damage(&error) => return Err(Error::new(ErrorKind::Corrupt, error.at)),
             Err(error) => return Err(error),
         };

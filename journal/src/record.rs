@@ -154,8 +154,9 @@ impl Record {
     /// [`ErrorKind::Malformed`] for anything that breaks the byte map or the rules between its fields.
     pub fn decode(bytes: &[u8]) -> Result<(Record, &[u8], usize)> {
         let malformed = |what: String| Error::new(ErrorKind::Malformed, what);
-        let (raw, rest) = Raw::ref_from_prefix(bytes)
-            .map_err(|_| malformed(format!("record header cut short: {} of {HEADER_BYTES} bytes", bytes.len())))?;
+        let (raw, rest) = Raw::ref_from_prefix(bytes).map_err(|_| {
+            malformed(format!("record header cut short: {} of {HEADER_BYTES} bytes", bytes.len()))
+        })?;
         let lsn = Lsn(raw.lsn.get());
         let op = Op::from_u8(raw.op)
             .ok_or_else(|| malformed(format!("lsn {lsn}: unknown record op {}", raw.op)))?;
@@ -164,7 +165,9 @@ impl Record {
         }
         let payload_bytes = raw.payload_bytes.get() as usize;
         if payload_bytes > MAX_PAYLOAD_BYTES || payload_bytes > rest.len() {
-            return Err(malformed(format!("lsn {lsn}: payload of {payload_bytes} bytes does not fit its frame")));
+            return Err(malformed(format!(
+                "lsn {lsn}: payload of {payload_bytes} bytes does not fit its frame"
+            )));
         }
         let extent = Extent { offset: raw.offset.get(), len: raw.length.get() };
         if extent.end().is_none() {
@@ -340,8 +343,9 @@ mod tests {
         let mut out = Vec::new();
         sample().encode(b"abcd", &mut out);
         let expected: &[u8] = &[
-            1, 1, 0, 0, 3, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11, 0,
-            0x10, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, b'a', b'b', b'c', b'd',
+            1, 1, 0, 0, 3, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11,
+            0, 0x10, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, b'a', b'b', b'c',
+            b'd',
         ];
         assert_eq!(out, expected);
         let (record, payload, taken) = Record::decode(&out).unwrap();

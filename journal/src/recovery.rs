@@ -3,8 +3,8 @@
 //! The rule (DESIGN section 5, decision 0004). Only the last segment of a journal may end in a torn tail: everything
 //! before it was sealed and synced before the last one got its name. In the last one, damage is corruption when
 //! * a valid mark of this segment stands anywhere above it: what lies below a mark was durable, or
-//! * the control file calls a later position durable, or
-//! * the file is shorter than what was reserved for it durably, and not sealed.
+//! * the control file calls a later position durable (after each sync the writer notes it there, too: a mark is gone
+//!   with the end of a file that somebody cut).
 //!
 //! Otherwise it is a torn tail: nothing in it was ever acknowledged, and the journal ends at the last frame whose
 //! CRC and chain hold. Here things are only read; [`crate::writer`] does the cutting.
@@ -61,7 +61,9 @@ pub fn scan_tail(
                 index.push(offset, &header, &[])?;
                 note_frame(&mut summary, &header);
             }
-            Ok((_, Item::Mark(mark))) => summary.received_last_ns = summary.received_last_ns.max(mark.received_ns),
+            Ok((_, Item::Mark(mark))) => {
+                summary.received_last_ns = summary.received_last_ns.max(mark.received_ns)
+            }
             Ok((_, Item::Footer)) => break Stop::Footer,
             Ok((_, Item::End)) => break Stop::Nothing,
             Err(error) if is_damage(&error) => break Stop::Damage(error),
@@ -122,15 +124,21 @@ fn judge(
     };
     if let Some(mark) = highest_mark(segment, offset)? {
         let at = mark.offset;
-        return Ok(Ending::Corrupt(offset, format!("{what}; a mark at offset {at} says that this was durable")));
+        return Ok(Ending::Corrupt(
+            offset,
+            format!("{what}; a mark at offset {at} says that this was durable"),
+        ));
     }
     if let Some(floor) = floor.filter(|floor| floor.order() > position.order()) {
         let lsn = floor.lsn;
-        return Ok(Ending::Corrupt(offset, format!("{what}; the control file says that lsn {lsn} was durable")));
+        return Ok(Ending::Corrupt(
+            offset,
+            format!("{what}; the control file says that lsn {lsn} was durable"),
+        ));
     }
     if segment.size < segment.header.allocated_bytes {
         let (size, reserved) = (segment.size, segment.header.allocated_bytes);
-        return Ok(Ending::Corrupt(offset, format!("{what}; the file is cut: {size} of {reserved} bytes")));
+        return Ok(Ending::Torn(format!("{what}; the file is cut: {size} of {reserved} bytes")));
     }
     // Behind the end of a recycled file stand stale bytes; only a frame that would be the next one is a torn tail.
     let recycled = segment.header.flags & FLAG_RECYCLED != 0;
@@ -164,7 +172,8 @@ fn highest_mark(segment: &SegmentFile, from: u64) -> Result<Option<Mark>> {
         for (sector, bytes) in chunk[..held].chunks_exact(SECTOR_BYTES).enumerate() {
             let offset = at + (sector * SECTOR_BYTES) as u64;
             if bytes.starts_with(&mark::MAGIC) {
-                highest = Mark::decode(bytes).ok().filter(|mark| mark.belongs(&segment.header, offset)).or(highest);
+                highest =
+                    Mark::decode(bytes).ok().filter(|mark| mark.belongs(&segment.header, offset)).or(highest);
             }
         }
         if held < chunk.len() {

@@ -81,9 +81,9 @@ impl SealedWriter {
     pub fn append(&mut self, frame: &[u8], header: &FrameHeader, raw: &[u8]) -> Result<()> {
         assert_eq!(frame.len(), header.frame_bytes(), "a frame comes with its own header");
         self.segment.check_order(self.offset, header, &self.position)?;
-        self.file
-            .write_at(frame, self.offset)
-            .map_err(|error| Error::io(format!("write {}: offset {}", self.tmp.display(), self.offset), error))?;
+        self.file.write_at(frame, self.offset).map_err(|error| {
+            Error::io(format!("write {}: offset {}", self.tmp.display(), self.offset), error)
+        })?;
         self.index.push(self.offset, header, raw)?;
         self.position = header.position();
         note_frame(&mut self.summary, header);
@@ -151,7 +151,8 @@ mod tests {
             batch.push(&record, payload);
         }
         let number = writer.segment.header.number;
-        let encoded = Encoder::new()?.encode(&batch, &stamp, Some(number), Compression::Zstd(1), Vec::new())?;
+        let encoded =
+            Encoder::new()?.encode(&batch, &stamp, Some(number), Compression::Zstd(1), Vec::new())?;
         let (frame, _) = encoded.seal(writer.chain());
         let header = FrameHeader::parse(&frame)?;
         writer.append(&frame, &header, batch.raw())
@@ -168,8 +169,10 @@ mod tests {
         let disk = disk();
         let dir = Path::new("/undo");
         let mut writer = SealedWriter::create(disk.clone(), dir, header(7)).unwrap();
-        write(&mut writer, &[(Op::Write, 1, 8192, &[2; 512], 512), (Op::Write, 0, 4096, &[1; 1024], 1024)]).unwrap();
-        write(&mut writer, &[(Op::WriteZeroes, 0, 0, &[], 4096), (Op::Write, 0, 6144, &[3; 512], 512)]).unwrap();
+        write(&mut writer, &[(Op::Write, 1, 8192, &[2; 512], 512), (Op::Write, 0, 4096, &[1; 1024], 1024)])
+            .unwrap();
+        write(&mut writer, &[(Op::WriteZeroes, 0, 0, &[], 4096), (Op::Write, 0, 6144, &[3; 512], 512)])
+            .unwrap();
         let summary = writer.finish().unwrap();
         assert_eq!((summary.frames, summary.sealed, summary.number), (2, true, 7));
         assert_eq!(disk.list(dir).unwrap(), [segment::file_name(7)]);
@@ -196,7 +199,11 @@ mod tests {
             Decoder::new().unwrap().decode(&frame_header, &frame, &mut raw).unwrap();
             if extent.flags & EXTENT_ZEROS == 0 {
                 let at = extent.payload_at as usize;
-                let expected = match extent.offset { 8192 => 2, 4096 => 1, _ => 3 };
+                let expected = match extent.offset {
+                    8192 => 2,
+                    4096 => 1,
+                    _ => 3,
+                };
                 assert!(raw[at..at + usize::try_from(extent.length).unwrap()].iter().all(|b| *b == expected));
             } else {
                 assert_eq!(extent.offset, 0);
@@ -208,7 +215,8 @@ mod tests {
     fn overlapping_extents_and_foreign_frames_are_refused() {
         let disk = disk();
         let mut writer = SealedWriter::create(disk.clone(), Path::new("/undo"), header(7)).unwrap();
-        write(&mut writer, &[(Op::Write, 0, 0, &[2; 1024], 1024), (Op::Write, 0, 512, &[1; 512], 512)]).unwrap();
+        write(&mut writer, &[(Op::Write, 0, 0, &[2; 1024], 1024), (Op::Write, 0, 512, &[1; 512], 512)])
+            .unwrap();
         assert_eq!(writer.finish().unwrap_err().kind, ErrorKind::Malformed);
         let mut writer = SealedWriter::create(disk, Path::new("/undo"), header(7)).unwrap();
         writer.segment.header.last_lsn = Lsn(150);

@@ -93,7 +93,7 @@ pub struct SegmentHeader {
     pub start: Position,
     /// When the first frame arrived, or the segment was made; local clock, ns.
     pub received_ns: u64,
-    /// The file's size when it got its name. An unsealed one that is shorter has been cut by somebody.
+    /// The file's size when it got its name, durable then: an unsealed one that is shorter has been cut since.
     pub allocated_bytes: u64,
     /// Random; also in the segment's marks and footer.
     pub nonce: u64,
@@ -137,7 +137,8 @@ impl SegmentHeader {
         if crc32fast::hash(&bytes[..HEADER_BYTES - 4]) != raw.crc.get() {
             return Err(malformed("CRC does not match"));
         }
-        let unsupported = |what: String| Err(Error::new(ErrorKind::Unsupported, format!("segment header: {what}")));
+        let unsupported =
+            |what: String| Err(Error::new(ErrorKind::Unsupported, format!("segment header: {what}")));
         if raw.version.get() != VERSION {
             return unsupported(format!("version {}", raw.version));
         }
@@ -270,7 +271,9 @@ mod tests {
         expected[56..72].fill(4);
         expected[72] = 3;
         expected[80..96].fill(5);
-        for (at, value) in [(32, 10), (40, 11), (48, 12), (96, 13), (104, 14), (112, 15), (120, 16), (128, 17)] {
+        for (at, value) in
+            [(32, 10), (40, 11), (48, 12), (96, 13), (104, 14), (112, 15), (120, 16), (128, 17)]
+        {
             expected[at] = value;
         }
         let crc = crc32fast::hash(&expected[..508]).to_le_bytes();

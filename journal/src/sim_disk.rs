@@ -483,7 +483,11 @@ mod tests {
         assert!(file.write_at(&[2; 512], 512).is_err(), "the operation at the cut fails");
         assert!(file.read_at(&mut [0], 0).is_err(), "and everything after it");
         assert!(disk.list(Path::new("/d")).is_err());
-        assert_eq!(disk.crash(1).contents(Path::new("/d/f")).unwrap().len(), 1024, "it may have been carried out");
+        assert_eq!(
+            disk.crash(1).contents(Path::new("/d/f")).unwrap().len(),
+            1024,
+            "it may have been carried out"
+        );
     }
 
     #[test]

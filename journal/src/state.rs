@@ -74,7 +74,10 @@ impl State {
         let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("journal state: {what}"));
         let raw = Raw::ref_from_bytes(payload).map_err(|_| malformed("wrong length"))?;
         if raw.version.get() != VERSION {
-            return Err(Error::new(ErrorKind::Unsupported, format!("journal state: version {}", raw.version)));
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("journal state: version {}", raw.version),
+            ));
         }
         let state = State {
             group: GroupId(raw.group),

@@ -33,7 +33,10 @@ pub struct Tail {
 impl Place {
     fn pack(self) -> u64 {
         let sectors = self.offset / crate::SECTOR_BYTES as u64;
-        assert!(self.segment < 1 << (64 - OFFSET_BITS) && sectors < 1 << OFFSET_BITS, "{self:?} is out of bounds");
+        assert!(
+            self.segment < 1 << (64 - OFFSET_BITS) && sectors < 1 << OFFSET_BITS,
+            "{self:?} is out of bounds"
+        );
         self.segment << OFFSET_BITS | sectors
     }
 

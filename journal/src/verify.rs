@@ -113,7 +113,8 @@ pub fn verify_dir(
 
 /// Undo directories hold undo segments and no control file.
 fn is_undo(disk: &dyn Disk, segments: &[(u64, PathBuf)]) -> bool {
-    let kind = |(number, path): &(u64, PathBuf)| SegmentFile::open(disk, path, *number).ok().map(|s| s.header.kind);
+    let kind =
+        |(number, path): &(u64, PathBuf)| SegmentFile::open(disk, path, *number).ok().map(|s| s.header.kind);
     segments.iter().find_map(kind) == Some(SegmentKind::Undo)
 }
 
@@ -139,7 +140,10 @@ impl Verifier<'_> {
         let (oldest, current) = match &state {
             Some(state) => (state.oldest_segment, state.current_segment),
             // Without it, only gaps between the files that are there can be seen.
-            None => (segments.first().map_or(1, |(number, _)| *number), segments.last().map_or(0, |(number, _)| *number)),
+            None => (
+                segments.first().map_or(1, |(number, _)| *number),
+                segments.last().map_or(0, |(number, _)| *number),
+            ),
         };
         let last = segments.last().map_or(current, |(number, _)| current.max(*number).min(current + 1));
         let mut before: Option<SegmentSummary> = None;
@@ -256,22 +260,32 @@ impl Verifier<'_> {
         let mut whole = true;
         let end = loop {
             let error = match walk.step() {
-                Ok((offset, Item::Frame(header))) => match self.frame(offset, &header, &walk.frame, &mut rebuilt) {
-                    Ok(()) => continue,
-                    Err(error) => {
-                        whole = false;
-                        self.corrupt(path.into(), offset, Some((header.first_lsn, header.last_lsn)), &error.at);
-                        continue;
+                Ok((offset, Item::Frame(header))) => {
+                    match self.frame(offset, &header, &walk.frame, &mut rebuilt) {
+                        Ok(()) => continue,
+                        Err(error) => {
+                            whole = false;
+                            self.corrupt(
+                                path.into(),
+                                offset,
+                                Some((header.first_lsn, header.last_lsn)),
+                                &error.at,
+                            );
+                            continue;
+                        }
                     }
-                },
+                }
                 Ok((_, Item::Mark(_))) => continue,
                 Ok((offset, Item::Footer)) => break Some(offset),
-                Ok((offset, Item::End)) => segment.error(ErrorKind::Malformed, offset, "ends without a footer"),
+                Ok((offset, Item::End)) => {
+                    segment.error(ErrorKind::Malformed, offset, "ends without a footer")
+                }
                 Err(error) if error.kind == ErrorKind::Unsupported => return Err(error),
                 Err(error) => error,
             };
             whole = false;
-            let entry = index.as_ref().and_then(|index| index.frames().find(|entry| entry.offset == walk.offset));
+            let entry =
+                index.as_ref().and_then(|index| index.frames().find(|entry| entry.offset == walk.offset));
             let lsns = entry.map(|entry| (entry.first_lsn, entry.last_lsn));
             self.corrupt(path.into(), walk.offset, lsns, &describe(&error));
             if !resume(&segment, index.as_ref(), &mut walk) {
@@ -290,7 +304,13 @@ impl Verifier<'_> {
         Ok(Some(index.summary(&segment)))
     }
 
-    fn frame(&mut self, offset: u64, header: &FrameHeader, frame: &[u8], rebuilt: &mut IndexBuilder) -> Result<()> {
+    fn frame(
+        &mut self,
+        offset: u64,
+        header: &FrameHeader,
+        frame: &[u8],
+        rebuilt: &mut IndexBuilder,
+    ) -> Result<()> {
         self.report.frames += 1;
         self.raw.clear();
         if let Some(decoder) = &mut self.decoder {

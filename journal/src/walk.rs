@@ -56,7 +56,8 @@ impl SegmentFile {
     /// As [`open`](Self::open), over a file that is open already.
     pub(crate) fn new(file: Arc<dyn File>, path: &Path, number: u64) -> Result<SegmentFile> {
         let unreadable = |error| Error::io(format!("read segment {}: offset 0", path.display()), error);
-        let corrupt = |what: &str| Error::new(ErrorKind::Corrupt, format!("{}: offset 0: {what}", path.display()));
+        let corrupt =
+            |what: &str| Error::new(ErrorKind::Corrupt, format!("{}: offset 0: {what}", path.display()));
         let size = file.size().map_err(unreadable)?;
         let mut sector = [0; segment::HEADER_BYTES];
         let held = file.read_at(&mut sector, 0).map_err(unreadable)?;
@@ -81,7 +82,9 @@ impl SegmentFile {
 
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_exact_at(&*self.file, buffer, offset).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => self.error(ErrorKind::Malformed, offset, "the file ends too early"),
+            io::ErrorKind::UnexpectedEof => {
+                self.error(ErrorKind::Malformed, offset, "the file ends too early")
+            }
             _ => Error::io(format!("read {}: offset {offset}", self.path.display()), error),
         })
     }

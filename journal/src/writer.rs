@@ -2,10 +2,11 @@
 //!
 //! Synchronous and single-owned; concurrent readers learn how far they may read from [`Tail`]. The order in which
 //! things become durable:
-//! * *sync*: 1. fdatasync; 2. append a mark, unsynced: it only speaks of what is durable already.
+//! * *sync*: 1. fdatasync; 2. append a mark, and note the position in the control file, both unsynced: they only speak
+//!   of what is durable already.
 //! * *roll*: 1. the next file, with its header, durable under a spare name ([`crate::spare`]): a full disk shows here,
 //!   and nothing has changed; 2. footer behind the last item, fdatasync: the old segment is durable as a whole; 3. cut to
-//!   exact size, fdatasync: so a file shorter than reserved is sealed, or damaged; 4. the new name, durable;
+//!   exact size, fdatasync: only the last segment may be longer than its content; 4. the new name, durable;
 //!   5. the control file names the new segment. A cut between any two is finished or forgotten by [`Writer::open`].
 //! * *drop*: 1. `oldest`, durable in the control file; 2. names go or become spares; 3. fsync of the directory.
 //!
@@ -105,7 +106,13 @@ impl Writer {
         let unborn = spare::prepare(&*disk, dir, options.segment_bytes, header)?;
         let path = spare::christen(&*disk, dir, &unborn)?;
         // The control file comes last: a journal exists when it does.
-        let state = State { group: options.group, oldest_segment: 1, current_segment: 1, oldest: start, durable: start };
+        let state = State {
+            group: options.group,
+            oldest_segment: 1,
+            current_segment: 1,
+            oldest: start,
+            durable: start,
+        };
         let control = TwoSlot::create(&disk, &dir.join(CONTROL_FILE), &state.encode())?;
         Ok(Writer::assemble(disk, dir, options, control, state, Vec::new(), unborn, path))
     }
@@ -240,7 +247,9 @@ impl Writer {
     /// as it was; [`ErrorKind::Sync`] is final.
     pub fn append(&mut self, frame: &[u8], header: &FrameHeader, received_ns: u64) -> Result<()> {
         self.usable()?;
-        let refuse = |what: &str| Err(Error::new(ErrorKind::OutOfOrder, format!("frame lsn {}: {what}", header.first_lsn)));
+        let refuse = |what: &str| {
+            Err(Error::new(ErrorKind::OutOfOrder, format!("frame lsn {}: {what}", header.first_lsn)))
+        };
         if header.group != self.options.group {
             return refuse("it is another group's");
         }
@@ -293,8 +302,10 @@ impl Writer {
         let newer = start.epoch.number > self.position.epoch.number && start.lsn >= self.position.lsn;
         if !newer || start.chain != chain_seed(start.lineage, start.epoch) {
             let held = self.position.epoch.number;
-            let at = format!("epoch {} cannot begin at lsn {}: epoch {held} is held up to lsn {}",
-                start.epoch.number, start.lsn, self.position.lsn);
+            let at = format!(
+                "epoch {} cannot begin at lsn {}: epoch {held} is held up to lsn {}",
+                start.epoch.number, start.lsn, self.position.lsn
+            );
             return Err(Error::new(ErrorKind::OutOfOrder, at));
         }
         self.roll(start, now_ns)
@@ -320,7 +331,9 @@ impl Writer {
         let retired = dropped
             .iter()
             .try_for_each(|segment| spare::retire(&*self.disk, &self.dir, segment.number, &segment.path));
-        retired.and_then(|()| spare::sync_dir(&*self.disk, &self.dir)).inspect_err(|error| self.note(error))?;
+        retired
+            .and_then(|()| spare::sync_dir(&*self.disk, &self.dir))
+            .inspect_err(|error| self.note(error))?;
         Ok(freed)
     }
 
@@ -371,7 +384,9 @@ impl Writer {
     fn usable(&self) -> Result<()> {
         match &self.poisoned {
             None => Ok(()),
-            Some(what) => Err(Error::new(ErrorKind::Sync, format!("{}: stopped after: {what}", self.dir.display()))),
+            Some(what) => {
+                Err(Error::new(ErrorKind::Sync, format!("{}: stopped after: {what}", self.dir.display())))
+            }
         }
     }
 
@@ -388,7 +403,8 @@ impl Writer {
     }
 
     fn sync_file(&mut self) -> Result<()> {
-        let synced = self.file.sync().map_err(|error| Error { kind: ErrorKind::Sync, ..self.failed("sync", error) });
+        let synced =
+            self.file.sync().map_err(|error| Error { kind: ErrorKind::Sync, ..self.failed("sync", error) });
         synced.inspect_err(|error| self.note(error))
     }
 
@@ -410,12 +426,19 @@ impl Writer {
             self.active().bytes += SECTOR_BYTES as u64;
             self.publish();
         }
+        self.refresh_state();
+        // As the mark; and where the file's end is lost, this is what tells.
+        let _ = self.control.note(&self.state.encode());
         Ok(())
     }
 
-    fn store_state(&mut self) -> Result<()> {
+    fn refresh_state(&mut self) {
         self.state.current_segment = self.header.number;
         self.state.durable = self.durable;
+    }
+
+    fn store_state(&mut self) -> Result<()> {
+        self.refresh_state();
         let stored = self.control.store(&self.state.encode());
         stored.inspect_err(|error| self.note(error))
     }
@@ -494,7 +517,9 @@ fn clear_cut_create(disk: &dyn Disk, dir: &Path) -> Result<()> {
 fn open_segment(disk: &dyn Disk, dir: &Path, number: u64) -> Result<SegmentFile> {
     let path = dir.join(segment::file_name(number));
     SegmentFile::open(disk, &path, number).map_err(|error| match error.kind {
-        ErrorKind::NotHeld => Error::new(ErrorKind::Corrupt, format!("{}: offset 0: the file is missing", path.display())),
+        ErrorKind::NotHeld => {
+            Error::new(ErrorKind::Corrupt, format!("{}: offset 0: the file is missing", path.display()))
+        }
         _ => error,
     })
 }
