@@ -11,12 +11,13 @@ check:
     cargo fmt --all --check
     cargo clippy --workspace --all-targets --locked -- -D warnings
 
-# Everything that must pass before a change goes in.
-test: check unit loom (fuzz "10") e2e
+# Everything that must pass before a change goes in, with a time table.
+test:
+    scripts/test.sh
 
-# Unit, model, crash and integration tests.
-unit:
-    cargo nextest run --workspace --locked
+# Unit, model, crash and integration tests of one room, or of all but the stories.
+unit *ARGS="--workspace --exclude afterimage-tests":
+    cargo nextest run --locked {{ ARGS }}
 
 # The ring under every interleaving of its atomics. Its own target directory: `--cfg loom` would rebuild all else.
 loom:
@@ -30,13 +31,14 @@ fuzz SECONDS="60":
     done
 
 # The stories with real clients and file systems.
-e2e:
+e2e *ARGS:
     cargo build --release --locked -p afterimage
-    if [ -x tests/run.sh ]; then tests/run.sh; fi
+    cargo nextest run --locked -p afterimage-tests {{ ARGS }}
 
-# Ratios to peers and bare limits, as a table and as JSON.
-bench *ARGS:
-    cargo bench --workspace --locked -- {{ ARGS }}
+# Ratios to peers and bare limits. PARTS: journal ring front sustained lag restore; all of them without. `--json` for JSON.
+bench *PARTS:
+    cargo build --release --locked -p afterimage
+    scripts/bench.sh {{ PARTS }}
 
 # The same tests again and again, for HOURS: rare interleavings and leaks.
 soak HOURS="1":
@@ -45,7 +47,6 @@ soak HOURS="1":
     while [ $SECONDS -lt $end ]; do \
         round=$((round + 1)); echo "soak: round $round"; \
         cargo nextest run --workspace --locked; \
-        if [ -x tests/run.sh ]; then tests/run.sh; fi; \
     done
 
 # The story, told on real data.

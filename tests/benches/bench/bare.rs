@@ -97,7 +97,8 @@ pub fn measure(dir: &Path) -> Result<Costs> {
         }
         Ok(())
     })?;
-    let replica = File::options().create(true).truncate(true).read(true).write(true).open(dir.join("replica"))?;
+    let replica =
+        File::options().create(true).truncate(true).read(true).write(true).open(dir.join("replica"))?;
     let (replica_cost, ()) = cost(|| write_all(&replica, &content, rounds))?;
     let (undo, ()) = cost(|| {
         let out = File::create(dir.join("undo"))?;
@@ -146,7 +147,8 @@ fn write_all(file: &File, content: &[u8], rounds: usize) -> Result<()> {
 
 /// Sends `bytes` over one loopback connection between two of our endpoints.
 fn transfer(dir: &Path, bytes: usize) -> Result<()> {
-    let (source, receiver) = (Identity::create(&dir.join("source"))?, Identity::create(&dir.join("receiver"))?);
+    let (source, receiver) =
+        (Identity::create(&dir.join("source"))?, Identity::create(&dir.join("receiver"))?);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let expected = source.fingerprint();

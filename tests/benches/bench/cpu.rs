@@ -8,7 +8,8 @@ const TICKS_PER_S: f64 = 100.0;
 fn seconds_of(stat: &str) -> f64 {
     // The name, in brackets, may hold spaces: fields are counted behind it. utime and stime are fields 14 and 15.
     let behind = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    let field = |at: usize| behind.split(' ').nth(at).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+    let field =
+        |at: usize| behind.split(' ').nth(at).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
     (field(11) + field(12)) / TICKS_PER_S
 }
 
@@ -28,7 +29,8 @@ pub fn by_thread(pid: u32) -> BTreeMap<String, f64> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return found };
     for task in tasks.flatten() {
         let Ok(stat) = std::fs::read_to_string(task.path().join("stat")) else { continue };
-        let name = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')).map_or("?", |(name, _)| name);
+        let name =
+            stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')).map_or("?", |(name, _)| name);
         let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == '-').to_owned();
         *found.entry(name).or_insert(0.0) += seconds_of(&stat);
     }
@@ -38,6 +40,8 @@ pub fn by_thread(pid: u32) -> BTreeMap<String, f64> {
 /// Peak resident memory of a process, MiB.
 pub fn peak_mib(pid: u32) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().split(' ').next()?.parse::<f64>().ok());
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().split(' ').next()?.parse::<f64>().ok());
     kib.unwrap_or(0.0) / 1024.0
 }

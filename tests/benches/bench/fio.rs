@@ -14,8 +14,6 @@ pub struct Fio {
     pub iops: f64,
     /// Bytes written.
     pub bytes: u64,
-    /// Seconds that it took.
-    pub seconds: f64,
 }
 
 /// How much a run writes.
@@ -35,7 +33,9 @@ pub fn random_writes(uri: &str, size_bytes: u64, block: &str, depth: u32, amount
     command.args([format!("--uri={uri}"), format!("--bs={block}"), format!("--iodepth={depth}")]);
     command.arg(format!("--size={size_bytes}"));
     match amount {
-        Amount::Seconds(seconds) => command.args(["--time_based=1".to_owned(), format!("--runtime={seconds}")]),
+        Amount::Seconds(seconds) => {
+            command.args(["--time_based=1".to_owned(), format!("--runtime={seconds}")])
+        }
         Amount::Mib(mib) => command.arg(format!("--io_size={mib}m")),
     };
     let out = command.output().context("start fio (install the Debian package fio)")?;
@@ -46,11 +46,7 @@ pub fn random_writes(uri: &str, size_bytes: u64, block: &str, depth: u32, amount
     let text = String::from_utf8_lossy(&out.stdout);
     let json: Value = serde_json::from_str(&text[text.find('{').unwrap_or(0)..]).context("fio's JSON")?;
     let write = &json["jobs"][0]["write"];
-    Ok(Fio {
-        iops: write["iops"].as_f64().unwrap_or(0.0),
-        bytes: write["io_bytes"].as_u64().unwrap_or(0),
-        seconds: write["runtime"].as_f64().unwrap_or(0.0) / 1000.0,
-    })
+    Ok(Fio { iops: write["iops"].as_f64().unwrap_or(0.0), bytes: write["io_bytes"].as_u64().unwrap_or(0) })
 }
 
 /// A running `qemu-storage-daemon` that exports a file over NBD.
@@ -66,10 +62,14 @@ impl Qsd {
         let control = dir.join(format!("{name}.qmp"));
         let mut command = Command::new("qemu-storage-daemon");
         command.args(["--blockdev", &format!("driver=file,filename={},node-name=disk", file.display())]);
-        command.args(["--nbd-server", &format!("addr.type=unix,addr.path={},max-connections=0", socket.display())]);
+        command.args([
+            "--nbd-server",
+            &format!("addr.type=unix,addr.path={},max-connections=0", socket.display()),
+        ]);
         command.args(["--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"]);
         if mirror.is_some() {
-            command.args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", control.display())]);
+            command
+                .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", control.display())]);
             command.args(["--monitor", "chardev=q"]);
         }
         let child = command

@@ -16,6 +16,9 @@ const SIZE: u64 = 1 << 30;
 const SECONDS: u32 = 8;
 /// Interleaved rounds; the median is taken.
 const ROUNDS: usize = 3;
+/// Everything is overwritten many times within the shortest history that is promised: room for all of it.
+const ROOM: Options<'_> =
+    Options { receiver: "[history]\nquota = \"200GiB\"\n", source: "[journal]\nquota = \"40GiB\"\n" };
 const GIB: f64 = (1_u64 << 30) as f64;
 
 struct Load {
@@ -55,8 +58,7 @@ pub fn compare(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
                 plain.push(run(&qsd.uri())?.iops);
             }
             {
-                // The default window and segments; the quota leaves room for a receiver that takes nothing.
-                let pair = Pair::start(binary, &dir, SIZE, Options { source: "[journal]\nquota = \"40GiB\"\n", ..Options::default() })?;
+                let pair = Pair::start(binary, &dir, SIZE, ROOM)?;
                 pair.pause_receiver(load.paused)?;
                 ours.push(run(&pair.uri())?.iops);
                 pair.check_replicating()?;
@@ -104,7 +106,7 @@ pub fn sustained(binary: &Path, dir: &Path, costs: &Costs, report: &mut Report) 
         drop(qsd);
         (children_cpu() - before) * GIB / plain.bytes as f64
     };
-    let pair = Pair::start(binary, &dir, SIZE, Options::default())?;
+    let pair = Pair::start(binary, &dir, SIZE, ROOM)?;
     let pids = [pair.source.id(), pair.receiver.id()];
     let before: Vec<_> = pids.iter().map(|pid| cpu::by_thread(*pid)).collect();
     let started = Instant::now();
@@ -155,6 +157,7 @@ fn parts(costs: &Costs) -> String {
 fn children_cpu() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let behind = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    let field = |at: usize| behind.split(' ').nth(at).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
+    let field =
+        |at: usize| behind.split(' ').nth(at).and_then(|text| text.parse::<f64>().ok()).unwrap_or(0.0);
     (field(13) + field(14)) / 100.0
 }

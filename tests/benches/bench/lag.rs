@@ -9,8 +9,8 @@ use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -62,9 +62,8 @@ impl Client {
     }
 }
 
-fn percentile(sorted: &[f64], percent: f64) -> f64 {
-    let at = ((sorted.len() - 1) as f64 * percent / 100.0).round();
-    sorted[at as usize]
+fn percentile(sorted: &[f64], percent: usize) -> f64 {
+    sorted[(sorted.len() - 1) * percent / 100]
 }
 
 /// fdatasync's own times on this disk while `stop` is not set, ms.
@@ -110,18 +109,30 @@ pub fn measure(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
             "dir = {receiver_dir:?}\nlisten = \"127.0.0.1:{port}\"\n[[source]]\nidentity = \"{source_id}\"\ngroups = [\"bench\"]\n"
         ),
     )?;
-    let receiver = Command::new(binary).args(["receive", "--config"]).arg(&file).stdin(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let receiver = Command::new(binary)
+        .args(["receive", "--config"])
+        .arg(&file)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
     let receiver = Killed(receiver);
     let volume = ("disk".to_owned(), dir.join("disk.img"), Some(SIZE));
-    let mut settings =
-        conf::Replicator::embedded(&source_dir, "bench", [volume], ([127, 0, 0, 1], port).into(), receiver_id.0)?;
+    let mut settings = conf::Replicator::embedded(
+        &source_dir,
+        "bench",
+        [volume],
+        ([127, 0, 0, 1], port).into(),
+        receiver_id.0,
+    )?;
     settings.ring_dir = format!("/dev/shm/afterimage-bench-{}", std::process::id()).into();
     let socket = settings.volume[0].nbd.clone();
     let ring_dir = settings.ring_dir.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let handle = runtime.block_on(replicator::Replicator::start(settings))?;
     let deadline = Instant::now() + Duration::from_secs(30);
-    while handle.status().groups[0].state != replicator::status::State::Replicating || !handle.status().groups[0].connected {
+    while handle.status().groups[0].state != replicator::status::State::Replicating
+        || !handle.status().groups[0].connected
+    {
         if Instant::now() > deadline {
             bail!("the pair did not start: {:?}", handle.status());
         }
@@ -158,8 +169,8 @@ pub fn measure(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
     }
     lags.sort_by(f64::total_cmp);
     bare.sort_by(f64::total_cmp);
-    let sync_p99 = percentile(&bare, 99.0);
-    let (p50, p99) = (percentile(&lags, 50.0), percentile(&lags, 99.0));
+    let sync_p99 = percentile(&bare, 99);
+    let (p50, p99) = (percentile(&lags, 50), percentile(&lags, 99));
     report.row(Row {
         what: format!("steady lag p99, {WRITES_PER_S} × 4 KiB/s (p50 {p50:.1} ms)"),
         ours: format!("{p99:.1} ms"),
@@ -169,7 +180,7 @@ pub fn measure(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
     });
     report.note(format!(
         "fdatasync of 64 KiB appends beside it, under apply: p50 {:.1} ms, p99 {sync_p99:.1} ms ({} samples)",
-        percentile(&bare, 50.0),
+        percentile(&bare, 50),
         bare.len()
     ));
     let _ = std::fs::remove_dir_all(ring_dir);

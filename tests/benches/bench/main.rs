@@ -34,7 +34,8 @@ fn main() -> Result<()> {
         binary.display()
     );
     let base = std::env::var_os("AFTERIMAGE_TEST_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
-    let dir = tempfile::Builder::new().prefix("afterimage-bench-").tempdir_in(base).context("make a directory")?;
+    let dir =
+        tempfile::Builder::new().prefix("afterimage-bench-").tempdir_in(base).context("make a directory")?;
     let mut report = Report::default();
     eprintln!("{}", report::machine());
     if wanted("front") {

@@ -60,7 +60,12 @@ impl Pair {
         let start = |role: &str, file: &Path| -> Result<Child> {
             let log = File::create(dir.join(format!("{role}.log")))?;
             let mut command = Command::new(binary);
-            command.args([role, "--config"]).arg(file).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+            command
+                .args([role, "--config"])
+                .arg(file)
+                .stdin(Stdio::null())
+                .stdout(log.try_clone()?)
+                .stderr(log);
             command.spawn().with_context(|| format!("start {} {role}", binary.display()))
         };
         let receiver = start("receive", &receiver_file)?;
@@ -106,7 +111,10 @@ impl Pair {
                 return Ok(group.clone());
             }
             if Instant::now() > deadline {
-                bail!("not reached within {at_most:?}; last status {status:?}; logs in {}", self.dir.display());
+                bail!(
+                    "not reached within {at_most:?}; last status {status:?}; logs in {}",
+                    self.dir.display()
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }

@@ -71,8 +71,11 @@ impl Report {
     pub fn table(&self) -> String {
         let mut out = String::new();
         let width = |cell: fn(&Row) -> usize| self.rows.iter().map(cell).max().unwrap_or(0);
-        let (what, ours, peer) =
-            (width(|r| r.what.chars().count()), width(|r| r.ours.chars().count()), width(|r| r.peer.chars().count()));
+        let (what, ours, peer) = (
+            width(|r| r.what.chars().count()),
+            width(|r| r.ours.chars().count()),
+            width(|r| r.peer.chars().count()),
+        );
         for row in &self.rows {
             let _ = writeln!(
                 out,
@@ -105,7 +108,11 @@ impl Report {
 pub fn machine() -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
-    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("").trim_start_matches([' ', '\t', ':']);
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("")
+        .trim_start_matches([' ', '\t', ':']);
     let cores = cpuinfo.lines().filter(|line| line.starts_with("processor")).count();
     let memory_gib = read("/proc/meminfo")
         .lines()

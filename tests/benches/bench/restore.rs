@@ -14,7 +14,7 @@ use crate::report::{Report, Row, Target};
 const SIZE: u64 = 4 << 30;
 const ROUNDS: usize = 3;
 /// Batches of about 1 MiB of redo, so that a thousand of them are made in a minute.
-const RECEIVER: &str = "[apply]\nbatch_bytes = \"1MiB\"\nmin_interval = \"1ms\"\nidle = \"1ms\"\n";
+const RECEIVER: &str = "[history]\nquota = \"200GiB\"\n[apply]\nbatch_bytes = \"1MiB\"\nmin_interval = \"1ms\"\nidle = \"1ms\"\n";
 const BATCHES: u32 = 1000;
 
 fn drop_caches() -> Result<()> {
@@ -60,7 +60,8 @@ pub fn compare(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
     };
     let plan = restore("bookmark:filled").arg("--dry-run").output()?;
     let plan: Value = serde_json::from_slice(&plan.stdout).context("restore --dry-run --json")?;
-    report.note(format!("restore: {} GiB written before the bookmark; going back: {plan}", filled.bytes >> 30));
+    report
+        .note(format!("restore: {} GiB written before the bookmark; going back: {plan}", filled.bytes >> 30));
     let replica = dir.join("receiver/replica/bench/disk.img");
     let copy = || {
         let mut command = Command::new("cp");

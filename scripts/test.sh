@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that must pass, with a time table; ends with the test runner's summary line. Called by `just test`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+fuzz_seconds=${FUZZ_SECONDS:-10}
+table=""
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+step() {
+    local name=$1 started=$SECONDS
+    shift
+    echo "── $name"
+    "$@"
+    table+=$(printf '%-10s %5d s' "$name" $((SECONDS - started)))$'\n'
+}
+
+stories_and_units() {
+    cargo nextest run --workspace --locked 2>&1 | tee "$log"
+}
+
+step check just check
+step loom just loom
+step fuzz just fuzz "$fuzz_seconds"
+step release cargo build --release --locked -p afterimage
+step tests stories_and_units
+
+echo
+echo "$table"
+grep -E '^ *Summary' "$log" | tail -n 1
