@@ -54,16 +54,16 @@ impl<P: Piece> ExtentMap<P> {
             return;
         }
         // The one extent that begins before the range and reaches into it.
-        if let Some((&start, (end, piece))) = self.extents.range_mut(..range.start).next_back() {
-            if *end > range.start {
-                let old_end = std::mem::replace(end, range.start);
-                self.covered -= old_end.min(range.end) - range.start;
-                if old_end > range.end {
-                    let mut rest = piece.clone();
-                    rest.advance(range.end - start);
-                    self.extents.insert(range.end, (old_end, rest));
-                    return;
-                }
+        if let Some((&start, (end, piece))) = self.extents.range_mut(..range.start).next_back()
+            && *end > range.start
+        {
+            let old_end = std::mem::replace(end, range.start);
+            self.covered -= old_end.min(range.end) - range.start;
+            if old_end > range.end {
+                let mut rest = piece.clone();
+                rest.advance(range.end - start);
+                self.extents.insert(range.end, (old_end, rest));
+                return;
             }
         }
         while let Some((&start, _)) = self.extents.range(range.clone()).next() {

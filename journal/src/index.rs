@@ -338,7 +338,7 @@ impl SegmentIndex {
     /// As [`open`](Self::open).
     pub fn of(segment: &SegmentFile) -> Result<SegmentIndex> {
         let corrupt = |offset: u64, what: &str| segment.error(ErrorKind::Corrupt, offset, what);
-        let trailer_at = segment.size.checked_sub(TRAILER_BYTES as u64).unwrap_or(0);
+        let trailer_at = segment.size.saturating_sub(TRAILER_BYTES as u64);
         if segment.size < (2 * SECTOR_BYTES) as u64 {
             return Err(corrupt(segment.size, "the file ends before any footer"));
         }

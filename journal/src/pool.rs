@@ -22,6 +22,7 @@ const MAX_JOBS: usize = 256;
 /// Batches and buffers kept for reuse.
 const MAX_SPARE: usize = 64;
 
+#[derive(Debug)]
 struct Job {
     sequence: u64,
     batch: Batch,
@@ -141,7 +142,7 @@ impl EncodePool {
             Workers::Threads { jobs, .. } => {
                 let job = Job { sequence: self.submitted, batch, stamp, compression, buffer };
                 let jobs = jobs.as_ref().expect("the sender lives as long as the pool");
-                jobs.try_send(job).ok().expect("encoder threads live as long as the pool, within MAX_JOBS");
+                jobs.try_send(job).expect("encoder threads live as long as the pool, and take MAX_JOBS");
                 self.ready.push_back(None);
             }
         }

@@ -303,7 +303,7 @@ impl VolumeRecord {
             return Err(malformed("size is not a multiple of 512 below 2^63"));
         }
         let name = std::str::from_utf8(name).map_err(|_| malformed("name is not UTF-8"))?;
-        check_name(name).map_err(|what| malformed(what))?;
+        check_name(name).map_err(malformed)?;
         Ok(VolumeRecord { uuid: VolumeUuid(uuid), size_bytes, sector_bytes, present, name: name.to_owned() })
     }
 }

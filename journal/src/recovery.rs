@@ -41,16 +41,15 @@ pub struct Scan {
     pub ending: Ending,
 }
 
+/// Sees a whole frame: its offset, header and bytes.
+pub type OnFrame<'a> = &'a mut dyn FnMut(u64, &FrameHeader, &[u8]) -> Result<()>;
+
 /// Walks the last segment of a journal and decides how it ends. `floor` is what the control file calls durable;
 /// `on_frame` sees each whole frame that holds.
 ///
 /// # Errors
 /// The disk's; [`ErrorKind::Unsupported`] for frames of a newer program. Damage is not an error here but an ending.
-pub fn scan_tail(
-    segment: &SegmentFile,
-    floor: Option<&Position>,
-    on_frame: &mut dyn FnMut(u64, &FrameHeader, &[u8]) -> Result<()>,
-) -> Result<Scan> {
+pub fn scan_tail(segment: &SegmentFile, floor: Option<&Position>, on_frame: OnFrame<'_>) -> Result<Scan> {
     let mut walk = Walk::new(segment);
     let mut summary = SegmentSummary::empty(segment.path.clone(), &segment.header);
     let mut index = IndexBuilder::new(false);
@@ -109,13 +108,13 @@ fn judge(
     index: &mut IndexBuilder,
     summary: &mut SegmentSummary,
 ) -> Result<Ending> {
-    if let Stop::Footer = stop {
-        if let Some(footer) = SegmentIndex::at(segment, offset)? {
-            if footer.closing().end == *position && footer.equals(index, &segment.header)? {
-                *summary = footer.summary(segment);
-                return Ok(Ending::Sealed(footer.file_bytes()));
-            }
-        }
+    if let Stop::Footer = stop
+        && let Some(footer) = SegmentIndex::at(segment, offset)?
+        && footer.closing().end == *position
+        && footer.equals(index, &segment.header)?
+    {
+        *summary = footer.summary(segment);
+        return Ok(Ending::Sealed(footer.file_bytes()));
     }
     let what = match stop {
         Stop::Nothing => "nothing is there".to_owned(),

@@ -1,7 +1,8 @@
 //! Writing a whole segment at once, with its extents indexed: how undo segments are made.
 //!
-//! 1. frames into `{number}.seg.tmp`; 2. footer; 3. fdatasync; 4. rename; 5. fsync of the directory. A segment that has
-//! its name is therefore whole, and what is left of an unfinished one is a `.tmp` file that may be removed.
+//! 1. Frames into `{number}.seg.tmp`; 2. footer; 3. fdatasync; 4. rename; 5. fsync of the directory.
+//!
+//! A segment that has its name is therefore whole, and what is left of an unfinished one is a `.tmp` file that may be removed.
 
 use crate::frame::FrameHeader;
 use crate::index::{Closing, IndexBuilder};
@@ -39,10 +40,9 @@ impl SealedWriter {
         let path = dir.join(segment::file_name(header.number));
         let tmp = dir.join(format!("{}{TMP_SUFFIX}", segment::file_name(header.number)));
         let failed = |error| Error::io(format!("create segment {}", tmp.display()), error);
-        if let Err(error) = disk.remove(&tmp) {
-            if error.kind() != std::io::ErrorKind::NotFound {
-                return Err(failed(error));
-            }
+        match disk.remove(&tmp) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            other => other.map_err(failed)?,
         }
         let file = disk.create(&tmp).map_err(failed)?;
         let nonce = random_u64().map_err(failed)?;

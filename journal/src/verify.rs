@@ -160,10 +160,10 @@ impl Verifier<'_> {
                 self.sealed(number, &path)?
             };
             progress(&path);
-            if let (Some(before), Some(summary)) = (&before, &summary) {
-                if let Err(error) = check_joins(before, summary) {
-                    self.corrupt(path, 0, Some((summary.first_lsn, summary.last_lsn)), &error.at);
-                }
+            let joins =
+                before.iter().zip(&summary).try_for_each(|(before, summary)| check_joins(before, summary));
+            if let (Err(error), Some(summary)) = (joins, &summary) {
+                self.corrupt(path, 0, Some((summary.first_lsn, summary.last_lsn)), &error.at);
             }
             before = summary;
         }

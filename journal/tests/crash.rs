@@ -1,6 +1,7 @@
 //! The crash matrix: a journal's life, cut at every single operation, on a disk that loses what was not synced in every
 //! way it may. After recovery everything that was called durable is there, what is there is a stretch of what was
 //! appended, byte for byte, and the writer goes on; a second cut during recovery changes nothing of that.
+#![allow(clippy::unwrap_used, reason = "a failing step fails the test")]
 
 mod common;
 
