@@ -19,11 +19,13 @@ use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
 use journal::frame::Stamp;
+use journal::io::RealDisk;
 use journal::{Lsn, Position, Positions};
 use kfilter::{Captured, Entry, Mode, Op};
 use tokio::sync::{mpsc, watch};
 
 use crate::SharedRing;
+use crate::buffered_disk::BufferedDisk;
 use crate::capture::nbd::CapturedVolume;
 use crate::clock::{JumpWatch, now_ns};
 use crate::error::{Error, ErrorKind, Result};
@@ -86,12 +88,15 @@ impl Replicator {
         let ring_dir = start::ring_dir(&settings, &started.state);
         let Started { state, volumes, ring, writer, repair, cause, first } = started;
         if !ring.is_pinned() {
-            tracing::warn!("the ring could not be locked in memory; raise RLIMIT_MEMLOCK (LimitMEMLOCK=) above its size");
+            tracing::warn!(
+                "the ring could not be locked in memory; raise RLIMIT_MEMLOCK (LimitMEMLOCK=) above its size"
+            );
         }
         let ring = Arc::new(ring);
         let known = state.get().clone();
         let stamp = Stamp { group: known.group, lineage: known.lineage, epoch: known.epoch };
-        let board = Arc::new(Board::new(&settings.group, settings.volume.iter().map(|volume| volume.name.clone())));
+        let board =
+            Arc::new(Board::new(&settings.group, settings.volume.iter().map(|volume| volume.name.clone())));
         let backlog = writer
             .segments()
             .iter()
@@ -267,7 +272,10 @@ impl Agent {
     ) -> Result<()> {
         let ring = &self.shared.ring;
         let refused = |what: &str, refused| {
-            Error::new(ErrorKind::Ring, format!("the ring refused the {what} of a synchronisation: {refused:?}"))
+            Error::new(
+                ErrorKind::Ring,
+                format!("the ring refused the {what} of a synchronisation: {refused:?}"),
+            )
         };
         let volumes = self.volumes.iter().map(|volume| (volume.as_ref(), ranges(volume))).collect();
         let work = resync::Work { volumes, state, cause };
@@ -374,9 +382,10 @@ impl Handle {
         let entry = Entry::event(Op::Bookmark, 0, u32::try_from(name.len()).unwrap_or(u32::MAX));
         match self.agent.shared.ring.capture(once(entry), name.as_bytes(), now_ns()) {
             Ok(Captured::Ring(token)) => Ok(Lsn(token.last_lsn())),
-            Ok(Captured::Bits) | Err(_) => {
-                Err(Error::new(ErrorKind::NotPossible, "the ring takes no records now: this would be no recovery point"))
-            }
+            Ok(Captured::Bits) | Err(_) => Err(Error::new(
+                ErrorKind::NotPossible,
+                "the ring takes no records now: this would be no recovery point",
+            )),
         }
     }
 
@@ -413,29 +422,48 @@ impl Handle {
             left += server.shutdown(STOP_DEADLINE).await;
         }
         self.upkeep.abort();
+        // It ends as cancelled; until then it holds the agent, and with it the backings.
+        let _ = (&mut self.upkeep).await;
         self.agent.shared.stop.store(true, Ordering::Release);
         self.agent.shared.ring.wake_consumer();
         let pipeline = self.pipeline.take();
-        let ended = on_thread("af-stop", move || pipeline.and_then(|thread| thread.join().ok().flatten())).await?;
+        let ended =
+            on_thread("af-stop", move || pipeline.and_then(|thread| thread.join().ok().flatten())).await?;
         self.stop_link.send_replace(true);
         self.agent.shared.progress.close();
         // The link says goodbye by itself; a task that panicked has nothing to say.
         let _ = (&mut self.link).await;
+        // Threads of closed connections let go of their volume as they end; whoever starts next finds it free.
+        let deadline = Instant::now() + STOP_DEADLINE;
+        while left == 0 && self.agent.volumes.iter().any(|volume| Arc::strong_count(volume) > 1) {
+            if Instant::now() > deadline {
+                tracing::warn!("a client's thread still holds its volume");
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let served = self.agent.serving.load(Ordering::Acquire);
         match ended {
-            Some((position, true)) if served && left == 0 => self.mark_clean(&position),
+            Some((position, true)) if served && left == 0 => {
+                on_thread("af-stop", move || self.mark_clean(&position)).await?
+            }
             _ => Ok(()),
         }
     }
 
-    /// Order: 1 the backings are durable, 2 the clean mark with their stamps, 3 the ring goes (it holds nothing).
+    /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' stamps, 3 the ring goes (it holds
+    /// nothing).
     fn mark_clean(&self, last: &Position) -> Result<()> {
+        let dir = self.agent.settings.dir.join("journal");
+        BufferedDisk::settle(&RealDisk, &dir)
+            .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
         for volume in &self.agent.volumes {
             volume.backing.sync().map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
         }
-        let paths: Vec<_> = self.agent.settings.volume.iter().map(|volume| (&volume.name, &volume.path)).collect();
+        let paths: Vec<_> =
+            self.agent.settings.volume.iter().map(|volume| (&volume.name, &volume.path)).collect();
         self.agent.state().update(|state| {
             for known in &mut state.volumes {
                 let path = paths.iter().find(|(name, _)| **name == known.name);
@@ -468,7 +496,11 @@ impl Agent {
         };
         positions.assert_order();
         let (backlog_bytes, oldest_ns) = shared.progress.backlog();
-        let lag_ns = if peer.received >= captured { 0 } else { oldest_ns.map_or(0, |oldest| now_ns().saturating_sub(oldest)) };
+        let lag_ns = if peer.received >= captured {
+            0
+        } else {
+            oldest_ns.map_or(0, |oldest| now_ns().saturating_sub(oldest))
+        };
         let (state, why) = shared.board.state();
         let why = match (why.is_empty(), peer.trouble.is_empty()) {
             (true, _) => peer.trouble.clone(),

@@ -31,7 +31,8 @@ impl JumpWatch {
         *self = JumpWatch { monotonic, realtime_ns };
         let jump = shown - passed;
         let limit = i128::try_from(JUMP.as_nanos()).unwrap_or(i128::MAX);
-        (jump.abs() > limit).then(|| i64::try_from(jump).unwrap_or(if jump < 0 { i64::MIN } else { i64::MAX }))
+        (jump.abs() > limit)
+            .then(|| i64::try_from(jump).unwrap_or(if jump < 0 { i64::MIN } else { i64::MAX }))
     }
 }
 

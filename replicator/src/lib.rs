@@ -12,6 +12,7 @@
 //! ring becomes dirty bits.
 
 pub mod agent;
+pub mod buffered_disk;
 pub mod capture;
 pub mod clock;
 pub mod error;

@@ -141,7 +141,9 @@ impl Link {
                 resume
             }
             Ok(Ok(Some(Message::Error { code, reason }))) => return Ok(refusal(code, reason)),
-            Ok(Ok(_)) => return Ok(End::Lost("the receiver answered the greeting with something else".into())),
+            Ok(Ok(_)) => {
+                return Ok(End::Lost("the receiver answered the greeting with something else".into()));
+            }
             Ok(Err(error)) => return Err(error),
             Err(_) => return Ok(End::Lost("the receiver did not answer the greeting".into())),
         };
@@ -239,7 +241,11 @@ impl Link {
     }
 
     /// Control messages in both directions until the connection ends.
-    async fn follow(&mut self, sender: &mut ControlSender, receiver: &mut ControlReceiver) -> wire::Result<End> {
+    async fn follow(
+        &mut self,
+        sender: &mut ControlSender,
+        receiver: &mut ControlReceiver,
+    ) -> wire::Result<End> {
         let mut beats = interval(self.settings.peer.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut asked = Lsn::ZERO;
@@ -283,7 +289,8 @@ impl Link {
     /// The receiver's state when it held `epoch`. A replica that needs a synchronisation is news only while nothing
     /// newer is on its way: the current epoch may be that synchronisation.
     fn note_state(&self, state: &ReceiverState, epoch: u64) {
-        let outdated = state.code == ReceiverCode::NeedsResync && epoch < self.agent.state().get().epoch.number;
+        let outdated =
+            state.code == ReceiverCode::NeedsResync && epoch < self.agent.state().get().epoch.number;
         let stuck = state.code != ReceiverCode::Ok && !outdated;
         match state.code {
             ReceiverCode::NeedsResync if stuck => self.agent.needs_resync(None, &state.why),

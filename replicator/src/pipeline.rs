@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
-use journal::pool::EncodePool;
 use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
+use journal::pool::EncodePool;
 use journal::record::{Op, Record};
 use journal::retention::SourcePolicy;
 use journal::writer::Writer;
@@ -105,8 +105,18 @@ impl Pipeline {
         let mut pool = EncodePool::new("af-pack", settings.threads, POOL_BYTES)?;
         let batch = pool.batch();
         let releasable = writer.appended().lsn;
-        let pipeline =
-            Pipeline { shared, consumer, writer, pool, settings, stamp, batch, opened: None, releasable, broken: false };
+        let pipeline = Pipeline {
+            shared,
+            consumer,
+            writer,
+            pool,
+            settings,
+            stamp,
+            batch,
+            opened: None,
+            releasable,
+            broken: false,
+        };
         pipeline.publish_size();
         Ok(pipeline)
     }
@@ -143,7 +153,9 @@ impl Pipeline {
             };
             self.consumer.wait(if held { pause.min(NOT_DONE) } else { pause });
         }
-        if !self.broken && let Err(error) = self.writer.sync() {
+        if !self.broken
+            && let Err(error) = self.writer.sync()
+        {
             self.break_off("the source journal cannot be synced", &error)?;
         }
         Ok((self.writer.appended(), !self.broken && self.shared.ring.mode() == Mode::Ring))
@@ -202,7 +214,9 @@ impl Pipeline {
         let fill = self.shared.ring.fill_ratio();
         match self.settings.compression {
             Compression::Zstd(_) if self.settings.adaptive && fill >= 0.5 => Compression::Off,
-            Compression::Zstd(level) if self.settings.adaptive && fill >= 0.25 => Compression::Zstd(level.min(-5)),
+            Compression::Zstd(level) if self.settings.adaptive && fill >= 0.25 => {
+                Compression::Zstd(level.min(-5))
+            }
             calm => calm,
         }
     }
@@ -271,7 +285,8 @@ impl Pipeline {
                     return Ok(true);
                 }
             }
-            let waits = self.shared.may_wait.load(Ordering::Acquire) && !self.shared.stop.load(Ordering::Acquire);
+            let waits =
+                self.shared.may_wait.load(Ordering::Acquire) && !self.shared.stop.load(Ordering::Acquire);
             if !waits {
                 return Ok(false);
             }
@@ -348,7 +363,11 @@ fn push(batch: &mut Batch, from: &RecordRef<'_>, sync_cause: &Mutex<String>) {
         volume: VolumeId(from.volume()),
         lsn: Lsn(from.lsn()),
         time_ns: from.time_ns(),
-        extent: if op == Op::Void { Extent::default() } else { Extent { offset: from.offset(), len: from.length() } },
+        extent: if op == Op::Void {
+            Extent::default()
+        } else {
+            Extent { offset: from.offset(), len: from.length() }
+        },
     };
     if op == Op::ResyncBegin {
         let cause = sync_cause.lock().unwrap_or_else(PoisonError::into_inner);

@@ -104,7 +104,9 @@ impl Progress {
         let inner = self.lock();
         let (inner, _) = self
             .appended
-            .wait_timeout_while(inner, at_most, |inner| !inner.closed && inner.journaled.order() <= seen.order())
+            .wait_timeout_while(inner, at_most, |inner| {
+                !inner.closed && inner.journaled.order() <= seen.order()
+            })
             .unwrap_or_else(PoisonError::into_inner);
         !inner.closed
     }

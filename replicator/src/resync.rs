@@ -42,7 +42,8 @@ pub struct Work<'a> {
 /// # Errors
 /// The backing cannot be read, the ring is damaged, or `stop` was set.
 pub fn emit(work: &Work<'_>, ring: &SharedRing, board: &Board, stop: &AtomicBool) -> Result<u64> {
-    let total: u64 = work.volumes.iter().flat_map(|(_, ranges)| ranges).map(|range| range.end - range.start).sum();
+    let total: u64 =
+        work.volumes.iter().flat_map(|(_, ranges)| ranges).map(|range| range.end - range.start).sum();
     let mut progress = Report { started: Instant::now(), shown: Instant::now(), done: 0, total, sent: 0 };
     board.change(work.state, format!("{}; starting", work.cause));
     let mut chunk = vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20)];
@@ -106,7 +107,8 @@ fn emit_range(
     let mut zeros = range.start..range.start;
     let mut at = range.start;
     while at < range.end {
-        let runs = volume.backing.block_status(at, range.end - at, 64).map_err(|error| unreadable(at, error))?;
+        let runs =
+            volume.backing.block_status(at, range.end - at, 64).map_err(|error| unreadable(at, error))?;
         for run in runs {
             let end = at + run.length_bytes;
             if run.hole {
@@ -139,7 +141,12 @@ fn emit_range(
     emit_zeros(volume, &mut zeros, ring, stop)
 }
 
-fn emit_zeros(volume: &CapturedVolume, zeros: &mut Range<u64>, ring: &SharedRing, stop: &AtomicBool) -> Result<()> {
+fn emit_zeros(
+    volume: &CapturedVolume,
+    zeros: &mut Range<u64>,
+    ring: &SharedRing,
+    stop: &AtomicBool,
+) -> Result<()> {
     if zeros.is_empty() {
         return Ok(());
     }
@@ -162,16 +169,23 @@ fn is_zero(bytes: &[u8]) -> bool {
 pub fn put(ring: &SharedRing, entry: Entry, payload: &[u8], stop: &AtomicBool) -> Result<()> {
     loop {
         if stop.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Stopped, "the synchronisation was stopped; the next start begins it anew"));
+            return Err(Error::new(
+                ErrorKind::Stopped,
+                "the synchronisation was stopped; the next start begins it anew",
+            ));
         }
         if ring.used_bytes() < ring.ring_bytes() / FILL_LIMIT {
             return match ring.capture(once(entry), payload, now_ns()) {
                 Ok(Captured::Ring(_)) => Ok(()),
-                Ok(Captured::Bits) => Err(Error::new(ErrorKind::Ring, "the ring overflowed during a synchronisation")),
+                Ok(Captured::Bits) => {
+                    Err(Error::new(ErrorKind::Ring, "the ring overflowed during a synchronisation"))
+                }
                 Err(Refused::BitmapMode) => {
                     Err(Error::new(ErrorKind::NotPossible, "the journal failed during the synchronisation"))
                 }
-                Err(refused) => Err(Error::new(ErrorKind::Ring, format!("the ring refused a sync record: {refused:?}"))),
+                Err(refused) => {
+                    Err(Error::new(ErrorKind::Ring, format!("the ring refused a sync record: {refused:?}")))
+                }
             };
         }
         std::thread::sleep(PAUSE);

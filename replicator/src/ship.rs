@@ -50,7 +50,9 @@ pub fn choose_start(
     let start = Position::epoch_start(state.lineage, state.epoch, state.epoch_start);
     match reader.seek(&start) {
         Ok(()) => Ok(start),
-        Err(error) => Err(format!("{why}, and the start of this epoch is no longer in the source journal ({error})")),
+        Err(error) => {
+            Err(format!("{why}, and the start of this epoch is no longer in the source journal ({error})"))
+        }
     }
 }
 

@@ -22,6 +22,7 @@ use kfilter::{Identity, Op, VolumeSpec};
 use nbd::{Access, Backing};
 
 use crate::SharedRing;
+use crate::buffered_disk::BufferedDisk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Gap, KnownVolume, StateFile};
@@ -87,7 +88,8 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     if first {
         doubts.push("first synchronisation".to_owned());
     }
-    let (writer, damage) = open_journal(&disk, settings, &state)?;
+    let buffered: Arc<dyn Disk> = Arc::new(BufferedDisk::new(disk));
+    let (writer, damage) = open_journal(&buffered, settings, &state)?;
     doubts.extend(damage);
 
     let journaled = writer.as_ref().map(|writer| writer.appended().lsn);
@@ -100,7 +102,9 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
             last = Some(Lsn(ring.captured_lsn()));
             same_epoch = Some(ring);
         }
-        Err(_) if doubts.is_empty() && journaled.is_some() && state.get().clean == journaled => last = journaled,
+        Err(_) if doubts.is_empty() && journaled.is_some() && state.get().clean == journaled => {
+            last = journaled
+        }
         Err(lost) => {
             last = last.or(state.get().clean);
             if !first {
@@ -115,7 +119,11 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     {
         let (ring, repair, cause) = match same_epoch {
             Some(ring) => dirty_repair(ring, &volumes),
-            None => (create_ring(settings, &state, &volumes, last.unwrap_or_default().next())?, Repair::None, String::new()),
+            None => (
+                create_ring(settings, &state, &volumes, last.unwrap_or_default().next())?,
+                Repair::None,
+                String::new(),
+            ),
         };
         return Ok(Started { state, volumes, ring, writer, repair, cause, first });
     }
@@ -134,7 +142,7 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
             writer.begin_epoch(at, now_ns())?;
             writer
         }
-        None => Writer::create(disk, &settings.dir.join("journal"), options, at, now_ns())?,
+        None => Writer::create(buffered, &settings.dir.join("journal"), options, at, now_ns())?,
     };
     let ring = create_ring(settings, &state, &volumes, at.lsn.next())?;
     Ok(Started { state, volumes, ring, writer, repair: Repair::Everything, cause, first })
@@ -145,7 +153,10 @@ fn writer_options(settings: &conf::Replicator, state: &StateFile) -> WriterOptio
 }
 
 /// Opens the backings and compares them with what the group knows; returns what gives reason to doubt the replica.
-fn open_volumes(settings: &conf::Replicator, state: &mut StateFile) -> Result<(Vec<OpenVolume>, Vec<String>)> {
+fn open_volumes(
+    settings: &conf::Replicator,
+    state: &mut StateFile,
+) -> Result<(Vec<OpenVolume>, Vec<String>)> {
     let mut doubts = Vec::new();
     let mut opened = Vec::new();
     let clean = state.get().clean.is_some();
@@ -270,8 +281,9 @@ fn open_journal(
         Err(error) if matches!(error.kind, journal::ErrorKind::Corrupt | journal::ErrorKind::Malformed) => {
             let aside = settings.dir.join(format!("journal.damaged-{}", now_ns()));
             tracing::error!(%error, aside = %aside.display(), "the source journal is damaged; it is set aside");
-            std::fs::rename(&dir, &aside)
-                .map_err(|error| Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error))?;
+            std::fs::rename(&dir, &aside).map_err(|error| {
+                Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error)
+            })?;
             disk.create_dir(&dir).map_err(create)?;
             Ok((None, Some(format!("the source journal was damaged: {error}"))))
         }
@@ -294,9 +306,13 @@ fn take_over(
         Ok(taken) => taken,
         Err(error) => {
             return match error.kind {
-                kfilter::ErrorKind::Absent => Ok(Err("the machine or the agent did not stop cleanly".to_owned())),
+                kfilter::ErrorKind::Absent => {
+                    Ok(Err("the machine or the agent did not stop cleanly".to_owned()))
+                }
                 kfilter::ErrorKind::Lost(lost) => Ok(Err(format!("the ring was lost: {lost}"))),
-                kfilter::ErrorKind::Busy => Err(Error::because(ErrorKind::Busy, "another agent serves this group", error)),
+                kfilter::ErrorKind::Busy => {
+                    Err(Error::because(ErrorKind::Busy, "another agent serves this group", error))
+                }
                 _ => Err(Error::because(ErrorKind::Ring, "take over the ring", error)),
             };
         }
@@ -314,7 +330,8 @@ fn take_over(
     if let Some(error) = unredone {
         return Err(error);
     }
-    let ring = taken.finish().map_err(|_| Error::new(ErrorKind::Ring, "the ring still holds undone writes"))?;
+    let ring =
+        taken.finish().map_err(|_| Error::new(ErrorKind::Ring, "the ring still holds undone writes"))?;
     if redone > 0 {
         tracing::info!(writes = redone, "writes of the last run redone to the backing");
     }
@@ -333,7 +350,9 @@ fn redo(record: &kfilter::RecordRef<'_>, volumes: &[OpenVolume]) -> Result<()> {
     };
     let redone = match record.op() {
         Op::Write => volume.backing.write_at(record.offset(), record.payload()),
-        Op::Discard | Op::WriteZeroes => volume.backing.write_zeroes(record.offset(), record.length(), false, false),
+        Op::Discard | Op::WriteZeroes => {
+            volume.backing.write_zeroes(record.offset(), record.length(), false, false)
+        }
         _ => Ok(()),
     };
     redone.map_err(|error| {

@@ -95,9 +95,11 @@ impl StateFile {
             .any(|name| name == "state");
         let (slots, state) = if exists {
             let (slots, payload) = TwoSlot::open(disk, &path)?;
-            let state = postcard::from_bytes::<SourceState>(&payload).ok().filter(|state| state.version == VERSION);
+            let state =
+                postcard::from_bytes::<SourceState>(&payload).ok().filter(|state| state.version == VERSION);
             let state = state.ok_or_else(|| {
-                let at = format!("{}: not a state that this version reads; use the newer program", path.display());
+                let at =
+                    format!("{}: not a state that this version reads; use the newer program", path.display());
                 Error::new(ErrorKind::Settings, at)
             })?;
             (slots, state)
@@ -178,7 +180,8 @@ impl SourceState {
 }
 
 fn encode(state: &SourceState) -> Result<Vec<u8>> {
-    postcard::to_stdvec(state).map_err(|error| Error::because(ErrorKind::Settings, "encode the source state", error))
+    postcard::to_stdvec(state)
+        .map_err(|error| Error::because(ErrorKind::Settings, "encode the source state", error))
 }
 
 #[cfg(test)]

@@ -168,8 +168,18 @@ mod tests {
         let group = &json["groups"][0];
         assert_eq!(group["state"], "needs-resync");
         for key in [
-            "name", "state", "why", "epoch", "captured_lsn", "journaled_lsn", "received_lsn", "applied_lsn",
-            "checkpoint_lsn", "rpo_ms", "backlog_bytes", "volumes",
+            "name",
+            "state",
+            "why",
+            "epoch",
+            "captured_lsn",
+            "journaled_lsn",
+            "received_lsn",
+            "applied_lsn",
+            "checkpoint_lsn",
+            "rpo_ms",
+            "backlog_bytes",
+            "volumes",
         ] {
             assert!(group.get(key).is_some(), "{key}");
         }

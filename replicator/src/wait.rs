@@ -44,7 +44,9 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
             return Ok(WaitOutcome::Impossible { why: format!("the group is {}: {why}", name_of(state)) });
         }
         if !synchronising && !agent.is_recording() {
-            return Ok(WaitOutcome::Impossible { why: "writes are not being recorded; restart the agent".into() });
+            return Ok(WaitOutcome::Impossible {
+                why: "writes are not being recorded; restart the agent".into(),
+            });
         }
         let seen = peer.borrow_and_update().clone();
         if seen.stuck {

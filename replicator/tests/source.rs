@@ -1,4 +1,5 @@
 //! A source on its own: no receiver answers, clients notice nothing, and the journal holds what they wrote.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test fails by panicking")]
 
 use std::path::Path;
 use std::process::Command;
@@ -104,13 +105,22 @@ async fn what_clients_write_is_in_the_journal_and_a_clean_stop_leaves_no_gap() {
     let handle = Replicator::start(settings.clone()).await.unwrap();
     let first = until(&handle, "replicating", |group| group.state == State::Replicating).await;
     assert_eq!(first.epoch, 1);
-    qemu_io(&settings, &["write -P 1 0 1M", "write -P 2 4k 4k", "discard 512k 64k", "write -z 768k 4k", "flush"]);
+    qemu_io(
+        &settings,
+        &["write -P 1 0 1M", "write -P 2 4k 4k", "discard 512k 64k", "write -z 768k 4k", "flush"],
+    );
     let bookmark = handle.bookmark("here").unwrap();
     let outcome = handle.wait(Duration::from_millis(200)).await.unwrap();
-    assert!(matches!(outcome, WaitOutcome::TimedOut { .. }), "nobody receives, but somebody may come: {outcome:?}");
+    assert!(
+        matches!(outcome, WaitOutcome::TimedOut { .. }),
+        "nobody receives, but somebody may come: {outcome:?}"
+    );
     handle.shutdown().await.unwrap();
     let (image, ops) = replay(dirs.state.path());
-    assert!(image == std::fs::read(dirs.state.path().join("disk.img")).unwrap(), "journal and backing differ");
+    assert!(
+        image == std::fs::read(dirs.state.path().join("disk.img")).unwrap(),
+        "journal and backing differ"
+    );
     assert_eq!(ops[..2], [Op::Volume, Op::ResyncBegin]);
     assert!(ops.contains(&Op::ResyncEnd) && ops.contains(&Op::Bookmark) && ops.contains(&Op::Flush));
     assert!(std::fs::read_dir(dirs.ring.path()).unwrap().all(|group| {
@@ -128,7 +138,12 @@ async fn what_clients_write_is_in_the_journal_and_a_clean_stop_leaves_no_gap() {
     assert!(image == std::fs::read(dirs.state.path().join("disk.img")).unwrap());
 
     // Somebody wrote to the backing while nobody protected it.
-    std::fs::OpenOptions::new().write(true).open(dirs.state.path().join("disk.img")).unwrap().set_len(SIZE).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(dirs.state.path().join("disk.img"))
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
     let file = std::fs::File::options().write(true).open(dirs.state.path().join("disk.img")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xee; 512], 3 << 20).unwrap();
     drop(file);
@@ -176,7 +191,12 @@ async fn two_agents_never_serve_one_directory_and_a_shrunk_volume_is_refused() {
     let second = Replicator::start(settings.clone()).await.err().unwrap();
     assert_eq!(second.kind, replicator::ErrorKind::Busy);
     handle.shutdown().await.unwrap();
-    std::fs::File::options().write(true).open(dirs.state.path().join("disk.img")).unwrap().set_len(SIZE / 2).unwrap();
+    std::fs::File::options()
+        .write(true)
+        .open(dirs.state.path().join("disk.img"))
+        .unwrap()
+        .set_len(SIZE / 2)
+        .unwrap();
     let shrunk = Replicator::start(settings).await.err().unwrap();
     assert!(shrunk.to_string().contains("shrank"), "{shrunk}");
 }

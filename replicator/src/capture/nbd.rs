@@ -90,14 +90,16 @@ impl CapturedVolume {
         if !(recorded && self.record_content(offset, length).is_ok()) {
             self.ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
             self.ring.mark_dirty(self.id, offset..offset + length);
-            let why = format!("volume {}: bytes {offset}+{length} failed and could not be read again", self.name);
+            let why =
+                format!("volume {}: bytes {offset}+{length} failed and could not be read again", self.name);
             self.board.change(State::Degraded, why);
         }
     }
 
     /// Records what the backing holds now as sync slots. The caller holds the range's turn.
     fn record_content(&self, offset: u64, length: u64) -> io::Result<()> {
-        let mut content = vec![0; usize::try_from(length.min(u64::from(kfilter::abi::MAX_PAYLOAD))).unwrap_or(0)];
+        let mut content =
+            vec![0; usize::try_from(length.min(u64::from(kfilter::abi::MAX_PAYLOAD))).unwrap_or(0)];
         let mut at = offset;
         while at < offset + length {
             let piece = (offset + length - at).min(content.len() as u64);
@@ -202,7 +204,12 @@ impl Export for CapturedVolume {
         self.backing.sync()
     }
 
-    fn block_status(&self, offset: u64, length_bytes: u64, max_extents: usize) -> io::Result<Vec<BlockExtent>> {
+    fn block_status(
+        &self,
+        offset: u64,
+        length_bytes: u64,
+        max_extents: usize,
+    ) -> io::Result<Vec<BlockExtent>> {
         self.backing.block_status(offset, length_bytes, max_extents)
     }
 }
