@@ -1,10 +1,13 @@
 //! The command line, as a contract: names and meanings are added to, never bent. `tests/help/` holds every help text.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+mod up;
+
+pub use up::{DiskArg, UpArgs};
 
 /// Continuous replication of Linux block devices, with every past write a recovery point.
 #[derive(Debug, Parser)]
@@ -63,50 +66,12 @@ pub enum LogFormat {
 /// Which daemon a command speaks to.
 #[derive(Clone, Debug, Default, Args)]
 pub struct Target {
-    /// The daemon's control socket
-    #[arg(long, value_name = "SOCKET", env = "AFTERIMAGE_CONTROL", hide_env_values = true)]
+    /// The daemon's control socket [default: $AFTERIMAGE_CONTROL]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "dir")]
     pub control: Option<PathBuf>,
     /// The directory given to `up`, or a daemon's `dir`: means DIR/control.sock
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
-}
-
-/// `up`.
-#[derive(Debug, Args)]
-pub struct UpArgs {
-    /// Where everything is kept; a second `up` with the same DIR continues
-    #[arg(long, value_name = "DIR")]
-    pub dir: PathBuf,
-    /// Protect a new sparse disk of this size, DIR/source/NAME.img (64MiB, 10GiB, …); may be repeated
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub size: Vec<u64>,
-    /// Protect this file or block device; may be repeated
-    #[arg(long, value_name = "PATH")]
-    pub disk: Vec<PathBuf>,
-    /// Name of a volume, in the order of --size and --disk; one name for several volumes is numbered [default: disk0, disk1, …]
-    #[arg(long, value_name = "NAME", value_parser = parse_name)]
-    pub volume: Vec<String>,
-    /// Name of the group: the volumes share one write order and restore to one instant [default: default]
-    #[arg(long, value_name = "NAME", value_parser = parse_name)]
-    pub group: Option<String>,
-    /// Serve NBD on this TCP address too; further volumes on the ports after it. NBD knows no passwords
-    #[arg(long, value_name = "IP:PORT")]
-    pub nbd_tcp: Option<SocketAddr>,
-    /// How log lines look
-    #[arg(long, value_enum, default_value_t)]
-    pub log_format: LogFormat,
-    /// --size and --disk in the order given.
-    #[arg(skip)]
-    pub disks: Vec<DiskArg>,
-}
-
-/// One volume asked for on `up`'s command line.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DiskArg {
-    /// `--size`
-    Size(u64),
-    /// `--disk`
-    Disk(PathBuf),
 }
 
 /// `replicate`, `receive`.
@@ -281,30 +246,9 @@ pub fn parse() -> Cli {
     let matches = Cli::command().get_matches();
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if let (Command::Up(up), Some(matches)) = (&mut cli.command, matches.subcommand_matches("up")) {
-        up.disks = in_order(matches);
+        up.disks = up::in_order(matches);
     }
     cli
-}
-
-/// clap keeps each option's values apart; which volume is the first depends on the order across both.
-fn in_order(matches: &clap::ArgMatches) -> Vec<DiskArg> {
-    let sizes = matches.get_many::<u64>("size").into_iter().flatten().map(|size| DiskArg::Size(*size));
-    let disks =
-        matches.get_many::<PathBuf>("disk").into_iter().flatten().map(|disk| DiskArg::Disk(disk.clone()));
-    let size_at = matches.indices_of("size").into_iter().flatten();
-    let disk_at = matches.indices_of("disk").into_iter().flatten();
-    let mut all: Vec<(usize, DiskArg)> = size_at.zip(sizes).chain(disk_at.zip(disks)).collect();
-    all.sort_by_key(|(index, _)| *index);
-    all.into_iter().map(|(_, disk)| disk).collect()
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let bytes = conf::units::parse_bytes(text)?;
-    // A sector is the smallest thing that has an lsn; a disk of none protects nothing.
-    if bytes == 0 || !bytes.is_multiple_of(4096) {
-        return Err("a disk is a multiple of 4096 bytes, and not empty".into());
-    }
-    Ok(bytes)
 }
 
 fn parse_name(text: &str) -> Result<String, &'static str> {
@@ -322,21 +266,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_and_disks_keep_their_order() {
-        let line = ["afterimage", "up", "--dir", "d", "--size", "1MiB", "--disk", "/a", "--size", "2MiB"];
-        let matches = Cli::command().try_get_matches_from(line).unwrap();
-        let disks = in_order(matches.subcommand_matches("up").unwrap());
-        assert_eq!(disks, [DiskArg::Size(1 << 20), DiskArg::Disk("/a".into()), DiskArg::Size(2 << 20)]);
-    }
-
-    #[test]
-    fn sizes_are_whole_sectors() {
-        assert_eq!(parse_size("64MiB"), Ok(64 << 20));
-        for bad in ["0", "100", "4097", "x", "-1"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -146,11 +146,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_daemon_must_be_named() {
-        let fault = Client::find(&Target::default()).unwrap_err();
-        assert_eq!(Fault::of(&fault).kind, Kind::Usage);
-        let both = Target { control: Some("/left/over".into()), dir: Some("/d".into()) };
-        assert_eq!(Client::find(&both).unwrap().socket, PathBuf::from("/d/control.sock"));
+    fn dir_means_its_control_socket() {
+        let target = Target { control: None, dir: Some("/d".into()) };
+        assert_eq!(Client::find(&target).unwrap().socket, PathBuf::from("/d/control.sock"));
     }
 
     #[tokio::test]

@@ -84,8 +84,8 @@ pub fn make_file_system(tree: &Path, image: &Path, bytes: u64) -> Result<()> {
         .arg(image)
         .arg(format!("{}k", bytes >> 10))
         .stdin(Stdio::null())
-        .status()?;
-    ensure!(made.success(), "mke2fs ended with {made}");
+        .output()?;
+    ensure!(made.status.success(), "mke2fs: {}", String::from_utf8_lossy(&made.stderr));
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use receiver::restore::{RestoreReport, RestoreRequest};
 use crate::args::RestoreArgs;
 use crate::client::Client;
 use crate::control::RestoreOrder;
-use crate::exit::Fault;
+use crate::exit::{Fault, Kind};
 use crate::output::{self, size};
 
 /// `afterimage restore`.
@@ -42,7 +42,14 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
 fn bare(dir: &Path, order: &RestoreOrder, mut progress: impl FnMut(u64, u64)) -> Result<RestoreReport> {
     let home = group_dir(dir, &order.group)?;
     let disk = std::sync::Arc::new(journal::io::RealDisk);
-    let (_lock, history) = receiver::restore::open_bare(disk, &home)?;
+    let (_lock, history) = receiver::restore::open_bare(disk, &home).map_err(|error| match error.kind {
+        receiver::ErrorKind::Busy => Fault::new(
+            Kind::Busy,
+            format!("{error}; where that is its daemon, leave --journal out and name the daemon by --dir or --control"),
+        )
+        .into(),
+        _ => anyhow::Error::new(error),
+    })?;
     Ok(receiver::restore::restore(&history, &request(order)?, &mut progress)?)
 }
 

@@ -118,6 +118,11 @@ impl Plan {
         });
         let mut settings = conf::Replicator::embedded(&home, &self.group, volumes, receiver, identity)?;
         settings.control = control_path(dir);
+        // The default directory belongs to whoever came first, usually root.
+        let user = rustix::process::getuid();
+        if !user.is_root() {
+            settings.ring_dir.set_file_name(format!("afterimage-{}", user.as_raw()));
+        }
         for (volume, index) in settings.volume.iter_mut().zip(0u16..) {
             volume.nbd_tcp = self.nbd_tcp.map(|first| tcp_address(first, index)).transpose()?;
         }
