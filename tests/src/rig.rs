@@ -1,0 +1,285 @@
+//! Sites under test: `up`, one process; or `receive` and `replicate` with generated settings, paired by hand.
+//!
+//! Invariant: every child is gone, and every ring removed from memory, when the value is dropped.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+
+use anyhow::{Context, Result};
+
+use crate::control::{Control, Group};
+use crate::daemon::Daemon;
+use crate::program::{afterimage, afterimage_path};
+use crate::story::Home;
+
+/// `afterimage up` on its own directory.
+pub struct Up<'a> {
+    home: &'a Home,
+    dir: PathBuf,
+    daemon: Option<Daemon>,
+    rings: Vec<PathBuf>,
+    /// Its control socket.
+    pub control: Control,
+}
+
+impl<'a> Up<'a> {
+    /// Starts `up --dir DIR ARGS…` and waits until its volumes are served.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(home: &'a Home, args: &[&str]) -> Result<Up<'a>> {
+        let dir = home.path("up");
+        let control = Control::new(dir.join("control.sock"));
+        let mut up = Up { home, dir, daemon: None, rings: Vec::new(), control };
+        up.again(args)?;
+        Ok(up)
+    }
+
+    /// Starts it again on the same directory.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn again(&mut self, args: &[&str]) -> Result<Group> {
+        let dir = self.dir.to_string_lossy();
+        let line = ["up", "--dir", &dir].into_iter().chain(args.iter().copied());
+        self.daemon = Some(Daemon::start(self.home, "up", &afterimage_path()?, line)?);
+        self.control.until_served()
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The process.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn daemon(&mut self) -> Result<&mut Daemon> {
+        self.daemon.as_mut().context("`up` does not run")
+    }
+
+    /// SIGTERM and its end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn stop(&mut self) -> Result<ExitStatus> {
+        let ended = self.daemon()?.stop()?;
+        self.daemon = None;
+        Ok(ended)
+    }
+
+    /// `kill -9`.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn kill(&mut self) -> Result<()> {
+        self.rings = self.daemon()?.rings();
+        self.daemon()?.kill()?;
+        self.daemon = None;
+        Ok(())
+    }
+}
+
+impl Drop for Up<'_> {
+    fn drop(&mut self) {
+        if let Some(daemon) = self.daemon.take() {
+            self.rings.extend(daemon.rings());
+        }
+        for ring in &self.rings {
+            let _ = fs::remove_dir_all(ring);
+        }
+    }
+}
+
+/// What a [`Pair`] is made of.
+#[derive(Default)]
+pub struct PairSpec<'a> {
+    /// Name and size of each volume.
+    pub volumes: &'a [(&'a str, u64)],
+    /// More of the source's settings, TOML sections.
+    pub source: &'a str,
+    /// More of the receiver's settings, TOML sections.
+    pub receiver: &'a str,
+    /// The receiver's directory, if not one of its own.
+    pub receiver_dir: Option<PathBuf>,
+}
+
+/// The group that a [`Pair`] replicates.
+pub const GROUP: &str = "story";
+
+/// `receive` and `replicate`, one group.
+pub struct Pair<'a> {
+    home: &'a Home,
+    volumes: Vec<String>,
+    receiver_dir: PathBuf,
+    ring_dir: PathBuf,
+    receiver_daemon: Option<Daemon>,
+    source_daemon: Option<Daemon>,
+    /// The source's control socket.
+    pub source: Control,
+    /// The receiver's control socket.
+    pub receiver: Control,
+}
+
+impl<'a> Pair<'a> {
+    /// Writes settings and identities, starts both, and waits until the volumes are served.
+    ///
+    /// # Errors
+    /// One of them does not come up.
+    pub fn start(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let mut pair = Pair::prepare(home, spec)?;
+        pair.start_receiver()?;
+        pair.start_source()?;
+        pair.source.until_served()?;
+        Ok(pair)
+    }
+
+    fn prepare(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let source_dir = home.path("source");
+        let receiver_dir = spec.receiver_dir.clone().unwrap_or_else(|| home.path("receiver"));
+        let new = |dir: &Path| -> Result<String> {
+            fs::create_dir_all(dir)?;
+            let done = afterimage(["identity", "new", "--dir", &dir.join("identity").to_string_lossy()])?
+                .expect(0)?;
+            Ok(done.stdout.trim().to_owned())
+        };
+        let (ours, theirs) = (new(&source_dir)?, new(&receiver_dir)?);
+        // Free now; a daemon that is killed and started again must come back where it was.
+        let port = UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
+        let ring_dir =
+            PathBuf::from("/dev/shm").join(home.path("").file_name().context("a directory has a name")?);
+        let mut text = format!(
+            "group = \"{GROUP}\"\ndir = \"{}\"\nring_dir = \"{}\"\n[receiver]\naddress = \"127.0.0.1:{port}\"\nidentity = \"{theirs}\"\nreconnect_min = \"50ms\"\nreconnect_max = \"500ms\"\n",
+            source_dir.display(),
+            ring_dir.display(),
+        );
+        for (name, bytes) in spec.volumes {
+            let path = source_dir.join(format!("{name}.img"));
+            text +=
+                &format!("[[volume]]\nname = \"{name}\"\npath = \"{}\"\nsize = {bytes}\n", path.display());
+        }
+        fs::write(home.path("source.toml"), text + spec.source)?;
+        let text = format!(
+            "dir = \"{}\"\nlisten = \"127.0.0.1:{port}\"\n[[source]]\nidentity = \"{ours}\"\ngroups = [\"{GROUP}\"]\n",
+            receiver_dir.display()
+        );
+        fs::write(home.path("receiver.toml"), text + spec.receiver)?;
+        Ok(Pair {
+            home,
+            volumes: spec.volumes.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            source: Control::new(source_dir.join("control.sock")),
+            receiver: Control::new(receiver_dir.join("control.sock")),
+            receiver_dir,
+            ring_dir,
+            receiver_daemon: None,
+            source_daemon: None,
+        })
+    }
+
+    fn spawn(&self, name: &str, command: &str) -> Result<Daemon> {
+        let config = self.home.path(format!("{name}.toml"));
+        let config = config.to_string_lossy();
+        Daemon::start(self.home, name, &afterimage_path()?, [command, "--config", &config])
+    }
+
+    /// Starts the receiver; it is up a moment later.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_receiver(&mut self) -> Result<()> {
+        self.receiver_daemon = Some(self.spawn("receiver", "receive")?);
+        Ok(())
+    }
+
+    /// Starts the source; it is up a moment later.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_source(&mut self) -> Result<()> {
+        self.source_daemon = Some(self.spawn("source", "replicate")?);
+        Ok(())
+    }
+
+    /// The receiver's process.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn receiver_daemon(&mut self) -> Result<&mut Daemon> {
+        self.receiver_daemon.as_mut().context("the receiver does not run")
+    }
+
+    /// The source's process.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn source_daemon(&mut self) -> Result<&mut Daemon> {
+        self.source_daemon.as_mut().context("the source does not run")
+    }
+
+    /// Where a volume lies at the source.
+    pub fn backing(&self, volume: &str) -> PathBuf {
+        self.home.path("source").join(format!("{volume}.img"))
+    }
+
+    /// Where all volumes lie at the source, in order.
+    pub fn backings(&self) -> Vec<PathBuf> {
+        self.volumes.iter().map(|volume| self.backing(volume)).collect()
+    }
+
+    /// Where a volume's replica lies.
+    pub fn replica(&self, volume: &str) -> PathBuf {
+        self.receiver_dir.join("replica").join(GROUP).join(format!("{volume}.img"))
+    }
+
+    /// The group's directory at the receiver.
+    pub fn group_dir(&self) -> PathBuf {
+        self.receiver_dir.join("groups").join(GROUP)
+    }
+
+    /// NBD sockets of all volumes, in order.
+    pub fn sockets(&self) -> Vec<(PathBuf, String)> {
+        let socket =
+            |name: &String| (self.home.path("source").join(format!("{name}.nbd.sock")), name.clone());
+        self.volumes.iter().map(socket).collect()
+    }
+
+    /// Restores all volumes to a point; where each then lies, in order.
+    ///
+    /// # Errors
+    /// The restore failed.
+    pub fn restore(&self, at: &str, to: &Path) -> Result<Vec<PathBuf>> {
+        self.receiver.restore(GROUP, at, to)?;
+        Ok(self.restored(to))
+    }
+
+    /// Where each volume lies after a restore to `to`.
+    pub fn restored(&self, to: &Path) -> Vec<PathBuf> {
+        match self.volumes.as_slice() {
+            [_] => vec![to.to_owned()],
+            all => all.iter().map(|name| to.join(format!("{name}.img"))).collect(),
+        }
+    }
+
+    /// Everything captured is on the replica, and replica and source are equal, byte for byte. Nobody may write.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn assert_replica_equals_source(&self) -> Result<()> {
+        self.source.wait()?;
+        for volume in &self.volumes {
+            crate::image::assert_equal(&self.backing(volume), &self.replica(volume))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Pair<'_> {
+    fn drop(&mut self) {
+        self.source_daemon = None;
+        self.receiver_daemon = None;
+        let _ = fs::remove_dir_all(&self.ring_dir);
+    }
+}
