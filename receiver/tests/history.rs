@@ -5,12 +5,14 @@
 
 mod storage;
 
+use std::io;
+use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use journal::Lsn;
-use journal::io::{Disk, RealDisk};
+use journal::io::{Disk, File, RealDisk};
 use journal::record::Op;
 use journal::sim_disk::SimDisk;
 use proptest::prelude::*;
@@ -225,6 +227,128 @@ fn views_and_restores_are_exact_while_the_applier_runs() {
     apply_all(&mut applier, &durable).unwrap();
     assert_eq!(applier.state().needs_resync, None);
     assert_exact(&history, &source, source.last());
+}
+
+/// What happens in the middle of each read of a replica.
+type Meanwhile = Arc<Mutex<Box<dyn FnMut() + Send>>>;
+
+/// A disk on which something happens whenever a replica is read.
+struct Interrupted {
+    disk: Arc<dyn Disk>,
+    meanwhile: Meanwhile,
+}
+
+struct InterruptedFile {
+    file: Arc<dyn File>,
+    meanwhile: Meanwhile,
+}
+
+impl Disk for Interrupted {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.disk.create(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.disk.open(path)
+    }
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        let file = self.disk.open_read(path)?;
+        if !path.starts_with("/r/replica") {
+            return Ok(file);
+        }
+        Ok(Arc::new(InterruptedFile { file, meanwhile: Arc::clone(&self.meanwhile) }))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.sync_dir(dir)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.create_dir(dir)
+    }
+}
+
+impl File for InterruptedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.meanwhile.lock().unwrap()();
+        self.file.read_at(buffer, offset)
+    }
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_at(bytes, offset)
+    }
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync()
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+    fn set_size(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_size(bytes)
+    }
+    fn allocate(&self, bytes: u64) -> io::Result<()> {
+        self.file.allocate(bytes)
+    }
+    fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
+        self.file.punch_hole(range)
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.file.next_data(offset)
+    }
+    fn start_writeback(&self, range: Range<u64>) -> io::Result<()> {
+        self.file.start_writeback(range)
+    }
+}
+
+/// ⚠ The same without luck: a whole batch is applied between the reader's decision to read the replica and its read.
+#[test]
+fn a_batch_applied_in_the_middle_of_a_read_is_taken_back() {
+    let mut source = live(31, 30);
+    let fixed = source.last();
+    let before = source.frames.len();
+    let mut random = Random(32);
+    for _ in 0..600 {
+        source.random_change(&SIZES, &mut random);
+        source.frame();
+    }
+    let (_, plain) = sim();
+    let meanwhile: Meanwhile = Arc::new(Mutex::new(Box::new(|| {})));
+    let disk: Arc<dyn Disk> = Arc::new(Interrupted { disk: plain, meanwhile: Arc::clone(&meanwhile) });
+    let mut group = Group::create(Arc::clone(&disk), Path::new(GROUP_DIR), &source);
+    let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(8_000)).unwrap();
+    let durable = group.receive(&source, before, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    let pin = history.resolve_pinned(&At::Lsn(fixed)).unwrap();
+    let durable = group.receive(&source, usize::MAX, Some(&history));
+    let applied = Arc::new(AtomicU64::new(0));
+    let batches = Arc::clone(&applied);
+    *meanwhile.lock().unwrap() = Box::new(move || {
+        if applier.next_batch(&durable).unwrap().is_some() {
+            batches.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let expected = source.model(fixed);
+    for at in 0..2 {
+        let before = applied.load(Ordering::Relaxed);
+        assert_equals(&history, &expected, fixed);
+        assert!(applied.load(Ordering::Relaxed) > before, "view {at} met no batch");
+        let before = applied.load(Ordering::Relaxed);
+        let to = format!("/out{at}");
+        restore(&history, &request(At::Lsn(fixed), Path::new(&to)), &mut |_, _| {}).unwrap();
+        assert!(applied.load(Ordering::Relaxed) > before, "restore {at} met no batch");
+        for (name, expected) in &expected {
+            let file = disk.open_read(&Path::new(&to).join(format!("{name}.img"))).unwrap();
+            let mut found = vec![0; expected.len()];
+            file.read_at(&mut found, 0).unwrap();
+            assert_same(&found, expected, &format!("restored {name}"));
+        }
+    }
+    drop(pin);
 }
 
 fn applied(

@@ -231,7 +231,7 @@ impl Group {
     /// Appends and syncs the next `frames` of the source, telling the history.
     pub fn receive(&mut self, source: &Source, frames: usize, history: Option<&History>) -> Position {
         let from = self.appended;
-        for (bytes, header) in &source.frames[from..source.frames.len().min(from + frames)] {
+        for (bytes, header) in &source.frames[from..source.frames.len().min(from.saturating_add(frames))] {
             if header.epoch != self.writer.appended().epoch {
                 let start = Position::epoch_start(LINEAGE, header.epoch, Lsn(header.first_lsn.0 - 1));
                 self.writer.begin_epoch(start, 1).unwrap();
