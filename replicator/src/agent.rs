@@ -474,6 +474,8 @@ impl Handle {
         if let Err(error) = std::fs::remove_file(self.ring_dir.join("ring")) {
             tracing::warn!(%error, "the empty ring could not be removed");
         }
+        // The lock in it is ours until we end; what remains is an empty directory at most.
+        let _ = std::fs::remove_dir_all(&self.ring_dir);
         Ok(())
     }
 }
@@ -529,7 +531,7 @@ impl Agent {
                     state: shared.board.volume(&volume.name),
                     size_bytes: nbd::Export::size_bytes(volume.as_ref()),
                     nbd_uri: serving
-                        .then(|| format!("nbd+unix:///{}?socket={}", volume.name, settings.nbd.display())),
+                        .then(|| format!("nbd+unix:///{}?socket={}", volume.name, uri_path(&settings.nbd))),
                     replica: None,
                     source: Some(settings.path.display().to_string()),
                 })
@@ -541,6 +543,20 @@ impl Agent {
     pub(crate) fn is_recording(&self) -> bool {
         self.shared.ring.mode() == Mode::Ring
     }
+}
+
+/// A path as the value of a URI's query: all but letters, digits and `/-_.~` percent-encoded (RFC 3986).
+fn uri_path(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(byte);
+    path.as_os_str().as_bytes().iter().fold(String::new(), |mut out, byte| {
+        if plain(byte) {
+            out.push(char::from(*byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+        out
+    })
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
