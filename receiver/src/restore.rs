@@ -20,12 +20,13 @@ use journal::tail::Limit;
 use journal::{Lsn, VolumeId};
 use serde::{Deserialize, Serialize};
 
+use crate::fold::push_range;
 use crate::history::History;
 use crate::lock::GroupLock;
 use crate::point::{At, Point, rfc3339};
 use crate::state::replica_path;
 use crate::target::{self, Target};
-use crate::undo::{FrameBuffers, UndoPiece, damage};
+use crate::undo::{FrameBuffers, UndoPiece, UndoSegment, damage};
 use crate::view::{in_frame_order, replay};
 use crate::{Error, ErrorKind, Result};
 
@@ -33,6 +34,11 @@ use crate::{Error, ErrorKind, Result};
 const MAX_EXTENTS: usize = 500_000;
 /// Windows are not halved below this: one batch's extents in it are few enough.
 const MIN_WINDOW_BYTES: u64 = 16 << 20;
+/// Windows are no larger than this: what is copied and then written again should still be in the page cache, and go to the
+/// disk once, in one sweep.
+const MAX_WINDOW_BYTES: u64 = 1 << 30;
+/// Pieces below this are copied over before they are written.
+const SMALL_PIECE_BYTES: u64 = 128 << 10;
 /// Bytes copied at once.
 const COPY_BYTES: u64 = 1 << 20;
 
@@ -228,6 +234,21 @@ fn write_redo(history: &History, point: Point, targets: &mut [(VolumeId, u64, Ta
     })
 }
 
+/// What to copy from the replica: all but zeros and large old pieces. Small ones are copied over and written again, since
+/// a target that is laid out in one sweep is written much faster than one with thousands of holes filled later.
+fn worth_copying(pieces: &ExtentMap<UndoPiece>, window: &Range<u64>) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    let mut from = window.start;
+    for (range, piece) in pieces.iter() {
+        if *piece == UndoPiece::Zeros || range.end - range.start >= SMALL_PIECE_BYTES {
+            push_range(&mut ranges, from..range.start);
+            from = range.end;
+        }
+    }
+    push_range(&mut ranges, from..window.end);
+    ranges
+}
+
 /// One volume at the boundary.
 struct Content<'a> {
     history: &'a History,
@@ -256,7 +277,7 @@ impl<'a> Content<'a> {
     }
 
     fn write(mut self, target: &mut Target, passed: &mut dyn FnMut(u64)) -> Result<()> {
-        let mut window_bytes = self.size_bytes.max(1);
+        let mut window_bytes = MAX_WINDOW_BYTES;
         let mut at = 0;
         while at < self.size_bytes {
             let window = at..self.size_bytes.min(at.saturating_add(window_bytes));
@@ -267,7 +288,7 @@ impl<'a> Content<'a> {
             };
             self.write_window(target, &window, pieces, laid, passed)?;
             at = window.end;
-            window_bytes = window_bytes.saturating_mul(2);
+            window_bytes = (window_bytes * 2).min(MAX_WINDOW_BYTES);
         }
         Ok(())
     }
@@ -298,9 +319,10 @@ impl<'a> Content<'a> {
         mut laid: u64,
         passed: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        let gaps: Vec<Range<u64>> = pieces.gaps(window.clone()).collect();
-        for gap in gaps {
-            self.copy_replica(target, gap, passed)?;
+        // What will be written again is not worth sending to the disk yet.
+        target.pace(pieces.is_empty());
+        for range in worth_copying(&pieces, window) {
+            self.copy_replica(target, range, passed)?;
         }
         // The replica is read; now the registry once more, until nothing is new.
         let before = laid;
@@ -313,7 +335,7 @@ impl<'a> Content<'a> {
             laid = newest;
         }
         let copied_newer = laid != before;
-        let mut open = None;
+        let mut open: Option<(u64, u32, Arc<UndoSegment>)> = None;
         for (extent, piece) in in_frame_order(&pieces) {
             let UndoPiece::Bytes { batch, frame, at } = piece else {
                 // Targets begin as zeros; only what a batch wrote under our hands must go again.
@@ -322,14 +344,20 @@ impl<'a> Content<'a> {
                 }
                 continue;
             };
-            let segment = self.history.segment(batch)?;
-            if open != Some((batch, frame)) {
-                segment.read_frame(frame, &mut self.frames)?;
-                open = Some((batch, frame));
-            }
+            let segment = match open.take() {
+                Some((known, unpacked, segment)) if (known, unpacked) == (batch, frame) => segment,
+                _ => {
+                    let segment = self.history.segment(batch)?;
+                    segment.read_frame(frame, &mut self.frames)?;
+                    segment
+                }
+            };
             let bytes = self.frames.slice(at, extent.end - extent.start, segment.path())?;
             target.write(bytes, extent.start)?;
+            open = Some((batch, frame, segment));
         }
+        target.pace(true);
+        target.start_writeback(window.clone())?;
         passed(window.end);
         Ok(())
     }

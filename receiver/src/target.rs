@@ -27,6 +27,7 @@ pub struct Target {
     partial: Option<PathBuf>,
     file: Arc<dyn File>,
     written_bytes: u64,
+    paced: bool,
     paced_bytes: u64,
     _hold: Option<ReplicaHold>,
 }
@@ -103,7 +104,7 @@ impl Target {
             (file, Some(partial), None)
         };
         let (disk, path) = (Arc::clone(disk), path.to_path_buf());
-        Ok(Target { disk, path, partial, file, written_bytes: 0, paced_bytes: 0, _hold: hold })
+        Ok(Target { disk, path, partial, file, written_bytes: 0, paced: true, paced_bytes: 0, _hold: hold })
     }
 
     fn failed(&self, offset: u64, source: std::io::Error) -> Error {
@@ -118,13 +119,26 @@ impl Target {
         self.file.write_at(bytes, offset).map_err(|e| self.failed(offset, e))?;
         self.written_bytes += bytes.len() as u64;
         self.paced_bytes += bytes.len() as u64;
-        if self.paced_bytes >= PACE_BYTES {
+        if self.paced && self.paced_bytes >= PACE_BYTES {
             let end = offset + bytes.len() as u64;
-            let from = end.saturating_sub(self.paced_bytes);
-            self.paced_bytes = 0;
-            self.file.start_writeback(from..end).map_err(|e| self.failed(from, e))?;
+            self.start_writeback(end.saturating_sub(self.paced_bytes)..end)?;
         }
         Ok(())
+    }
+
+    /// Whether write-back is started as writes come, which suits what is written in order and once.
+    pub fn pace(&mut self, paced: bool) {
+        self.paced = paced;
+    }
+
+    /// Asks the kernel to write a range back.
+    ///
+    /// # Errors
+    /// As [`Target::write`].
+    pub fn start_writeback(&mut self, range: Range<u64>) -> Result<()> {
+        self.paced_bytes = 0;
+        let start = range.start;
+        self.file.start_writeback(range).map_err(|e| self.failed(start, e))
     }
 
     /// Writes where only zeros are yet: zeros are left out.

@@ -250,6 +250,14 @@ impl Group {
     }
 }
 
+impl Group {
+    /// Forgets frames that were received: a long run does not keep them in memory.
+    pub fn forget(&mut self, source: &mut Source) {
+        source.frames.clear();
+        self.appended = 0;
+    }
+}
+
 pub fn settings(batch_bytes: u64) -> ApplySettings {
     ApplySettings {
         batch_bytes,
