@@ -34,6 +34,7 @@ pub mod state;
 pub mod tail;
 pub mod verify;
 pub mod walk;
+mod writeback;
 pub mod writer;
 
 #[doc(hidden)]

@@ -238,6 +238,19 @@ pub fn list(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(names.iter().filter_map(|name| Some((parse_name(name)?, dir.join(name)))).collect())
 }
 
+/// The last segment that was begun: the one that the control file names, and those that follow it without a gap. The
+/// control file learns of a roll without a sync, so after a power loss it may lag.
+pub(crate) fn last_begun(present: &[(u64, PathBuf)], current: u64) -> u64 {
+    let mut last = current;
+    for (number, _) in present.iter().filter(|(number, _)| *number > current) {
+        if *number != last + 1 {
+            break;
+        }
+        last = *number;
+    }
+    last
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,7 +12,8 @@
 //!  96 │ durable position (56)                         │
 //! ```
 //! Invariants: `oldest` is stored before a segment below it loses its name; the segment being written has its name
-//! durably before it is stored here, so each number from oldest to current must be found.
+//! durably before it stands here, so each number from oldest to current must be found. Rolls and syncs are only noted
+//! (not synced): after a power loss later segments may exist, and more may be durable.
 
 use crate::layout::RawPosition;
 use crate::{Error, ErrorKind, GroupId, Position, Result};
@@ -43,7 +44,7 @@ pub struct State {
     pub group: GroupId,
     /// Segments below this number are dropped, whether or not their files are gone yet.
     pub oldest_segment: u64,
-    /// The segment that was being written; the next one may exist already.
+    /// The segment that was being written; later ones may exist.
     pub current_segment: u64,
     /// Position before the oldest frame held.
     pub oldest: Position,

@@ -145,7 +145,7 @@ impl Verifier<'_> {
                 segments.last().map_or(0, |(number, _)| *number),
             ),
         };
-        let last = segments.last().map_or(current, |(number, _)| current.max(*number).min(current + 1));
+        let last = segment::last_begun(segments, current);
         let mut before: Option<SegmentSummary> = None;
         for number in oldest..=last {
             let path = self.dir.join(segment::file_name(number));

@@ -5,9 +5,9 @@
 //! * *sync*: 1. fdatasync; 2. append a mark, and note the position in the control file, both unsynced: they only speak
 //!   of what is durable already.
 //! * *roll*: 1. the next file, with its header, durable under a spare name ([`crate::spare`]): a full disk shows here,
-//!   and nothing has changed; 2. footer behind the last item, fdatasync: the old segment is durable as a whole; 3. cut to
-//!   exact size, fdatasync: only the last segment may be longer than its content; 4. the new name, durable;
-//!   5. the control file names the new segment. A cut between any two is finished or forgotten by [`Writer::open`].
+//!   and nothing has changed; 2. footer behind the last item, cut to exact size, fdatasync: the old segment is durable as
+//!   a whole, and only the last one may ever be longer than its content; 3. the new name, durable; 4. a note of it in the
+//!   control file. A cut between any two is finished or forgotten by [`Writer::open`].
 //! * *drop*: 1. `oldest`, durable in the control file; 2. names go or become spares; 3. fsync of the directory.
 //!
 //! A failed sync is final: every later call fails with [`ErrorKind::Sync`]. A full disk is not: nothing of the frame
@@ -24,12 +24,10 @@ use crate::spare::{self, Unborn};
 use crate::state::{CONTROL_FILE, State};
 use crate::tail::{Place, Tail};
 use crate::walk::SegmentFile;
+use crate::writeback::Writeback;
 use crate::{Error, ErrorKind, GroupId, Lsn, Position, Result, SECTOR_BYTES};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-/// After so many bytes the kernel is asked to start writing, so that the fdatasync that follows is short.
-const WRITEBACK_BYTES: u64 = 1 << 20;
 
 /// What a writer is told.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +63,7 @@ pub struct Writer {
     offset: u64,
     position: Position,
     durable: Position,
-    written_back: u64,
+    writeback: Writeback,
     /// Oldest first; the last is the one being written.
     segments: Vec<SegmentSummary>,
     sealed_bytes: u64,
@@ -139,11 +137,11 @@ impl Writer {
             return Err(Error::new(ErrorKind::OutOfOrder, at));
         }
         let present = segment::list(&*disk, dir)?;
-        let last = present.last().map_or(0, |(number, _)| *number);
-        if last > state.current_segment + 1 {
-            return Err(corrupt(format!("{}: no such segment was ever begun", segment::file_name(last))));
+        let last = segment::last_begun(&present, state.current_segment);
+        if let Some((_, path)) = present.last().filter(|(number, _)| *number > last) {
+            let at = format!("{}: offset 0: no such segment was ever begun", path.display());
+            return Err(Error::new(ErrorKind::Corrupt, at));
         }
-        let last = last.max(state.current_segment);
         let mut segments = Vec::new();
         for number in state.oldest_segment..last {
             let index_of = |segment: &SegmentFile| Ok(SegmentIndex::of(segment)?.summary(segment));
@@ -197,7 +195,7 @@ impl Writer {
         self.position = scan.summary.end;
         self.index = scan.index;
         self.offset = scan.offset;
-        self.written_back = scan.offset;
+        self.writeback.restart(scan.offset);
         *self.active() = scan.summary;
         self.publish();
         // Frames may have been read from the page cache of a killed process: durable only after this.
@@ -232,7 +230,7 @@ impl Writer {
             offset,
             position: start,
             durable: start,
-            written_back: offset,
+            writeback: Writeback::default(),
             segments,
             sealed_bytes,
             tail: Arc::new(Tail::new(place)),
@@ -273,11 +271,7 @@ impl Writer {
         active.bytes = offset;
         note_frame(active, header);
         self.publish();
-        if self.offset - self.written_back >= WRITEBACK_BYTES {
-            // A hint: a failure shows in the sync that follows.
-            let _ = self.file.start_writeback(self.written_back..self.offset);
-            self.written_back = self.offset;
-        }
+        self.writeback.written(&self.file, self.offset);
         Ok(())
     }
 
@@ -412,7 +406,7 @@ impl Writer {
         self.sync_file()?;
         self.durable = self.position;
         self.tail.set_durable(Place { segment: self.header.number, offset: self.offset });
-        self.written_back = self.offset;
+        self.writeback.restart(self.offset);
         let mark = Mark {
             segment: self.header.number,
             offset: self.offset,
@@ -426,10 +420,15 @@ impl Writer {
             self.active().bytes += SECTOR_BYTES as u64;
             self.publish();
         }
-        self.refresh_state();
-        // As the mark; and where the file's end is lost, this is what tells.
-        let _ = self.control.note(&self.state.encode());
+        self.note_state();
         Ok(())
+    }
+
+    /// Tells the control file what is durable, without a sync. Evidence, as a mark is; where a file's end or a whole
+    /// segment is lost, this is what tells.
+    fn note_state(&mut self) {
+        self.refresh_state();
+        let _ = self.control.note(&self.state.encode());
     }
 
     fn refresh_state(&mut self) {
@@ -454,17 +453,17 @@ impl Writer {
             received_last_ns: self.active().received_last_ns,
         };
         let footer = self.index.finish(&self.header, footer_at, &closing)?;
+        let sealed_bytes = footer_at + footer.len() as u64;
         self.file.write_at(&footer, footer_at).map_err(|error| self.failed("seal", error))?;
+        self.file.set_size(sealed_bytes).map_err(|error| self.failed("cut", error))?;
         self.sync_file()?;
         // From here on the old segment takes no more frames: whatever fails now is final for this writer.
-        self.finish_roll(unborn, footer_at + footer.len() as u64).inspect_err(|error| {
+        self.finish_roll(unborn, sealed_bytes).inspect_err(|error| {
             self.poisoned.get_or_insert_with(|| error.at.clone());
         })
     }
 
     fn finish_roll(&mut self, unborn: Unborn, sealed_bytes: u64) -> Result<()> {
-        self.file.set_size(sealed_bytes).map_err(|error| self.failed("cut", error))?;
-        self.sync_file()?;
         let path = spare::christen(&*self.disk, &self.dir, &unborn)?;
         let active = self.active();
         (active.bytes, active.sealed) = (sealed_bytes, true);
@@ -473,10 +472,10 @@ impl Writer {
         self.position = unborn.header.start;
         self.durable = unborn.header.start;
         self.offset = segment::HEADER_BYTES as u64;
-        self.written_back = self.offset;
+        self.writeback.restart(self.offset);
         self.index = IndexBuilder::new(false);
         (self.file, self.header) = (unborn.file, unborn.header);
-        self.store_state()?;
+        self.note_state();
         self.publish();
         self.tail.set_durable(Place { segment: self.header.number, offset: self.offset });
         Ok(())
