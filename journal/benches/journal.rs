@@ -68,14 +68,14 @@ impl Content {
             state
         };
         let words: Vec<Vec<u8>> =
-            (0..4096).map(|_| next().to_le_bytes()[..3 + next() as usize % 6].to_vec()).collect();
+            (0..4096).map(|_| next().to_le_bytes()[..3 + pick(next(), 6)].to_vec()).collect();
         let mut ring = Vec::with_capacity(RING_BYTES + 1024);
         while ring.len() < RING_BYTES {
             for _ in 0..32 {
                 ring.extend_from_slice(&next().to_le_bytes());
             }
             for _ in 0..96 {
-                ring.extend_from_slice(&words[next() as usize % words.len()]);
+                ring.extend_from_slice(&words[pick(next(), words.len())]);
             }
         }
         ring.truncate(RING_BYTES);
@@ -86,6 +86,11 @@ impl Content {
     fn chunks(&self, bytes: usize) -> impl Iterator<Item = &[u8]> {
         self.ring.chunks(bytes).cycle().take(self.total_bytes / bytes)
     }
+}
+
+fn pick(random: u64, below: usize) -> usize {
+    let [low, high, ..] = random.to_le_bytes();
+    usize::from(u16::from_le_bytes([low, high])) % below
 }
 
 fn start() -> Position {
