@@ -1,6 +1,7 @@
 //! Control files: a few bytes that change often and must never be half old, half new.
 //!
-//! Two slots of 4 KiB; a store writes the older one and syncs, so a cut leaves at least one whole.
+//! Two slots of one size, usually 4 KiB; a store writes the older one and syncs, so a cut leaves at least one whole. The
+//! file's size says how large a slot is: a power of two from 4 to 64 KiB. Drawn for 4 KiB:
 //!
 //! ```text
 //!         0     1     2     3     4     5     6     7
@@ -21,20 +22,30 @@ use crate::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Largest payload of a control file.
-pub const MAX_PAYLOAD_BYTES: usize = 4000;
+/// Largest payload of a control file with slots of the usual size.
+pub const MAX_PAYLOAD_BYTES: usize = payload_bytes(SLOT_BYTES);
 
-const SLOT_BYTES: usize = 4096;
+/// Size of a slot where nothing else is asked for.
+pub const SLOT_BYTES: usize = 4096;
+const MAX_SLOT_BYTES: usize = 64 << 10;
 const HEADER_BYTES: usize = 24;
-const CRC_AT: usize = SLOT_BYTES - 4;
+/// Room between the largest payload and the slot's end; the CRC stands at the end of it.
+const TRAILER_BYTES: usize = 72;
+const CRC_BYTES: usize = 4;
 const MAGIC: [u8; 8] = *b"AFTRCTL1";
 const VERSION: u16 = 1;
 const READ_ATTEMPTS: usize = 4;
+
+/// Largest payload of a control file whose slots have this size.
+pub const fn payload_bytes(slot_bytes: usize) -> usize {
+    slot_bytes - HEADER_BYTES - TRAILER_BYTES
+}
 
 /// A small file that is replaced atomically.
 pub struct TwoSlot {
     file: Arc<dyn File>,
     path: PathBuf,
+    slot_bytes: usize,
     sequence: u64,
     /// The slot that the next store writes.
     next: u64,
@@ -57,6 +68,20 @@ impl TwoSlot {
     /// # Errors
     /// [`ErrorKind::Busy`] where the file exists; the disk's errors.
     pub fn create(disk: &Arc<dyn Disk>, path: &Path, payload: &[u8]) -> Result<TwoSlot> {
+        TwoSlot::create_sized(disk, path, payload, SLOT_BYTES)
+    }
+
+    /// As [`TwoSlot::create`], with slots of `slot_bytes`: a power of two from 4 to 64 KiB.
+    ///
+    /// # Errors
+    /// As [`TwoSlot::create`].
+    pub fn create_sized(
+        disk: &Arc<dyn Disk>,
+        path: &Path,
+        payload: &[u8],
+        slot_bytes: usize,
+    ) -> Result<TwoSlot> {
+        assert!(is_slot_size(slot_bytes as u64), "a slot is a power of two from 4 to 64 KiB");
         let failed = |error| Error::io(format!("create control file {}", path.display()), error);
         let (dir, name) = match (path.parent(), path.file_name()) {
             (Some(dir), Some(name)) => (dir, name.to_string_lossy().into_owned()),
@@ -71,8 +96,9 @@ impl TwoSlot {
             disk.remove(&unfinished).map_err(failed)?;
         }
         let file = disk.create(&unfinished).map_err(failed)?;
-        file.set_size(2 * SLOT_BYTES as u64).map_err(failed)?;
-        let mut control = TwoSlot { file, path: path.into(), sequence: 0, next: 0, poisoned: false };
+        file.set_size(2 * slot_bytes as u64).map_err(failed)?;
+        let mut control =
+            TwoSlot { file, path: path.into(), slot_bytes, sequence: 0, next: 0, poisoned: false };
         control.store(payload)?;
         disk.rename(&unfinished, path).map_err(failed)?;
         disk.sync_dir(dir).map_err(|error| Error::sync(format!("sync {}", dir.display()), error))?;
@@ -85,9 +111,11 @@ impl TwoSlot {
     /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is whole.
     pub fn open(disk: &Arc<dyn Disk>, path: &Path) -> Result<(TwoSlot, Vec<u8>)> {
         let file = disk.open(path).map_err(|error| open_failed(path, error))?;
-        let (newest, _) = read_slots(&*file, path)?;
+        let slot_bytes = slot_size(&*file, path)?;
+        let (newest, _) = read_slots(&*file, path, slot_bytes)?;
         let (slot, sequence, payload) = newest.ok_or_else(|| both_bad(path))?;
-        Ok((TwoSlot { file, path: path.into(), sequence, next: 1 - slot, poisoned: false }, payload))
+        let path = path.into();
+        Ok((TwoSlot { file, path, slot_bytes, sequence, next: 1 - slot, poisoned: false }, payload))
     }
 
     /// Reads the newest whole payload without touching the file.
@@ -96,13 +124,19 @@ impl TwoSlot {
     /// As [`TwoSlot::open`].
     pub fn read(disk: &dyn Disk, path: &Path) -> Result<Slots> {
         let file = disk.open_read(path).map_err(|error| open_failed(path, error))?;
+        let slot_bytes = slot_size(&*file, path)?;
         // A writer at work may be met in the middle of each slot in turn, though hardly twice.
         for _ in 0..READ_ATTEMPTS {
-            if let (Some((_, _, payload)), torn_at) = read_slots(&*file, path)? {
+            if let (Some((_, _, payload)), torn_at) = read_slots(&*file, path, slot_bytes)? {
                 return Ok(Slots { payload, torn_at });
             }
         }
         Err(both_bad(path))
+    }
+
+    /// The largest payload that fits.
+    pub fn max_payload_bytes(&self) -> usize {
+        payload_bytes(self.slot_bytes)
     }
 
     /// Replaces the payload; durable on return. When it fails with anything but [`ErrorKind::Sync`], the old payload
@@ -131,9 +165,10 @@ impl TwoSlot {
     /// # Errors
     /// The disk's; the stored payload stays in force.
     pub fn note(&mut self, payload: &[u8]) -> Result<()> {
-        assert!(payload.len() <= MAX_PAYLOAD_BYTES, "a control payload has a bound known to its owner");
+        assert!(payload.len() <= self.max_payload_bytes(), "a control payload has a bound known to its owner");
+        let slot = encode_slot(self.sequence + 1, payload, self.slot_bytes);
         self.file
-            .write_at(&encode_slot(self.sequence + 1, payload), self.next * SLOT_BYTES as u64)
+            .write_at(&slot, self.next * self.slot_bytes as u64)
             .map_err(|error| Error::io(format!("write control file {}", self.path.display()), error))
     }
 }
@@ -151,35 +186,49 @@ fn both_bad(path: &Path) -> Error {
     Error::new(ErrorKind::Corrupt, format!("{}: offset 0: neither slot is whole", path.display()))
 }
 
-fn encode_slot(sequence: u64, payload: &[u8]) -> [u8; SLOT_BYTES] {
-    let mut slot = [0; SLOT_BYTES];
+fn is_slot_size(bytes: u64) -> bool {
+    bytes.is_power_of_two() && (SLOT_BYTES as u64..=MAX_SLOT_BYTES as u64).contains(&bytes)
+}
+
+/// The size of a slot, from the file's: a file of another size holds none that could be whole.
+fn slot_size(file: &dyn File, path: &Path) -> Result<usize> {
+    let size =
+        file.size().map_err(|error| Error::io(format!("size of control file {}", path.display()), error))?;
+    let slot = size / 2;
+    usize::try_from(slot).ok().filter(|_| is_slot_size(slot) && size % 2 == 0).ok_or_else(|| both_bad(path))
+}
+
+fn encode_slot(sequence: u64, payload: &[u8], slot_bytes: usize) -> Vec<u8> {
+    let mut slot = vec![0; slot_bytes];
     slot[..8].copy_from_slice(&MAGIC);
     slot[8..16].copy_from_slice(&sequence.to_le_bytes());
-    let length = u32::try_from(payload.len()).expect("bounded by MAX_PAYLOAD_BYTES");
+    let length = u32::try_from(payload.len()).expect("bounded by the slot");
     slot[16..20].copy_from_slice(&length.to_le_bytes());
     slot[20..22].copy_from_slice(&VERSION.to_le_bytes());
     slot[HEADER_BYTES..HEADER_BYTES + payload.len()].copy_from_slice(payload);
-    let crc = crc32fast::hash(&slot[..CRC_AT]);
-    slot[CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+    let crc_at = slot_bytes - CRC_BYTES;
+    let crc = crc32fast::hash(&slot[..crc_at]);
+    slot[crc_at..].copy_from_slice(&crc.to_le_bytes());
     slot
 }
 
 /// Sequence and payload of an intact slot; `Ok(None)` for one that is not.
 fn decode_slot(slot: &[u8]) -> Result<Option<(u64, &[u8])>> {
-    if slot.len() != SLOT_BYTES || slot[..8] != MAGIC {
+    if slot.len() < SLOT_BYTES || slot[..8] != MAGIC {
         return Ok(None);
     }
+    let crc_at = slot.len() - CRC_BYTES;
     let number = |range: std::ops::Range<usize>| {
         slot[range].iter().rev().fold(0_u64, |value, byte| value << 8 | u64::from(*byte))
     };
-    if number(CRC_AT..SLOT_BYTES) != u64::from(crc32fast::hash(&slot[..CRC_AT])) {
+    if number(crc_at..slot.len()) != u64::from(crc32fast::hash(&slot[..crc_at])) {
         return Ok(None);
     }
     if number(20..22) != u64::from(VERSION) {
         return Err(Error::new(ErrorKind::Unsupported, format!("control file: version {}", number(20..22))));
     }
     let length = usize::try_from(number(16..20)).unwrap_or(usize::MAX);
-    if length > MAX_PAYLOAD_BYTES {
+    if length > payload_bytes(slot.len()) {
         return Ok(None);
     }
     Ok(Some((number(8..16), &slot[HEADER_BYTES..HEADER_BYTES + length])))
@@ -188,12 +237,12 @@ fn decode_slot(slot: &[u8]) -> Result<Option<(u64, &[u8])>> {
 /// Slot number, sequence and payload of the newest intact slot; offset of a torn one.
 type Found = (Option<(u64, u64, Vec<u8>)>, Option<u64>);
 
-fn read_slots(file: &dyn File, path: &Path) -> Result<Found> {
+fn read_slots(file: &dyn File, path: &Path, slot_bytes: usize) -> Result<Found> {
     let mut newest: Option<(u64, u64, Vec<u8>)> = None;
     let mut torn_at = None;
     for slot in 0..2 {
-        let offset = slot * SLOT_BYTES as u64;
-        let mut bytes = [0; SLOT_BYTES];
+        let offset = slot * slot_bytes as u64;
+        let mut bytes = vec![0; slot_bytes];
         let held = file
             .read_at(&mut bytes, offset)
             .map_err(|error| Error::io(format!("read control file {}", path.display()), error))?;
@@ -202,7 +251,7 @@ fn read_slots(file: &dyn File, path: &Path) -> Result<Found> {
                 newest = Some((slot, sequence, payload.to_vec()));
             }
             Some(_) => {}
-            None if held == SLOT_BYTES && bytes.iter().all(|byte| *byte == 0) => {}
+            None if held == slot_bytes && bytes.iter().all(|byte| *byte == 0) => {}
             None => torn_at = Some(offset),
         }
     }
@@ -231,7 +280,7 @@ mod tests {
         expected[24..27].copy_from_slice(b"abc");
         let crc = crc32fast::hash(&expected[..4092]).to_le_bytes();
         expected[4092..].copy_from_slice(&crc);
-        assert_eq!(encode_slot(0x0102_0304_0506_0708, b"abc"), expected);
+        assert_eq!(encode_slot(0x0102_0304_0506_0708, b"abc", SLOT_BYTES), expected);
         assert_eq!(decode_slot(&expected).unwrap(), Some((0x0102_0304_0506_0708, &b"abc"[..])));
     }
 
@@ -296,6 +345,21 @@ mod tests {
                 assert_eq!(payload, [payload[0]; 3000], "cut {cut} seed {seed}");
             }
         }
+    }
+
+    #[test]
+    fn slots_of_other_sizes_are_known_by_the_file() {
+        let (_, disk, path) = fresh();
+        let most = payload_bytes(32 << 10);
+        let mut control = TwoSlot::create_sized(&disk, &path, &vec![1; most], 32 << 10).unwrap();
+        assert_eq!(control.max_payload_bytes(), most);
+        control.store(b"short").unwrap();
+        let (mut control, payload) = TwoSlot::open(&disk, &path).unwrap();
+        assert_eq!(payload, b"short");
+        control.store(&vec![2; most]).unwrap();
+        assert_eq!(TwoSlot::read(&*disk, &path).unwrap().payload, vec![2; most]);
+        disk.open(&path).unwrap().set_size(3 << 12).unwrap();
+        assert_eq!(TwoSlot::read(&*disk, &path).unwrap_err().kind, ErrorKind::Corrupt);
     }
 
     #[test]

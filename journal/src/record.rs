@@ -11,8 +11,10 @@
 //!  48 │ payload …
 //! ```
 //! Little endian. A frame's raw payload is a sequence of these; the next header follows the payload at once.
-//! Invariants: lsn never falls within a frame; only sync pieces may share one; time never falls.
+//! Invariants of a frame of the stream, which [`Records::of`] checks: lsns are dense, from the header's first to its
+//! last, and only sync pieces share one; times lie within the header's; events are flagged there.
 
+use crate::frame::{FLAG_EVENTS, FrameHeader};
 use crate::{Error, ErrorKind, Extent, Lsn, Result, VolumeId, VolumeUuid};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -199,12 +201,79 @@ impl Record {
 pub struct Records<'a> {
     raw: &'a [u8],
     at: usize,
+    stream: Option<StreamCheck>,
 }
 
 impl<'a> Records<'a> {
-    /// Starts at the first record.
+    /// Starts at the first record; what the frame's header says of the records is not looked at. For undo frames, whose
+    /// records stand in the order of their offsets, and for tools that show whatever is there.
     pub fn new(raw: &'a [u8]) -> Records<'a> {
-        Records { raw, at: 0 }
+        Records { raw, at: 0, stream: None }
+    }
+
+    /// The records of a frame of the stream, held to what its header promises: order, number and resume positions were
+    /// judged by the header alone, so a record beyond it would be one that nobody has judged.
+    pub fn of(header: &FrameHeader, raw: &'a [u8]) -> Records<'a> {
+        Records { raw, at: 0, stream: Some(StreamCheck { header: *header, last: None, records: 0 }) }
+    }
+
+    /// Walks all records of a frame of the stream.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`] for the first that does not hold.
+    pub fn check(header: &FrameHeader, raw: &'a [u8]) -> Result<()> {
+        Records::of(header, raw).try_for_each(|located| located.map(drop))
+    }
+}
+
+/// What a frame's header promises of its records.
+struct StreamCheck {
+    header: FrameHeader,
+    last: Option<(Lsn, Op)>,
+    records: u32,
+}
+
+impl StreamCheck {
+    fn record(&mut self, record: &Record) -> Result<()> {
+        let header = &self.header;
+        let refuse = |what: String| {
+            let at = format!("frame lsn {}..{}: {what}", header.first_lsn, header.last_lsn);
+            Err(Error::new(ErrorKind::Malformed, at))
+        };
+        let lsn = record.lsn;
+        let is_next = match self.last {
+            None => lsn == header.first_lsn,
+            Some((last, op)) => {
+                let is_piece = lsn == last && op == Op::SyncSlot && record.op == Op::SyncSlot;
+                is_piece || last.0.checked_add(1) == Some(lsn.0)
+            }
+        };
+        if !is_next || lsn > header.last_lsn {
+            let after = self.last.map_or_else(|| "first".to_owned(), |(last, _)| format!("after lsn {last}"));
+            return refuse(format!("a {:?} with lsn {lsn} comes {after}", record.op));
+        }
+        if record.time_ns < header.first_time_ns || record.time_ns > header.last_time_ns {
+            return refuse(format!("the time of lsn {lsn} is not within the frame's"));
+        }
+        if record.op.is_event() && header.flags & FLAG_EVENTS == 0 {
+            return refuse(format!("lsn {lsn} is an event, and the frame does not say that it holds one"));
+        }
+        self.last = Some((lsn, record.op));
+        self.records = self.records.saturating_add(1);
+        Ok(())
+    }
+
+    fn end(&self) -> Result<()> {
+        let header = &self.header;
+        let last = self.last.map_or(Lsn::ZERO, |(last, _)| last);
+        if (last, self.records) != (header.last_lsn, header.records) {
+            let at = format!(
+                "frame lsn {}..{}: holds {} records up to lsn {last}, where {} are said",
+                header.first_lsn, header.last_lsn, self.records, header.records
+            );
+            return Err(Error::new(ErrorKind::Malformed, at));
+        }
+        Ok(())
     }
 }
 
@@ -223,17 +292,21 @@ impl<'a> Iterator for Records<'a> {
     type Item = Result<Located<'a>>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.at >= self.raw.len() {
-            return None;
-        }
         let start = self.at;
-        match Record::decode(&self.raw[start..]) {
+        if start >= self.raw.len() {
+            return self.stream.take()?.end().err().map(Err);
+        }
+        let decoded = Record::decode(&self.raw[start..]).and_then(|(record, payload, taken)| {
+            self.stream.as_mut().map_or(Ok(()), |stream| stream.record(&record))?;
+            Ok((record, payload, taken))
+        });
+        match decoded {
             Ok((record, payload, taken)) => {
                 self.at += taken;
                 Some(Ok(Located { record, payload, payload_at: start + HEADER_BYTES }))
             }
             Err(error) => {
-                self.at = self.raw.len();
+                (self.at, self.stream) = (self.raw.len(), None);
                 Some(Err(error))
             }
         }
@@ -262,8 +335,14 @@ pub struct VolumeRecord {
     pub name: String,
 }
 
-/// The longest volume or bookmark name, bytes.
+/// The longest bookmark name or reason that is kept, bytes.
 pub const MAX_NAME_BYTES: usize = 255;
+
+/// The longest volume name, bytes.
+pub const MAX_VOLUME_NAME_BYTES: usize = 64;
+
+/// The most volumes that one group may have, those that left it included: bounds what both sides keep of them.
+pub const MAX_VOLUMES: usize = 64;
 
 impl VolumeRecord {
     /// The payload's bytes.
@@ -303,13 +382,26 @@ impl VolumeRecord {
             return Err(malformed("size is not a multiple of 512 below 2^63"));
         }
         let name = std::str::from_utf8(name).map_err(|_| malformed("name is not UTF-8"))?;
-        check_name(name).map_err(malformed)?;
+        check_volume_name(name).map_err(malformed)?;
         Ok(VolumeRecord { uuid: VolumeUuid(uuid), size_bytes, sector_bytes, present, name: name.to_owned() })
     }
 }
 
-/// Volume names become file names at the receiver, so they are held to letters, digits, `-`, `_` and `.`,
-/// not starting with a dot.
+/// Volume names become file names at the receiver, so they are held to what settings allow there too: 1 to 64 of `a-z`,
+/// `0-9`, `_` and `-`.
+///
+/// # Errors
+/// What is wrong with the name, in words.
+pub fn check_volume_name(name: &str) -> std::result::Result<(), &'static str> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_".contains(&b);
+    if name.is_empty() || name.len() > MAX_VOLUME_NAME_BYTES || !name.bytes().all(allowed) {
+        return Err("a name is 1 to 64 of a-z 0-9 _ -");
+    }
+    Ok(())
+}
+
+/// Bookmark names are typed into commands: letters, digits, `-`, `_` and `.`, not starting with a dot. They never become
+/// a path.
 ///
 /// # Errors
 /// What is wrong with the name, in words.
@@ -391,11 +483,77 @@ mod tests {
             name: "disk0".into(),
         };
         assert_eq!(VolumeRecord::decode(&volume.encode()).unwrap(), volume);
-        for bad in ["", "../x", ".x", "a/b", "a b"] {
+        let long = "a".repeat(MAX_VOLUME_NAME_BYTES + 1);
+        for bad in ["", "../x", ".x", "a/b", "a b", "A", "a.b", &long] {
             let mut wrong = volume.clone();
             wrong.name = bad.into();
             assert!(VolumeRecord::decode(&wrong.encode()).is_err(), "{bad:?}");
         }
+        let mut longest = volume.clone();
+        longest.name = long[1..].into();
+        assert_eq!(VolumeRecord::decode(&longest.encode()).unwrap(), longest);
+        for (name, good) in [("before-Upgrade_1.2", true), ("", false), (".x", false), ("a b", false)] {
+            assert_eq!(check_name(name).is_ok(), good, "{name:?}");
+        }
         assert!(VolumeRecord::decode(&volume.encode()[..31]).is_err());
+    }
+
+    /// A header made by hand around records made by hand.
+    fn frame(records: &[(Op, u64, u64)], change: &dyn Fn(&mut FrameHeader)) -> (FrameHeader, Vec<u8>) {
+        use crate::frame::{Codec, FrameKind};
+        let mut raw = Vec::new();
+        for (op, lsn, time_ns) in records {
+            let (lsn, len) = (Lsn(*lsn), if matches!(op, Op::Write | Op::SyncSlot) { 4 } else { 0 });
+            let extent = Extent { offset: 0, len };
+            let record = Record { op: *op, flags: 0, volume: VolumeId(0), lsn, time_ns: *time_ns, extent };
+            record.encode(if len > 0 { b"abcd" } else { b"" }, &mut raw);
+        }
+        let (first, last) = (records[0], records[records.len() - 1]);
+        let mut header = FrameHeader {
+            kind: FrameKind::Live,
+            codec: Codec::Raw,
+            flags: FLAG_EVENTS,
+            group: crate::GroupId::default(),
+            lineage: crate::Lineage::default(),
+            epoch: crate::Epoch::default(),
+            first_lsn: Lsn(first.1),
+            last_lsn: Lsn(last.1),
+            batch: 0,
+            first_time_ns: first.2,
+            last_time_ns: last.2,
+            records: u32::try_from(records.len()).unwrap(),
+            raw_bytes: 0,
+            payload_bytes: 0,
+            chain_in: 0,
+            chain_out: 0,
+            payload_crc: 0,
+        };
+        change(&mut header);
+        (header, raw)
+    }
+
+    #[test]
+    fn records_are_held_to_their_header() {
+        let good = [(Op::Write, 5, 10), (Op::SyncSlot, 6, 10), (Op::SyncSlot, 6, 11), (Op::Bookmark, 7, 12)];
+        let (header, raw) = frame(&good, &|_| {});
+        Records::check(&header, &raw).unwrap();
+        assert_eq!(Records::of(&header, &raw).count(), 4, "a whole frame ends without an error");
+        let refused = |records: &[(Op, u64, u64)], change: &dyn Fn(&mut FrameHeader), what: &str| {
+            let (header, raw) = frame(records, change);
+            assert_eq!(Records::check(&header, &raw).expect_err(what).kind, ErrorKind::Malformed, "{what}");
+        };
+        refused(&[(Op::Write, 110, 1), (Op::Write, 105, 1)], &|h| h.last_lsn = Lsn(120), "falls");
+        refused(&[(Op::Write, 1, 1), (Op::Write, 1, 1)], &|_| {}, "writes share an lsn");
+        refused(&[(Op::Discard, 1, 1), (Op::SyncSlot, 1, 1)], &|_| {}, "a discard shares an lsn");
+        refused(&[(Op::Write, 1, 1), (Op::Write, 3, 1)], &|_| {}, "a hole");
+        refused(&[(Op::Write, 1, 1), (Op::Write, 1 << 63, 1)], &|h| h.last_lsn = Lsn(2), "beyond the header");
+        refused(&[(Op::Write, u64::MAX, 1), (Op::Write, 0, 1)], &|h| h.last_lsn = Lsn(u64::MAX), "wraps");
+        refused(&good, &|h| h.first_lsn = Lsn(4), "first differs");
+        refused(&good, &|h| h.last_lsn = Lsn(8), "last differs");
+        refused(&good, &|h| h.records = 5, "fewer records");
+        refused(&good, &|h| h.records = 3, "more records");
+        refused(&good, &|h| h.flags = 0, "an event that is not flagged");
+        refused(&good, &|h| h.first_time_ns = 11, "earlier than the frame");
+        refused(&good, &|h| h.last_time_ns = 11, "later than the frame");
     }
 }
