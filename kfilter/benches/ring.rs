@@ -78,7 +78,8 @@ fn new_ring(dir: &Path) -> Region {
     let identity =
         Identity { boot_id: boot_id().expect("a boot id"), group_id: [1; 16], epoch: 1, epoch_id: [2; 16] };
     let volumes = [VolumeSpec { id: 1, sector_bytes: 512, uuid: [3; 16], size_bytes: SIZE_BYTES }];
-    let spec = RegionSpec { identity, volumes: &volumes, ring_bytes: RING_BYTES, first_lsn: 1 };
+    let spec =
+        RegionSpec { identity, volumes: &volumes, ring_bytes: RING_BYTES, first_lsn: 1, last_time_ns: 0 };
     Region::create(dir, &spec).expect("a ring")
 }
 

@@ -82,6 +82,8 @@ pub struct RegionSpec<'a> {
     pub ring_bytes: u64,
     /// Lsn of the first record.
     pub first_lsn: u64,
+    /// No record gets an earlier time: that of the newest record of the ring before this one, or 0.
+    pub last_time_ns: u64,
 }
 
 /// This boot's id.
@@ -109,7 +111,14 @@ impl Region {
             let file = new_file().create_new(true).open(&tmp).map_err(at(&tmp))?;
             fill(&file, layout.total_bytes).map_err(at(&tmp))?;
             let mapping = Mapping::new(&file, layout.total_bytes, lock).map_err(at(&tmp))?;
-            let ring = Ring::format(mapping, &spec.identity, spec.volumes, spec.ring_bytes, spec.first_lsn);
+            let ring = Ring::format(
+                mapping,
+                &spec.identity,
+                spec.volumes,
+                spec.ring_bytes,
+                spec.first_lsn,
+                spec.last_time_ns,
+            );
             let ring = ring.ok_or_else(invalid)?;
             // The name comes last: whoever finds it finds a whole ring.
             std::fs::rename(&tmp, dir.join("ring")).map_err(at(&tmp))?;
@@ -255,8 +264,13 @@ mod tests {
     use std::sync::Arc;
     use std::time::Instant;
 
-    const SPEC: RegionSpec<'_> =
-        RegionSpec { identity: IDENTITY, volumes: &VOLUMES, ring_bytes: 1 << 20, first_lsn: 1 };
+    const SPEC: RegionSpec<'_> = RegionSpec {
+        identity: IDENTITY,
+        volumes: &VOLUMES,
+        ring_bytes: 1 << 20,
+        first_lsn: 1,
+        last_time_ns: 0,
+    };
 
     fn directory() -> tempfile::TempDir {
         tempfile::tempdir_in("/dev/shm").expect("these tests need a tmpfs at /dev/shm")

@@ -129,7 +129,7 @@ pub struct Ring<H> {
 }
 
 impl<H: Host> Ring<H> {
-    /// Makes an empty ring whose first record gets `first_lsn`, in memory that is all zeros and as long as
+    /// Makes an empty ring whose first record gets `first_lsn` and no earlier time than `last_time_ns`, in memory that is all zeros and as long as
     /// `Layout::plan` says; `None` when the memory, the plan, an id given twice or an lsn of 0 forbid it.
     pub fn format(
         host: H,
@@ -137,6 +137,7 @@ impl<H: Host> Ring<H> {
         volumes: &[VolumeSpec],
         ring_bytes: u64,
         first_lsn: u64,
+        last_time_ns: u64,
     ) -> Option<Self> {
         let layout = Layout::plan(ring_bytes, volumes)?;
         let twice = |at: usize| volumes[..at].iter().any(|volume| volume.id == volumes[at].id);
@@ -158,8 +159,10 @@ impl<H: Host> Ring<H> {
         put(identity_at::RING_AT, &layout.ring_at.to_le_bytes());
         put(identity_at::TOTAL, &layout.total_bytes.to_le_bytes());
         host.memory().store64(control_at::ANCHOR_LSN, first_lsn, Relaxed);
+        host.memory().store64(control_at::ANCHOR_TIME, last_time_ns, Relaxed);
         host.locked(|reserver| {
             reserver.next_lsn = first_lsn;
+            reserver.last_time_ns = last_time_ns;
             reserver.mode = Mode::Ring;
             reserver.volume_count = volumes.len();
             let mut slot = slot_at::SLOTS;
@@ -477,7 +480,7 @@ mod tests {
     fn no_ring_is_made_of_memory_or_volumes_that_do_not_fit() {
         let layout = Layout::plan(1024, &VOLUMES).unwrap();
         let make = |bytes, volumes: &[VolumeSpec], ring_bytes, first_lsn| {
-            Ring::format(Heap::new(bytes), &IDENTITY, volumes, ring_bytes, first_lsn).is_some()
+            Ring::format(Heap::new(bytes), &IDENTITY, volumes, ring_bytes, first_lsn, 0).is_some()
         };
         assert!(make(layout.total_bytes, &VOLUMES, 1024, 1));
         assert!(!make(layout.total_bytes - 64, &VOLUMES, 1024, 1));

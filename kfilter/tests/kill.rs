@@ -135,7 +135,13 @@ fn nothing_answered_is_lost_by_kill() {
     let dir = tempfile::tempdir_in("/dev/shm").expect("this test needs a tmpfs at /dev/shm");
     let dir = dir.path();
     let volumes = [VolumeSpec { id: VOLUME, sector_bytes: 512, uuid: [9; 16], size_bytes: BLOCKS * GRANULE }];
-    let spec = RegionSpec { identity: identity(), volumes: &volumes, ring_bytes: 1 << 19, first_lsn: 1 };
+    let spec = RegionSpec {
+        identity: identity(),
+        volumes: &volumes,
+        ring_bytes: 1 << 19,
+        first_lsn: 1,
+        last_time_ns: 0,
+    };
     drop(Region::create(dir, &spec).unwrap());
     let (backing, answered, mut journal) =
         (open(dir, "backing"), open(dir, "answered"), open(dir, "journal"));

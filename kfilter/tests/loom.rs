@@ -131,7 +131,7 @@ fn new_ring() -> Arc<Ring<LoomHost>> {
     let identity = Identity { boot_id: [1; 16], group_id: [2; 16], epoch: 1, epoch_id: [3; 16] };
     let layout = Layout::plan(RING_BYTES, &VOLUMES).unwrap();
     let host = LoomHost { memory: LoomMemory::new(layout), reserver: Mutex::new(Reserver::new()) };
-    Arc::new(Ring::format(host, &identity, &VOLUMES, RING_BYTES, 1).unwrap())
+    Arc::new(Ring::format(host, &identity, &VOLUMES, RING_BYTES, 1, 0).unwrap())
 }
 
 fn model(preemptions: usize, scenario: impl Fn() + Sync + Send + 'static) {

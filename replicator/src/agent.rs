@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use journal::compress::Compression;
 use journal::frame::Stamp;
 use journal::io::RealDisk;
+use journal::writer::Writer;
 use journal::{Lsn, Position, Positions};
 use kfilter::{Captured, Entry, Mode, Op};
 use tokio::sync::{mpsc, watch};
@@ -32,7 +33,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Link, LinkSettings};
 use crate::pipeline::{BatchSettings, Pipeline, Shared};
 use crate::progress::Progress;
-use crate::resync;
+use crate::resync::{self, Halt};
 use crate::start::{self, Repair, Started};
 use crate::state::StateFile;
 use crate::status::{Board, GroupStatus, State, Status, VolumeStatus};
@@ -49,7 +50,7 @@ pub struct Replicator;
 pub struct Handle {
     agent: Arc<Agent>,
     pipeline: Option<thread::JoinHandle<Option<(Position, bool)>>>,
-    serve: Option<thread::JoinHandle<()>>,
+    serve: Option<thread::JoinHandle<Option<()>>>,
     link: tokio::task::JoinHandle<()>,
     upkeep: tokio::task::JoinHandle<()>,
     stop_link: watch::Sender<bool>,
@@ -66,7 +67,7 @@ pub(crate) struct Agent {
     pub(crate) apply_now: mpsc::Sender<Lsn>,
     servers: Mutex<Vec<nbd::Server>>,
     serving: AtomicBool,
-    stop_sync: AtomicBool,
+    halt: Halt,
     failure: watch::Sender<Option<Arc<Error>>>,
 }
 
@@ -86,7 +87,7 @@ impl Replicator {
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
-        let Started { state, volumes, ring, writer, repair, cause, first } = started;
+        let Started { state, volumes, ring, writer, repair, cause, first, last_time_ns } = started;
         if !ring.is_pinned() {
             tracing::warn!(
                 "the ring could not be locked in memory; raise RLIMIT_MEMLOCK (LimitMEMLOCK=) above its size"
@@ -97,17 +98,23 @@ impl Replicator {
         let stamp = Stamp { group: known.group, lineage: known.lineage, epoch: known.epoch };
         let board =
             Arc::new(Board::new(&settings.group, settings.volume.iter().map(|volume| volume.name.clone())));
-        let backlog = writer
-            .segments()
-            .iter()
-            .map(|segment| ((segment.epoch.number, segment.last_lsn), segment.first_time_ns, segment.bytes));
+        let epoch_start = Position::epoch_start(known.lineage, known.epoch, known.epoch_start);
+        let progress = match &writer {
+            Ok(writer) => {
+                let segments = writer.segments().iter();
+                let backlog = segments.map(|s| ((s.epoch.number, s.last_lsn), s.first_time_ns, s.bytes));
+                Progress::new(writer.appended(), backlog)
+            }
+            Err(_) => Progress::new(epoch_start, std::iter::empty()),
+        };
         let shared = Shared {
             ring: ring.clone(),
-            progress: Arc::new(Progress::new(writer.appended(), backlog)),
+            progress: Arc::new(progress),
             board: board.clone(),
             state: Arc::new(Mutex::new(state)),
             sync_cause: Arc::new(Mutex::new(cause.clone())),
             may_wait: Arc::new(AtomicBool::new(!matches!(repair, Repair::None))),
+            broken: Arc::new(AtomicBool::new(writer.is_err())),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::new(AtomicU64::new(0)),
         };
@@ -119,9 +126,11 @@ impl Replicator {
                 Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring.clone(), board.clone()))
             })
             .collect();
-        let tail = writer.shared();
-        let pipeline = Pipeline::new(shared.clone(), writer, stamp, batch_settings(&settings))?;
+        let tail = writer.as_ref().map(Writer::shared).ok();
+        let no_journal = writer.as_ref().err().cloned();
+        let pipeline = Pipeline::new(shared.clone(), writer.ok(), stamp, batch_settings(&settings))?;
         let (apply_now, wanted) = mpsc::channel(64);
+        let broken = shared.broken.clone();
         let agent = Arc::new(Agent {
             settings,
             shared,
@@ -129,7 +138,7 @@ impl Replicator {
             apply_now,
             servers: Mutex::new(Vec::new()),
             serving: AtomicBool::new(false),
-            stop_sync: AtomicBool::new(false),
+            halt: Halt { stop: AtomicBool::new(false), broken },
             failure: watch::Sender::new(None),
         });
         let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {
@@ -140,16 +149,24 @@ impl Replicator {
             }
         })?;
         let serve = agent.clone().spawn("af-serve", move |agent| {
-            if let Err(error) = agent.synchronise_and_serve(&repair, cause, first)
-                && error.kind != ErrorKind::Stopped
-            {
+            let synchronised = match no_journal {
+                Some(why) => Err(Error::new(ErrorKind::NotPossible, why)),
+                None => agent.synchronise(&repair, cause, first),
+            };
+            if let Err(error) = agent.serve_after(synchronised) {
                 agent.fail(error);
             }
+            Some(())
         })?;
         let (stop_link, stopped) = watch::channel(false);
-        let link = Link::new(LinkSettings::new(&agent.settings, identity)?, agent.clone(), tail, wanted);
-        let link = tokio::spawn(link.run(stopped));
-        let upkeep = tokio::spawn(upkeep(agent.clone()));
+        let link = match tail {
+            Some(tail) => {
+                let settings = LinkSettings::new(&agent.settings, identity)?;
+                tokio::spawn(Link::new(settings, agent.clone(), tail, wanted).run(stopped))
+            }
+            None => tokio::spawn(async {}),
+        };
+        let upkeep = tokio::spawn(upkeep(agent.clone(), last_time_ns));
         Ok(Handle {
             agent,
             pipeline: Some(pipeline),
@@ -210,14 +227,26 @@ fn batch_settings(settings: &conf::Replicator) -> BatchSettings {
 }
 
 impl Agent {
+    /// A named thread; its panic is a failure of the agent, never a silent end.
     fn spawn<T: Send + 'static>(
         self: Arc<Self>,
         name: &str,
-        work: impl FnOnce(&Agent) -> T + Send + 'static,
-    ) -> Result<thread::JoinHandle<T>> {
+        work: impl FnOnce(&Agent) -> Option<T> + Send + 'static,
+    ) -> Result<thread::JoinHandle<Option<T>>> {
+        let called = name.to_owned();
+        let guarded = move || {
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&self)));
+            ended.unwrap_or_else(|_| {
+                self.fail(Error::new(
+                    ErrorKind::Stopped,
+                    format!("thread {called} panicked; the log says where"),
+                ));
+                None
+            })
+        };
         thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || work(&self))
+            .spawn(guarded)
             .map_err(|error| Error::because(ErrorKind::Io, format!("start thread {name}"), error))
     }
 
@@ -230,23 +259,49 @@ impl Agent {
         self.failure.send_replace(Some(Arc::new(error)));
     }
 
-    /// Repairs what is to be repaired, then opens the front.
-    fn synchronise_and_serve(&self, repair: &Repair, cause: String, first: bool) -> Result<()> {
+    /// Repairs what is to be repaired; nothing is served meanwhile.
+    fn synchronise(&self, repair: &Repair, cause: String, first: bool) -> Result<()> {
         match repair {
-            Repair::None => {}
+            Repair::None => Ok(()),
             Repair::Dirty(ranges) => {
                 let ranges_of = |volume: &CapturedVolume| {
                     let found = ranges.iter().find(|(id, _)| id.0 == volume.id);
                     found.map(|(_, ranges)| ranges.clone()).unwrap_or_default()
                 };
-                self.synchronise(State::Resyncing, cause, ranges_of)?;
+                self.emit(State::Resyncing, cause, ranges_of)
             }
             Repair::Everything => {
+                let gap = self.state().get().needs_resync.clone();
                 self.announce_volumes()?;
                 let state = if first { State::Syncing } else { State::Resyncing };
-                self.synchronise(state, cause, |volume| once(0..nbd::Export::size_bytes(volume)).collect())?;
-                self.state().update(|state| state.needs_resync = None)?;
+                self.emit(state, cause, |volume| once(0..nbd::Export::size_bytes(volume)).collect())?;
+                // Only the gap that this synchronisation began with: a newer one is not repaired by it.
+                self.state().update(|state| {
+                    if state.needs_resync == gap {
+                        state.needs_resync = None;
+                    }
+                })
             }
+        }
+    }
+
+    /// Opens the front whatever became of the synchronisation: a protected disk is served also when its journal or its
+    /// receiver is not to be had. What was not synchronised stays remembered, and the group says so.
+    fn serve_after(&self, synchronised: Result<()>) -> Result<()> {
+        if let Err(error) = synchronised {
+            if self.halt.stop.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let cause = match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            };
+            tracing::error!(%cause, "not synchronised; the disk is served without protection");
+            self.shared.ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
+            let why = format!(
+                "not synchronised: {cause}; writes are not recorded, restart the agent to synchronise"
+            );
+            self.shared.board.change(State::Degraded, why);
         }
         self.shared.may_wait.store(false, Ordering::Release);
         self.serve()
@@ -259,47 +314,41 @@ impl Agent {
             let mut entry = Entry::event(Op::Volume, volume.id.0, 0);
             let payload = start::volume_record(volume);
             entry.payload_len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-            resync::put(&self.shared.ring, entry, &payload, &self.stop_sync)?;
+            resync::put(&self.shared.ring, entry, &payload, &self.halt)?;
         }
         Ok(())
     }
 
-    fn synchronise(
+    /// Begin, content, end; returns when the end is journaled.
+    fn emit(
         &self,
         state: State,
         cause: String,
         ranges: impl Fn(&CapturedVolume) -> Vec<std::ops::Range<u64>>,
     ) -> Result<()> {
         let ring = &self.shared.ring;
-        let refused = |what: &str, refused| {
-            Error::new(
-                ErrorKind::Ring,
-                format!("the ring refused the {what} of a synchronisation: {refused:?}"),
-            )
-        };
         let volumes = self.volumes.iter().map(|volume| (volume.as_ref(), ranges(volume))).collect();
         let work = resync::Work { volumes, state, cause };
-        ring.begin_resync(now_ns()).map_err(|error| refused("begin", error))?;
+        resync::until_room("begin", &self.halt, || ring.begin_resync(now_ns()))?;
         let started = Instant::now();
-        let sent = resync::emit(&work, ring, &self.shared.board, &self.stop_sync)?;
-        let end = ring.end_resync(now_ns()).map_err(|error| refused("end", error))?;
+        let sent = resync::emit(&work, ring, &self.shared.board, &self.halt)?;
+        let end = resync::until_room("end", &self.halt, || ring.end_resync(now_ns()))?;
         let mut at = self.shared.progress.position();
         while at.lsn.0 < end {
-            if self.stop_sync.load(Ordering::Relaxed) || self.shared.board.state().0 == State::Degraded {
-                return Err(Error::new(ErrorKind::Stopped, "the synchronisation was not journaled"));
-            }
+            self.halt.check()?;
             self.shared.progress.wait_beyond(&at, Duration::from_millis(100));
             at = self.shared.progress.position();
         }
-        tracing::info!(cause = %work.cause, content_bytes = sent, seconds = started.elapsed().as_secs_f64(), "synchronised");
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(cause = %work.cause, content_bytes = sent, seconds, "synchronised");
         Ok(())
     }
 
     /// Opens the NBD sockets.
     fn serve(&self) -> Result<()> {
         let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.stop_sync.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Stopped, "stopped before serving"));
+        if self.halt.stop.load(Ordering::Acquire) {
+            return Ok(());
         }
         for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
             let mut listen = vec![nbd::Listen::Unix { path: settings.nbd.clone(), mode: 0o600 }];
@@ -321,8 +370,25 @@ impl Agent {
         Ok(())
     }
 
+    /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
+    pub(crate) fn notice_overflow(&self) {
+        let synchronising = self.shared.may_wait.load(Ordering::Acquire);
+        if synchronising || self.is_recording() || self.shared.broken.load(Ordering::Acquire) {
+            return;
+        }
+        let mib = self.shared.ring.ring_bytes() >> 20;
+        let why = format!(
+            "the ring of {mib} MiB overflowed: writes came faster than the source journal took them; they are kept as \
+             dirty ranges, restart the agent to synchronise these"
+        );
+        if self.shared.ring.loss().is_some_and(|loss| loss.cause == kfilter::dirty::CAUSE_RING_FULL) {
+            self.shared.board.change(State::Degraded, why);
+        }
+    }
+
     /// Whether everything captured up to now can be named as a recovery point.
     fn consistent(&self) -> std::result::Result<(), Error> {
+        self.notice_overflow();
         let (state, why) = self.shared.board.state();
         match state {
             State::Replicating => Ok(()),
@@ -337,12 +403,20 @@ pub(crate) fn name_of(state: State) -> String {
 }
 
 /// Looks after the clocks and the lease once a second.
-async fn upkeep(agent: Arc<Agent>) {
+async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
     let mut watch = JumpWatch::new(Instant::now(), now_ns());
+    // A clock that stands before the newest record was set back while nothing ran.
+    let mut pending =
+        JumpWatch::new(Instant::now(), last_time_ns).look(Instant::now(), now_ns()).filter(|jump| *jump < 0);
     let mut ticks = tokio::time::interval(UPKEEP);
     loop {
         ticks.tick().await;
-        if let Some(jump_ns) = watch.look(Instant::now(), now_ns()) {
+        agent.notice_overflow();
+        pending = watch.look(Instant::now(), now_ns()).or(pending);
+        // Between the start of an epoch and its synchronisation the stream has no place for it.
+        if agent.shared.board.state().0 == State::Replicating
+            && let Some(jump_ns) = pending.take()
+        {
             tracing::warn!(jump_ns, "the clock jumped; `points` and `restore` will say so");
             let entry = Entry { payload_len: 8, ..Entry::event(Op::ClockJump, 0, 8) };
             // A stream that takes no records now is a gap already.
@@ -412,7 +486,7 @@ impl Handle {
     /// # Errors
     /// The clean mark could not be written: the next start takes the ring over, or synchronises.
     pub async fn shutdown(mut self) -> Result<()> {
-        self.agent.stop_sync.store(true, Ordering::Release);
+        self.agent.halt.stop.store(true, Ordering::Release);
         if let Some(serve) = self.serve.take() {
             on_thread("af-stop", move || drop(serve.join())).await?;
         }
@@ -431,8 +505,10 @@ impl Handle {
             on_thread("af-stop", move || pipeline.and_then(|thread| thread.join().ok().flatten())).await?;
         self.stop_link.send_replace(true);
         self.agent.shared.progress.close();
-        // The link says goodbye by itself; a task that panicked has nothing to say.
-        let _ = (&mut self.link).await;
+        // The link says goodbye by itself, within its own limits; a task that panicked has nothing to say.
+        if tokio::time::timeout(STOP_DEADLINE, &mut self.link).await.is_err() {
+            self.link.abort();
+        }
         // Threads of closed connections let go of their volume as they end; whoever starts next finds it free.
         let deadline = Instant::now() + STOP_DEADLINE;
         while left == 0 && self.agent.volumes.iter().any(|volume| Arc::strong_count(volume) > 1) {
@@ -444,7 +520,9 @@ impl Handle {
         }
         let served = self.agent.serving.load(Ordering::Acquire);
         match ended {
-            Some((position, true)) if served && left == 0 => {
+            Some((position, true))
+                if served && left == 0 && position.lsn.0 == self.agent.shared.ring.captured_lsn() =>
+            {
                 on_thread("af-stop", move || self.mark_clean(&position)).await?
             }
             _ => Ok(()),
@@ -462,47 +540,53 @@ impl Handle {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
         }
+        for volume in &self.agent.settings.volume {
+            // Its times, too: the stamp is read from them, and must be what a crash leaves.
+            File::open(&volume.path).and_then(|file| file.sync_all()).map_err(|error| {
+                Error::because(ErrorKind::Io, format!("sync {}", volume.path.display()), error)
+            })?;
+        }
         let paths: Vec<_> =
             self.agent.settings.volume.iter().map(|volume| (&volume.name, &volume.path)).collect();
         self.agent.state().update(|state| {
             for known in &mut state.volumes {
                 let path = paths.iter().find(|(name, _)| **name == known.name);
-                known.stamp_ns = path.and_then(|(_, path)| start::stamp_ns(path));
+                known.stamp = path.and_then(|(_, path)| start::stamp(path));
             }
             state.clean = Some(last.lsn);
         })?;
         if let Err(error) = std::fs::remove_file(self.ring_dir.join("ring")) {
             tracing::warn!(%error, "the empty ring could not be removed");
         }
-        // The lock in it is ours until we end; what remains is an empty directory at most.
-        let _ = std::fs::remove_dir_all(&self.ring_dir);
         Ok(())
     }
 }
 
 impl Agent {
     pub(crate) fn status(&self) -> GroupStatus {
+        self.notice_overflow();
         let shared = &self.shared;
         // Downstream first: what is read later can only be further.
         let peer = shared.progress.peer();
         let journaled = shared.progress.position();
         let epoch = self.state().get().epoch.number;
         let captured = Lsn(shared.ring.captured_lsn());
-        // Positions of an older epoch say nothing about this one, but they are lower and stay true.
+        // A receiver may hold more than this source ever captured (one of them was rolled back): that is trouble, told
+        // elsewhere, and no position of ours.
+        let held = |lsn: Lsn| lsn.min(captured);
         let positions = Positions {
-            captured_lsn: captured.max(peer.received),
-            journaled_lsn: journaled.lsn,
-            received_lsn: peer.received,
-            applied_lsn: peer.applied,
-            checkpoint_lsn: peer.checkpoint,
+            captured_lsn: captured,
+            journaled_lsn: journaled.lsn.min(captured),
+            received_lsn: held(peer.received),
+            applied_lsn: held(peer.applied),
+            checkpoint_lsn: held(peer.checkpoint),
         };
         positions.assert_order();
         let (backlog_bytes, oldest_ns) = shared.progress.backlog();
-        let lag_ns = if peer.received >= captured {
-            0
-        } else {
-            oldest_ns.map_or(0, |oldest| now_ns().saturating_sub(oldest))
-        };
+        let lost_ns = shared.ring.loss().map(|loss| loss.since_ns);
+        let oldest_ns = if peer.received >= captured { None } else { oldest_ns };
+        let behind_since = lost_ns.into_iter().chain(oldest_ns).min();
+        let lag_ns = behind_since.map_or(0, |since| now_ns().saturating_sub(since));
         let (state, why) = shared.board.state();
         let why = match (why.is_empty(), peer.trouble.is_empty()) {
             (true, _) => peer.trouble.clone(),

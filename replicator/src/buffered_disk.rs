@@ -137,7 +137,10 @@ mod tests {
                 matches!(read, Ok(512)) && bytes == [7; 512]
             });
             let survived = survived.count();
-            assert!(if settled { survived == 32 } else { survived < 32 }, "settled {settled}: {survived} of 32");
+            assert!(
+                if settled { survived == 32 } else { survived < 32 },
+                "settled {settled}: {survived} of 32"
+            );
         }
     }
 }

@@ -21,7 +21,7 @@ use wire::{Backoff, Client, ControlReceiver, ControlSender, Fingerprint, FrameWr
 use crate::agent::Agent;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ship;
+use crate::ship::{self, Unjoined};
 use crate::state::Gap;
 use crate::status::State;
 
@@ -59,7 +59,16 @@ pub struct Link {
     agent: Arc<Agent>,
     tail: Arc<Tail>,
     apply_now: mpsc::Receiver<Lsn>,
+    /// What the receiver last said of itself.
+    receiver: ReceiverState,
+    /// Where we started when the receiver last refused what followed.
+    refused_at: Option<Option<Position>>,
 }
+
+/// A receiver that claims to hold more than this is broken or hostile: what is remembered of it could never be passed.
+const MAX_PLAUSIBLE: u64 = 1 << 62;
+/// For each step of the greeting, and for the goodbye.
+const STEP: Duration = Duration::from_secs(10);
 
 /// How a connection ended.
 enum End {
@@ -78,7 +87,8 @@ impl Link {
         tail: Arc<Tail>,
         apply_now: mpsc::Receiver<Lsn>,
     ) -> Link {
-        Link { settings, agent, tail, apply_now }
+        let receiver = ReceiverState { code: ReceiverCode::Ok, why: String::new() };
+        Link { settings, agent, tail, apply_now, receiver, refused_at: None }
     }
 
     /// Runs until stopped.
@@ -132,24 +142,38 @@ impl Link {
         backoff: &mut Backoff,
         stopped: &mut watch::Receiver<bool>,
     ) -> wire::Result<End> {
-        let (mut sender, mut receiver) = wire::framing::open(connection).await?;
-        sender.send(&self.hello()).await?;
-        let resume = match timeout(self.settings.peer.connect_timeout, receiver.next()).await {
-            Ok(Ok(Some(Message::Welcome { resume, state, .. }))) => {
-                let resume = resume.map(Position::from);
-                self.note_state(&state, resume.map_or(0, |resume| resume.epoch.number));
-                resume
-            }
-            Ok(Ok(Some(Message::Error { code, reason }))) => return Ok(refusal(code, reason)),
-            Ok(Ok(_)) => {
-                return Ok(End::Lost("the receiver answered the greeting with something else".into()));
-            }
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Ok(End::Lost("the receiver did not answer the greeting".into())),
+        let greeting = timeout(STEP, async {
+            let (mut sender, mut receiver) = wire::framing::open(connection).await?;
+            sender.send(&self.hello()).await?;
+            let answer = receiver.next().await?;
+            wire::Result::Ok((sender, receiver, answer))
+        });
+        let Ok(greeted) = greeting.await else {
+            return Ok(End::Lost("the receiver did not answer the greeting".into()));
         };
+        let (mut sender, mut receiver, answer) = greeted?;
+        let resume = match answer {
+            Some(Message::Welcome { resume, state, .. }) => {
+                self.receiver = state;
+                resume.map(Position::from)
+            }
+            Some(Message::Error { code, reason }) => return Ok(self.refusal(None, code, reason)),
+            _ => return Ok(End::Lost("the receiver answered the greeting with something else".into())),
+        };
+        if resume.is_some_and(|resume| resume.epoch.number >= MAX_PLAUSIBLE || resume.lsn.0 >= MAX_PLAUSIBLE)
+        {
+            return Ok(End::Stuck("the receiver claims a position that no source ever reached".into()));
+        }
+        self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO);
         let reader = match self.open_reader(resume) {
             Ok(reader) => reader,
-            Err(why) => return Ok(End::Stuck(self.needs_resync(resume, why))),
+            Err(Unjoined::Transient(why)) => {
+                return Ok(End::Lost(format!("the source journal cannot be read: {why}")));
+            }
+            Err(Unjoined::Apart(why)) => {
+                self.agent.needs_resync(resume.as_ref(), &why);
+                return Ok(End::Stuck(format!("{why}; restart the agent to synchronise")));
+            }
         };
         backoff.reset();
         tracing::info!(%address, resume = resume.map_or(0, |resume| resume.lsn.0), "link up");
@@ -165,7 +189,10 @@ impl Link {
             self.agent.shared.progress.acknowledged(resume.epoch.number, resume.lsn, applied, checkpoint);
         }
         let frames = self.start_reader(reader);
-        let writer = FrameWriter::open(connection).await?;
+        let Ok(writer) = timeout(STEP, FrameWriter::open(connection)).await else {
+            return Ok(End::Lost("the receiver grants no stream for frames".into()));
+        };
+        let writer = writer?;
         let mut sending = tokio::spawn(send_frames(writer, frames));
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
@@ -174,11 +201,12 @@ impl Link {
                 Ok(Err(error)) => End::Lost(describe(&error)),
                 Err(_) => End::Lost("the sending task ended".into()),
             },
-            end = self.follow(&mut sender, &mut receiver) => end?,
+            end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
         if matches!(end, End::Stopped) {
-            let _ = sender.send(&Message::Bye { reason: "the source stops".into() }).await;
+            // Best effort: silence says the same a little later.
+            let _ = timeout(STEP, sender.send(&Message::Bye { reason: "the source stops".into() })).await;
         }
         Ok(end)
     }
@@ -210,10 +238,15 @@ impl Link {
         }
     }
 
-    fn open_reader(&self, resume: Option<Position>) -> std::result::Result<Reader, String> {
+    fn open_reader(&self, resume: Option<Position>) -> std::result::Result<Reader, Unjoined> {
         let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-        let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal"))
-            .map_err(|error| format!("the source journal cannot be read: {error}"))?;
+        let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
+            if ship::is_transient(&error) {
+                Unjoined::Transient(error.to_string())
+            } else {
+                Unjoined::Apart(format!("the source journal cannot be read: {error}"))
+            }
+        })?;
         ship::choose_start(&mut reader, resume.as_ref(), self.agent.state().get())?;
         Ok(reader)
     }
@@ -224,8 +257,9 @@ impl Link {
         let read = move || {
             if let Err(error) = ship::read_ahead(reader, &tail, &agent.shared.progress, &frames) {
                 tracing::error!(%error, "the source journal cannot be read");
-                let why = format!("the source journal cannot be read: {error}");
-                agent.needs_resync(None, &why);
+                if matches!(error.kind, journal::ErrorKind::Corrupt | journal::ErrorKind::Malformed) {
+                    agent.journal_is_damaged(&format!("the source journal is damaged: {error}"));
+                }
             }
         };
         if let Err(error) = thread::Builder::new().name("af-ship".to_owned()).spawn(read) {
@@ -235,16 +269,12 @@ impl Link {
         queue
     }
 
-    fn needs_resync(&self, resume: Option<Position>, why: String) -> String {
-        self.agent.needs_resync(resume.as_ref(), &why);
-        format!("{why}; restart the agent to synchronise")
-    }
-
     /// Control messages in both directions until the connection ends.
     async fn follow(
         &mut self,
         sender: &mut ControlSender,
         receiver: &mut ControlReceiver,
+        resume: Option<Position>,
     ) -> wire::Result<End> {
         let mut beats = interval(self.settings.peer.heartbeat);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -259,10 +289,11 @@ impl Link {
                         let lsns = [received_lsn, applied_lsn, checkpoint_lsn].map(Lsn);
                         self.agent.shared.progress.acknowledged(epoch, lsns[0], lsns[1], lsns[2]);
                         if let Some(state) = state {
-                            self.note_state(&state, epoch);
+                            self.receiver = state;
                         }
+                        self.judge_receiver(epoch, lsns[2]);
                     }
-                    Some(Message::Error { code, reason }) => return Ok(refusal(code, reason)),
+                    Some(Message::Error { code, reason }) => return Ok(self.refusal(resume, code, reason)),
                     Some(Message::Bye { reason }) => return Ok(End::Lost(format!("the receiver left: {reason}"))),
                     Some(_) => {}
                     None => return Ok(End::Lost("the receiver closed the connection".into())),
@@ -286,25 +317,51 @@ impl Link {
         }
     }
 
-    /// The receiver's state when it held `epoch`. A replica that needs a synchronisation is news only while nothing
-    /// newer is on its way: the current epoch may be that synchronisation.
-    fn note_state(&self, state: &ReceiverState, epoch: u64) {
-        let outdated =
-            state.code == ReceiverCode::NeedsResync && epoch < self.agent.state().get().epoch.number;
-        let stuck = state.code != ReceiverCode::Ok && !outdated;
-        match state.code {
-            ReceiverCode::NeedsResync if stuck => self.agent.needs_resync(None, &state.why),
-            ReceiverCode::Rewound => self.agent.shared.board.change(State::Rewound, state.why.clone()),
-            ReceiverCode::Fenced => self.agent.shared.board.change(State::Fenced, state.why.clone()),
-            ReceiverCode::Ok if self.agent.shared.board.state().0 == State::Rewound => {
-                self.agent.shared.board.change(State::Replicating, "");
-            }
+    /// What the receiver's state means for us, when it holds `epoch` and its replica is at `checkpoint`.
+    ///
+    /// A replica that needs a synchronisation is news only once the current epoch has reached it: until then that very
+    /// synchronisation is on its way.
+    fn judge_receiver(&self, epoch: u64, checkpoint: Lsn) {
+        let (current, start) = {
+            let file = self.agent.state();
+            (file.get().epoch.number, file.get().epoch_start)
+        };
+        let ReceiverState { code, why } = &self.receiver;
+        let on_its_way = *code == ReceiverCode::NeedsResync && (epoch < current || checkpoint <= start);
+        let stuck = *code != ReceiverCode::Ok && !on_its_way;
+        match code {
+            ReceiverCode::NeedsResync if stuck => self.agent.needs_resync(None, why),
+            ReceiverCode::Fenced => self.agent.shared.board.change(State::Fenced, why.clone()),
             _ => {}
         }
         self.agent.shared.progress.peer_changed(|peer| {
             peer.stuck = stuck;
-            peer.trouble = if stuck { format!("receiver: {}", state.why) } else { String::new() };
+            peer.trouble = if stuck { format!("receiver: {why}") } else { String::new() };
         });
+    }
+
+    /// What the receiver's refusal means for the next attempt. Frames out of order may be a hiccup; refused twice from the
+    /// same start, the histories do not join.
+    fn refusal(&mut self, resume: Option<Position>, code: ErrorCode, reason: String) -> End {
+        let why = format!("the receiver refused: {reason}");
+        match code {
+            ErrorCode::GroupBusy | ErrorCode::Internal | ErrorCode::JournalFailed | ErrorCode::BadFrame => {
+                End::Lost(why)
+            }
+            ErrorCode::OutOfOrder | ErrorCode::ChainMismatch if self.refused_at != Some(resume) => {
+                self.refused_at = Some(resume);
+                End::Lost(why)
+            }
+            ErrorCode::OutOfOrder | ErrorCode::ChainMismatch => {
+                self.agent.needs_resync(resume.as_ref(), &why);
+                End::Stuck(format!("{why}; restart the agent to synchronise"))
+            }
+            ErrorCode::Fenced => {
+                self.agent.shared.board.change(State::Fenced, why.clone());
+                End::Stuck(why)
+            }
+            _ => End::Stuck(why),
+        }
     }
 }
 
@@ -325,15 +382,14 @@ impl Agent {
         }
         self.shared.board.change(State::NeedsResync, format!("{why}; restart the agent to synchronise"));
     }
-}
 
-/// What the receiver's refusal means for the next attempt.
-fn refusal(code: ErrorCode, reason: String) -> End {
-    match code {
-        ErrorCode::GroupBusy | ErrorCode::Internal | ErrorCode::JournalFailed | ErrorCode::BadFrame => {
-            End::Lost(format!("the receiver refused: {reason}"))
+    /// As [`needs_resync`](Self::needs_resync); the next start also sets the journal aside, lest the receiver ask for the
+    /// same unreadable frame again.
+    fn journal_is_damaged(&self, why: &str) {
+        if let Err(error) = self.state().update(|state| state.journal_damaged = true) {
+            tracing::error!(%error, "the damage cannot be remembered in the state file");
         }
-        _ => End::Stuck(format!("the receiver refused: {reason}")),
+        self.needs_resync(None, why);
     }
 }
 

@@ -37,6 +37,10 @@ use crate::status::{Board, State};
 const POOL_BYTES: usize = 4 << 20;
 /// Sleep when there is nothing to do; also bounds how late an overflow shows in status.
 const IDLE: Duration = Duration::from_millis(50);
+/// How long an offline synchronisation waits for acknowledgements that would make room. Clients wait behind it, so it ends.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a stop waits for backing writes that hang.
+const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// Sleep while records wait for their backing write before their room can be released.
 const NOT_DONE: Duration = Duration::from_millis(1);
 
@@ -72,6 +76,8 @@ pub struct Shared {
     pub sync_cause: Arc<Mutex<String>>,
     /// Set while the offline synchronisation is the only producer: then a full quota waits instead of degrading.
     pub may_wait: Arc<AtomicBool>,
+    /// Set for good when nothing more is journaled in this run.
+    pub broken: Arc<AtomicBool>,
     /// Ends the pipeline once the ring is drained.
     pub stop: Arc<AtomicBool>,
     /// Bytes of the journal on disk, for status.
@@ -82,29 +88,37 @@ pub struct Shared {
 pub struct Pipeline {
     shared: Shared,
     consumer: Consumer<Mapping, Arc<SharedRing>>,
-    writer: Writer,
+    /// Gone once nothing more is journaled in this run.
+    writer: Option<Writer>,
     pool: EncodePool,
     settings: BatchSettings,
     stamp: Stamp,
     batch: Batch,
     opened: Option<Instant>,
-    /// Newest lsn that is journaled; its room may be released.
+    /// Where the journal stands.
+    journaled: Position,
+    /// Newest lsn whose room may be released: journaled, or given up.
     releasable: Lsn,
-    /// Nothing is journaled any more in this run.
-    broken: bool,
 }
 
 impl Pipeline {
-    /// Takes over ring and journal. `writer` stands in the epoch of `stamp`.
+    /// Takes over ring and journal. `writer` stands in the epoch of `stamp`; `None` where no journal can be had: then
+    /// the ring is in bitmap mode and everything is given up from the start.
     ///
     /// # Errors
     /// The ring has a consumer already, or threads cannot be started.
-    pub fn new(shared: Shared, writer: Writer, stamp: Stamp, settings: BatchSettings) -> Result<Pipeline> {
+    pub fn new(
+        shared: Shared,
+        writer: Option<Writer>,
+        stamp: Stamp,
+        settings: BatchSettings,
+    ) -> Result<Pipeline> {
         let consumer = Consumer::new(shared.ring.clone())
             .map_err(|_| Error::new(ErrorKind::Busy, "the ring already has a consumer in this process"))?;
         let mut pool = EncodePool::new("af-pack", settings.threads, POOL_BYTES)?;
         let batch = pool.batch();
-        let releasable = writer.appended().lsn;
+        let journaled = shared.progress.position();
+        let releasable = journaled.lsn;
         let pipeline = Pipeline {
             shared,
             consumer,
@@ -114,11 +128,16 @@ impl Pipeline {
             stamp,
             batch,
             opened: None,
+            journaled,
             releasable,
-            broken: false,
         };
         pipeline.publish_size();
         Ok(pipeline)
+    }
+
+    /// Whether nothing is journaled any more.
+    fn is_broken(&self) -> bool {
+        self.writer.is_none()
     }
 
     /// Runs until `stop` is set and everything captured is journaled and synced. Returns the last position and whether
@@ -127,6 +146,7 @@ impl Pipeline {
     /// # Errors
     /// The ring's memory was overwritten, or the state file cannot be written.
     pub fn run(mut self) -> Result<(Position, bool)> {
+        let mut stop_since = None;
         loop {
             let took = self.gather()?;
             self.commit_ready()?;
@@ -136,7 +156,6 @@ impl Pipeline {
                 self.close_batch()?;
             }
             let held = self.release()?;
-            self.watch_overflow();
             if took {
                 continue;
             }
@@ -144,8 +163,15 @@ impl Pipeline {
                 self.commit_next()?;
                 continue;
             }
-            if stopping && self.batch.records() == 0 && !held {
-                break;
+            if stopping && self.batch.records() == 0 {
+                if !held {
+                    break;
+                }
+                if stop_since.get_or_insert_with(Instant::now).elapsed() > STOP_DEADLINE {
+                    // The ring stays, and the next owner redoes what hangs now.
+                    tracing::warn!("writes to the backing hang; stopping without them");
+                    return Ok((self.journaled, false));
+                }
             }
             let pause = match self.opened {
                 Some(opened) => self.settings.max_delay.saturating_sub(opened.elapsed()),
@@ -153,12 +179,7 @@ impl Pipeline {
             };
             self.consumer.wait(if held { pause.min(NOT_DONE) } else { pause });
         }
-        if !self.broken
-            && let Err(error) = self.writer.sync()
-        {
-            self.break_off("the source journal cannot be synced", &error)?;
-        }
-        Ok((self.writer.appended(), !self.broken && self.shared.ring.mode() == Mode::Ring))
+        Ok((self.journaled, !self.is_broken() && self.shared.ring.mode() == Mode::Ring))
     }
 
     /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so that
@@ -169,13 +190,13 @@ impl Pipeline {
             let Some(record) = self.consumer.peek().map_err(ring_lost)? else { break };
             let bytes = record::HEADER_BYTES + record.payload().len();
             gathered += bytes;
-            if self.broken {
+            if self.is_broken() {
                 // Covered by the gap that `give_up` remembered.
                 self.releasable = Lsn(record.lsn());
                 self.consumer.advance().map_err(ring_lost)?;
                 continue;
             }
-            if record.lsn() > self.writer.appended().lsn.0 {
+            if record.lsn() > self.journaled.lsn.0 {
                 if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0 {
                     if !self.submit()? {
                         return Ok(true);
@@ -205,7 +226,7 @@ impl Pipeline {
     }
 
     fn close_batch(&mut self) -> Result<()> {
-        while !self.broken && !self.submit()? {}
+        while !self.is_broken() && !self.submit()? {}
         Ok(())
     }
 
@@ -237,10 +258,10 @@ impl Pipeline {
 
     /// Seals a frame onto the chain and appends it.
     fn commit(&mut self, frame: EncodedFrame) -> Result<()> {
-        if self.broken {
+        if self.is_broken() {
             return Ok(());
         }
-        let (bytes, _) = frame.seal(self.writer.appended().chain);
+        let (bytes, _) = frame.seal(self.journaled.chain);
         let header = FrameHeader::parse(&bytes)?;
         if !self.make_room(bytes.len() as u64)? {
             let gib = self.settings.quota_bytes as f64 / f64::from(1 << 30);
@@ -249,8 +270,20 @@ impl Pipeline {
             );
             return self.give_up(&why);
         }
-        match self.writer.append(&bytes, &header, now_ns()) {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let mut appended = writer.append(&bytes, &header, now_ns());
+        if matches!(&appended, Err(error) if error.kind == journal::ErrorKind::NoSpace) {
+            // Acknowledged segments stay only as long as their space is not needed.
+            let acknowledged = acknowledged(&self.shared.progress, &self.stamp);
+            let keep_from = SourcePolicy { quota_bytes: 0 }.keep_from(writer.segments(), &acknowledged);
+            if let Some(keep_from) = keep_from {
+                appended =
+                    writer.drop_before(keep_from).and_then(|_| writer.append(&bytes, &header, now_ns()));
+            }
+        }
+        match appended {
             Ok(()) => {
+                self.journaled = header.position();
                 self.releasable = header.last_lsn;
                 self.shared.progress.journaled(header.position(), header.first_time_ns, bytes.len() as u64);
                 self.pool.recycle(bytes);
@@ -262,35 +295,42 @@ impl Pipeline {
     }
 
     /// Keeps the journal within its quota by dropping acknowledged segments, oldest first; false when that is not
-    /// enough. During an offline synchronisation it waits for acknowledgements instead.
+    /// enough. An offline synchronisation waits a while for acknowledgements, then drops what older epochs hold: a
+    /// receiver may start at this one, which has everything.
     fn make_room(&mut self, bytes: u64) -> Result<bool> {
+        let mut waited = (Instant::now(), self.shared.progress.peer().received);
         loop {
-            if self.writer.journal_bytes() + bytes <= self.settings.quota_bytes {
+            let Some(writer) = &mut self.writer else { return Ok(false) };
+            let over = |writer: &Writer| writer.journal_bytes() + bytes > self.settings.quota_bytes;
+            if !over(writer) {
                 return Ok(true);
             }
-            let peer = self.shared.progress.peer();
-            let acknowledged = Position {
-                lineage: self.stamp.lineage,
-                epoch: journal::Epoch { number: peer.epoch, ..self.stamp.epoch },
-                lsn: peer.received,
-                chain: 0,
-            };
             let policy = SourcePolicy { quota_bytes: self.settings.quota_bytes.saturating_sub(bytes) };
-            if let Some(keep_from) = policy.keep_from(self.writer.segments(), &acknowledged) {
-                if let Err(error) = self.writer.drop_before(keep_from) {
-                    self.break_off("old segments of the source journal cannot be dropped", &error)?;
-                    return Ok(true);
-                }
-                if self.writer.journal_bytes() + bytes <= self.settings.quota_bytes {
-                    return Ok(true);
-                }
-            }
+            let acknowledged = acknowledged(&self.shared.progress, &self.stamp);
+            let mut keep_from = policy.keep_from(writer.segments(), &acknowledged);
             let waits =
                 self.shared.may_wait.load(Ordering::Acquire) && !self.shared.stop.load(Ordering::Acquire);
-            if !waits {
+            let impatient = waited.0.elapsed() > PATIENCE;
+            if keep_from.is_none() && waits && impatient {
+                let segments = writer.segments();
+                let first = segments.iter().find(|segment| segment.epoch.number == self.stamp.epoch.number);
+                keep_from = first.map(|first| first.number).filter(|number| *number > segments[0].number);
+            }
+            if let Some(keep_from) = keep_from {
+                if let Err(error) = writer.drop_before(keep_from) {
+                    self.break_off("old segments of the source journal cannot be dropped", &error)?;
+                    return Ok(false);
+                }
+                continue;
+            }
+            if !waits || impatient {
                 return Ok(false);
             }
             std::thread::sleep(IDLE);
+            let received = self.shared.progress.peer().received;
+            if received != waited.1 {
+                waited = (Instant::now(), received);
+            }
         }
     }
 
@@ -306,6 +346,9 @@ impl Pipeline {
     /// mapping (which outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of
     /// records that no journal holds is given back (by `gather`).
     fn give_up(&mut self, cause: &str) -> Result<()> {
+        if self.is_broken() {
+            return Ok(());
+        }
         self.shared.ring.set_mode_bitmap(kfilter::dirty::CAUSE_QUOTA, now_ns());
         let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         for volume in file.get().volumes.iter().filter(|volume| volume.present) {
@@ -319,7 +362,8 @@ impl Pipeline {
         drop(file);
         let why = format!("{cause}; writes are no longer recorded, restart the agent to synchronise");
         self.shared.board.change(State::Degraded, why);
-        self.broken = true;
+        self.writer = None;
+        self.shared.broken.store(true, Ordering::Release);
         self.batch.clear();
         self.opened = None;
         while self.pool.recv().is_some() {}
@@ -332,20 +376,21 @@ impl Pipeline {
         Ok(first_held <= self.releasable.0)
     }
 
-    fn watch_overflow(&self) {
-        if self.broken || self.shared.ring.mode() == Mode::Ring {
-            return;
-        }
-        let mib = self.shared.ring.ring_bytes() >> 20;
-        let why = format!(
-            "the ring of {mib} MiB overflowed: writes came faster than the source journal took them; they are kept as \
-             dirty ranges, restart the agent to synchronise these"
-        );
-        self.shared.board.change(State::Degraded, why);
-    }
-
     fn publish_size(&self) {
-        self.shared.journal_bytes.store(self.writer.journal_bytes(), Ordering::Relaxed);
+        if let Some(writer) = &self.writer {
+            self.shared.journal_bytes.store(writer.journal_bytes(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// How far the receiver has acknowledged, as retention reads it.
+fn acknowledged(progress: &Progress, stamp: &Stamp) -> Position {
+    let peer = progress.peer();
+    Position {
+        lineage: stamp.lineage,
+        epoch: journal::Epoch { number: peer.epoch, ..stamp.epoch },
+        lsn: peer.received,
+        chain: 0,
     }
 }
 

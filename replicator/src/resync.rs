@@ -8,6 +8,7 @@
 
 use std::iter::once;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,32 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// How often progress is shown.
 const REPORT: Duration = Duration::from_millis(500);
 
+/// What ends a synchronisation early.
+pub struct Halt {
+    /// The agent stops.
+    pub stop: AtomicBool,
+    /// The journal takes nothing more.
+    pub broken: Arc<AtomicBool>,
+}
+
+impl Halt {
+    /// Whether to go on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stopped`] or [`ErrorKind::NotPossible`]; the gap stays remembered either way.
+    pub fn check(&self) -> Result<()> {
+        if self.stop.load(Ordering::Acquire) {
+            let at = "the synchronisation was stopped; the next start begins it anew";
+            return Err(Error::new(ErrorKind::Stopped, at));
+        }
+        if self.broken.load(Ordering::Acquire) {
+            let at = "the source journal takes nothing more; the next start synchronises";
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
+        Ok(())
+    }
+}
+
 /// What one synchronisation has to cover: ranges of each volume.
 pub struct Work<'a> {
     /// The volumes with their ranges, ascending and disjoint.
@@ -40,8 +67,8 @@ pub struct Work<'a> {
 /// Emits all content; the caller has reserved `ResyncBegin` and reserves `ResyncEnd`.
 ///
 /// # Errors
-/// The backing cannot be read, the ring is damaged, or `stop` was set.
-pub fn emit(work: &Work<'_>, ring: &SharedRing, board: &Board, stop: &AtomicBool) -> Result<u64> {
+/// The backing cannot be read, the ring is damaged, or it was halted.
+pub fn emit(work: &Work<'_>, ring: &SharedRing, board: &Board, halt: &Halt) -> Result<u64> {
     let total: u64 =
         work.volumes.iter().flat_map(|(_, ranges)| ranges).map(|range| range.end - range.start).sum();
     let mut progress = Report { started: Instant::now(), shown: Instant::now(), done: 0, total, sent: 0 };
@@ -49,10 +76,11 @@ pub fn emit(work: &Work<'_>, ring: &SharedRing, board: &Board, stop: &AtomicBool
     let mut chunk = vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20)];
     for (volume, ranges) in &work.volumes {
         for range in ranges {
-            emit_range(volume, range.clone(), ring, &mut chunk, stop, |done, sent| {
+            emit_range(volume, range.clone(), ring, &mut chunk, halt, |done, sent| {
                 progress.advance(done, sent, work, board);
             })?;
             if work.state == State::Resyncing {
+                // In the ring is as good as appended: it outlives us, and a journal that fails marks everything dirty.
                 ring.clear_dirty(volume.id, range.clone());
             }
         }
@@ -89,7 +117,7 @@ impl Report {
             mib(self.sent)
         );
         tracing::info!("{why}");
-        board.change(work.state, why);
+        board.progress(work.state, why);
     }
 }
 
@@ -98,7 +126,7 @@ fn emit_range(
     range: Range<u64>,
     ring: &SharedRing,
     chunk: &mut [u8],
-    stop: &AtomicBool,
+    halt: &Halt,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<()> {
     let unreadable = |at: u64, error: std::io::Error| {
@@ -127,8 +155,8 @@ fn emit_range(
                     if is_zero(piece) {
                         zeros.end = next;
                     } else {
-                        emit_zeros(volume, &mut zeros, ring, stop)?;
-                        put(ring, sync_slot(volume.id, at, piece.len()), piece, stop)?;
+                        emit_zeros(volume, &mut zeros, ring, halt)?;
+                        put(ring, sync_slot(volume.id, at, piece.len()), piece, halt)?;
                         zeros = next..next;
                         sent += piece.len() as u64;
                     }
@@ -138,22 +166,17 @@ fn emit_range(
             }
         }
     }
-    emit_zeros(volume, &mut zeros, ring, stop)
+    emit_zeros(volume, &mut zeros, ring, halt)
 }
 
-fn emit_zeros(
-    volume: &CapturedVolume,
-    zeros: &mut Range<u64>,
-    ring: &SharedRing,
-    stop: &AtomicBool,
-) -> Result<()> {
+fn emit_zeros(volume: &CapturedVolume, zeros: &mut Range<u64>, ring: &SharedRing, halt: &Halt) -> Result<()> {
     if zeros.is_empty() {
         return Ok(());
     }
     let mut entry = Entry::extent(Op::WriteZeroes, volume.id, zeros.start, zeros.end - zeros.start, 0);
     entry.needs_done = false;
     zeros.start = zeros.end;
-    put(ring, entry, &[], stop)
+    put(ring, entry, &[], halt)
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
@@ -162,18 +185,35 @@ fn is_zero(bytes: &[u8]) -> bool {
     tail.iter().all(|byte| *byte == 0) && words.iter().all(|word| *word == [0; 16])
 }
 
+/// Tries a step of the ring until it has room for the step's record.
+///
+/// # Errors
+/// Halted, or refused for another reason.
+pub fn until_room(
+    what: &str,
+    halt: &Halt,
+    step: impl Fn() -> std::result::Result<u64, Refused>,
+) -> Result<u64> {
+    loop {
+        halt.check()?;
+        match step() {
+            Ok(lsn) => return Ok(lsn),
+            Err(Refused::Full) => std::thread::sleep(PAUSE),
+            Err(refused) => {
+                let at = format!("the ring refused the {what} of a synchronisation: {refused:?}");
+                return Err(Error::new(ErrorKind::Ring, at));
+            }
+        }
+    }
+}
+
 /// Waits for room, then puts one record into the ring.
 ///
 /// # Errors
 /// Stopped, or the ring left ring mode (it never does while this is the only producer).
-pub fn put(ring: &SharedRing, entry: Entry, payload: &[u8], stop: &AtomicBool) -> Result<()> {
+pub fn put(ring: &SharedRing, entry: Entry, payload: &[u8], halt: &Halt) -> Result<()> {
     loop {
-        if stop.load(Ordering::Relaxed) {
-            return Err(Error::new(
-                ErrorKind::Stopped,
-                "the synchronisation was stopped; the next start begins it anew",
-            ));
-        }
+        halt.check()?;
         if ring.used_bytes() < ring.ring_bytes() / FILL_LIMIT {
             return match ring.capture(once(entry), payload, now_ns()) {
                 Ok(Captured::Ring(_)) => Ok(()),

@@ -27,15 +27,16 @@ const IDLE: Duration = Duration::from_millis(100);
 /// began with the content of every volume.
 ///
 /// # Errors
-/// In words: why only a new synchronisation joins the two histories.
+/// Why only a new synchronisation joins the two histories, or why the journal cannot be read just now.
 pub fn choose_start(
     reader: &mut Reader,
     resume: Option<&Position>,
     state: &SourceState,
-) -> std::result::Result<Position, String> {
+) -> std::result::Result<Position, Unjoined> {
     let why = match resume {
         Some(resume) => match reader.seek(resume) {
             Ok(()) => return Ok(*resume),
+            Err(error) if is_transient(&error) => return Err(Unjoined::Transient(error.to_string())),
             Err(error) => format!(
                 "the receiver stands at epoch {} lsn {}, which the source journal cannot continue ({error})",
                 resume.epoch.number, resume.lsn
@@ -43,17 +44,37 @@ pub fn choose_start(
         },
         None => "the receiver holds nothing of this group".to_owned(),
     };
-    let newer = resume.is_none_or(|resume| resume.epoch.number < state.epoch.number);
+    // An epoch that starts below what the receiver holds would be refused there: it must begin above both.
+    let newer = resume
+        .is_none_or(|resume| resume.epoch.number < state.epoch.number && resume.lsn <= state.epoch_start);
     if !state.epoch_is_full || !newer {
-        return Err(why);
+        return Err(Unjoined::Apart(why));
     }
     let start = Position::epoch_start(state.lineage, state.epoch, state.epoch_start);
     match reader.seek(&start) {
         Ok(()) => Ok(start),
+        Err(error) if is_transient(&error) => Err(Unjoined::Transient(error.to_string())),
         Err(error) => {
-            Err(format!("{why}, and the start of this epoch is no longer in the source journal ({error})"))
+            let at =
+                format!("{why}, and the start of this epoch is no longer in the source journal ({error})");
+            Err(Unjoined::Apart(at))
         }
     }
+}
+
+/// Why shipping cannot start.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unjoined {
+    /// The histories do not join: a synchronisation is needed.
+    Apart(String),
+    /// The journal could not be read this time.
+    Transient(String),
+}
+
+/// Errors of the moment (descriptors, a disk that answers again), which say nothing about the histories.
+pub fn is_transient(error: &journal::Error) -> bool {
+    use journal::ErrorKind::{Corrupt, Malformed, NotHeld, OutOfOrder, Unsupported};
+    !matches!(error.kind, Corrupt | Malformed | NotHeld | OutOfOrder | Unsupported)
 }
 
 /// Reads frames in order and hands them to the link until the link goes away or the agent stops.
@@ -82,4 +103,39 @@ pub fn read_ahead(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::StateFile;
+    use journal::io::{Disk, RealDisk};
+    use journal::writer::{Writer, WriterOptions};
+    use journal::{Epoch, EpochId, Lsn};
+
+    #[test]
+    fn a_receiver_beyond_the_start_of_the_epoch_is_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let mut file = StateFile::open(&disk, dir.path()).unwrap();
+        file.begin_epoch(Some(Lsn::ZERO), true).unwrap();
+        file.begin_epoch(Some(Lsn(500)), true).unwrap();
+        let state = file.get();
+        let start = Position::epoch_start(state.lineage, state.epoch, state.epoch_start);
+        let options = WriterOptions { group: state.group, segment_bytes: 4 << 20 };
+        let journal = dir.path().join("journal");
+        drop(Writer::create(disk.clone(), &journal, options, start, 0).unwrap());
+        let mut reader = Reader::open(disk, &journal).unwrap();
+        let old = Epoch { number: 1, id: EpochId([9; 16]) };
+        let mut resume = |lsn| {
+            let held = Position { lineage: state.lineage, epoch: old, lsn: Lsn(lsn), chain: 0 };
+            choose_start(&mut reader, Some(&held), state)
+        };
+        assert_eq!(resume(500), Ok(start), "everything is sent again, above what it holds");
+        assert!(
+            matches!(resume(1000), Err(Unjoined::Apart(_))),
+            "rolled back: only a newer epoch above both helps"
+        );
+        assert_eq!(choose_start(&mut reader, None, state), Ok(start));
+    }
 }

@@ -58,14 +58,16 @@ pub struct Started {
     pub volumes: Vec<OpenVolume>,
     /// The group's ring.
     pub ring: SharedRing,
-    /// The source journal, in the current epoch.
-    pub writer: Writer,
+    /// The source journal, in the current epoch; where none can be had, why: the disk is served all the same.
+    pub writer: std::result::Result<Writer, String>,
     /// What is to be done first.
     pub repair: Repair,
     /// Why, in an operator's words; empty when nothing is to be done.
     pub cause: String,
     /// No replica was ever consistent: this is the first synchronisation.
     pub first: bool,
+    /// Time of the newest journaled record, ns; 0 where there is none.
+    pub last_time_ns: u64,
 }
 
 /// Where the ring of this group lives.
@@ -89,8 +91,11 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
         doubts.push("first synchronisation".to_owned());
     }
     let buffered: Arc<dyn Disk> = Arc::new(BufferedDisk::new(disk));
-    let (writer, damage) = open_journal(&buffered, settings, &state)?;
-    doubts.extend(damage);
+    let (writer, doubt, unusable) = match open_journal(&buffered, settings, &mut state) {
+        Ok((writer, doubt)) => (writer, doubt, None),
+        Err(error) => (None, Some("the source journal cannot be used".to_owned()), Some(describe(&error))),
+    };
+    doubts.extend(doubt);
 
     let journaled = writer.as_ref().map(|writer| writer.appended().lsn);
     let taken = take_over(settings, &state, &volumes, writer.as_ref())?;
@@ -112,20 +117,23 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
             }
         }
     }
-    state.update(|state| state.clean = None)?;
-
+    let last_time_ns =
+        writer.as_ref().and_then(|writer| writer.segments().iter().map(|s| s.last_time_ns).max());
+    let last_time_ns = last_time_ns.unwrap_or(0);
     if doubts.is_empty()
         && let Some(writer) = writer
     {
         let (ring, repair, cause) = match same_epoch {
             Some(ring) => dirty_repair(ring, &volumes),
-            None => (
-                create_ring(settings, &state, &volumes, last.unwrap_or_default().next())?,
-                Repair::None,
-                String::new(),
-            ),
+            None => {
+                let first_lsn = last.unwrap_or_default().next();
+                let ring = create_ring(settings, &state, &volumes, first_lsn, last_time_ns)?;
+                (ring, Repair::None, String::new())
+            }
         };
-        return Ok(Started { state, volumes, ring, writer, repair, cause, first });
+        // The ring stands: from here on the next start goes by it.
+        state.update(|state| state.clean = None)?;
+        return Ok(Started { state, volumes, ring, writer: Ok(writer), repair, cause, first, last_time_ns });
     }
     drop(same_epoch);
 
@@ -136,16 +144,37 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     let last = last.map(|last| last.max(journaled.unwrap_or_default()).max(state.get().epoch_start));
     state.begin_epoch(last, true)?;
     let at = Position::epoch_start(state.get().lineage, state.get().epoch, state.get().epoch_start);
-    let options = writer_options(settings, &state);
-    let writer = match writer {
-        Some(mut writer) => {
-            writer.begin_epoch(at, now_ns())?;
-            writer
+    let dir = settings.dir.join("journal");
+    let begun = match (writer, unusable) {
+        (_, Some(why)) => Err(why),
+        (Some(mut writer), None) => {
+            writer.begin_epoch(at, now_ns()).map(|()| writer).map_err(|error| error.to_string())
         }
-        None => Writer::create(buffered, &settings.dir.join("journal"), options, at, now_ns())?,
+        (None, None) => Writer::create(buffered, &dir, writer_options(settings, &state), at, now_ns())
+            .map_err(|error| error.to_string()),
     };
-    let ring = create_ring(settings, &state, &volumes, at.lsn.next())?;
-    Ok(Started { state, volumes, ring, writer, repair: Repair::Everything, cause, first })
+    let ring = create_ring(settings, &state, &volumes, at.lsn.next(), last_time_ns)?;
+    if begun.is_err() {
+        ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
+    }
+    Ok(Started {
+        state,
+        volumes,
+        ring,
+        writer: begun,
+        repair: Repair::Everything,
+        cause,
+        first,
+        last_time_ns,
+    })
+}
+
+/// An error and what is behind it, in one line.
+fn describe(error: &Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
 }
 
 fn writer_options(settings: &conf::Replicator, state: &StateFile) -> WriterOptions {
@@ -164,7 +193,7 @@ fn open_volumes(
     let mut known: Vec<KnownVolume> = state.get().volumes.clone();
     for volume in &settings.volume {
         create_missing(volume)?;
-        let stamp_ns = stamp_ns(&volume.path);
+        let stamp = stamp(&volume.path);
         let backing = Backing::open(&volume.path, Access::ReadWrite)
             .map_err(|error| Error::because(ErrorKind::Settings, format!("volume {}", volume.name), error))?;
         let size_bytes = backing.size_bytes();
@@ -184,7 +213,7 @@ fn open_volumes(
                     uuid: VolumeUuid(*uuid::Uuid::new_v4().as_bytes()),
                     name: volume.name.clone(),
                     size_bytes,
-                    stamp_ns,
+                    stamp,
                     present: true,
                 });
                 known.len() - 1
@@ -204,7 +233,7 @@ fn open_volumes(
         if size_bytes > entry.size_bytes {
             doubts.push(format!("volume {} grew", volume.name));
         }
-        if clean && stamp_ns != entry.stamp_ns {
+        if clean && (stamp.is_none() || stamp != entry.stamp) {
             doubts.push(format!("volume {} was changed while it was not protected", volume.name));
         }
         if !entry.present {
@@ -248,11 +277,29 @@ fn create_missing(volume: &conf::Volume) -> Result<()> {
     })
 }
 
-/// Modification time of a regular file, ns: whether others wrote to it while nobody protected it.
-pub fn stamp_ns(path: &Path) -> Option<u64> {
-    let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
-    let since = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
-    u64::try_from(since.as_nanos()).ok()
+/// What changes when others write to a backing while nobody protects it. Files: change time, modification time and
+/// inode. Block devices: the sectors written to them since this boot; another boot always differs.
+pub fn stamp(path: &Path) -> Option<[u64; 3]> {
+    use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+    let metadata = std::fs::metadata(path).ok()?;
+    if metadata.is_file() {
+        let ns = |seconds: i64, nanos: i64| {
+            seconds.wrapping_mul(1_000_000_000).wrapping_add(nanos).cast_unsigned()
+        };
+        let changed = ns(metadata.ctime(), metadata.ctime_nsec());
+        return Some([changed, ns(metadata.mtime(), metadata.mtime_nsec()), metadata.ino()]);
+    }
+    if !metadata.file_type().is_block_device() {
+        return None;
+    }
+    let device = metadata.rdev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let stat = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    // Fields of the kernel's block/stat: the seventh is sectors written.
+    let written = stat.split_whitespace().nth(6)?.parse().ok()?;
+    let boot = u128::from_be_bytes(boot_id().ok()?);
+    let low = u64::try_from(boot & u128::from(u64::MAX)).ok()?;
+    Some([low, u64::try_from(boot >> 64).ok()?, written])
 }
 
 /// Opens the source journal. A damaged one is set aside: the source disk is the truth, so the price is a
@@ -260,12 +307,27 @@ pub fn stamp_ns(path: &Path) -> Option<u64> {
 fn open_journal(
     disk: &Arc<dyn Disk>,
     settings: &conf::Replicator,
-    state: &StateFile,
+    state: &mut StateFile,
 ) -> Result<(Option<Writer>, Option<String>)> {
     let dir = settings.dir.join("journal");
     let create = |error| Error::because(ErrorKind::Io, format!("create {}", dir.display()), error);
     disk.create_dir(&dir).map_err(create)?;
+    let set_aside = |why: &dyn std::fmt::Display| {
+        let aside = settings.dir.join(format!("journal.damaged-{}", now_ns()));
+        tracing::error!(%why, aside = %aside.display(), "the source journal is damaged; it is set aside, remove it when it was looked at");
+        std::fs::rename(&dir, &aside)
+            .map_err(|error| Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error))?;
+        disk.create_dir(&dir).map_err(create)
+    };
+    if state.get().journal_damaged {
+        set_aside(&"a frame that the receiver needs is unreadable")?;
+        state.update(|state| state.journal_damaged = false)?;
+        return Ok((None, Some("the source journal was damaged".to_owned())));
+    }
     if !Writer::exists(disk.as_ref(), &dir)? {
+        if disk.list(&dir).is_ok_and(|names| names.iter().any(|name| name.ends_with(".seg"))) {
+            set_aside(&"its control file is gone")?;
+        }
         return Ok((None, (state.get().epoch.number > 0).then(|| "the source journal is gone".to_owned())));
     }
     let current = state.get().epoch;
@@ -279,12 +341,7 @@ fn open_journal(
             Ok((Some(writer), doubt))
         }
         Err(error) if matches!(error.kind, journal::ErrorKind::Corrupt | journal::ErrorKind::Malformed) => {
-            let aside = settings.dir.join(format!("journal.damaged-{}", now_ns()));
-            tracing::error!(%error, aside = %aside.display(), "the source journal is damaged; it is set aside");
-            std::fs::rename(&dir, &aside).map_err(|error| {
-                Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error)
-            })?;
-            disk.create_dir(&dir).map_err(create)?;
+            set_aside(&error)?;
             Ok((None, Some(format!("the source journal was damaged: {error}"))))
         }
         Err(error) => Err(error.into()),
@@ -318,20 +375,21 @@ fn take_over(
         }
     };
     let mut redone = 0_u64;
-    let mut unredone = None;
+    let mut failed = Vec::new();
     for record in taken.undone() {
         if let Err(error) = redo(&record, volumes) {
-            unredone = Some(error);
-            break;
+            // The write was never answered: its range is read again instead of keeping the whole disk from its users.
+            tracing::error!(%error, "an unfinished write of the last run cannot be redone");
+            failed.push((record.volume(), record.offset()..record.offset() + record.length()));
         }
         taken.mark_done(&record);
         redone += 1;
     }
-    if let Some(error) = unredone {
-        return Err(error);
-    }
     let ring =
         taken.finish().map_err(|_| Error::new(ErrorKind::Ring, "the ring still holds undone writes"))?;
+    for (volume, range) in failed {
+        ring.mark_dirty(volume, range);
+    }
     if redone > 0 {
         tracing::info!(writes = redone, "writes of the last run redone to the backing");
     }
@@ -357,7 +415,7 @@ fn redo(record: &kfilter::RecordRef<'_>, volumes: &[OpenVolume]) -> Result<()> {
     };
     redone.map_err(|error| {
         let at = format!(
-            "volume {}: redo the write at byte {} (lsn {}); the ring keeps it, repair the disk and start again",
+            "volume {}: redo the write at byte {} (lsn {})",
             volume.known.name,
             record.offset(),
             record.lsn()
@@ -377,6 +435,7 @@ fn create_ring(
     state: &StateFile,
     volumes: &[OpenVolume],
     first_lsn: Lsn,
+    last_time_ns: u64,
 ) -> Result<SharedRing> {
     let specs: Vec<VolumeSpec> = volumes
         .iter()
@@ -392,6 +451,7 @@ fn create_ring(
         volumes: &specs,
         ring_bytes: settings.ring.bytes,
         first_lsn: first_lsn.0,
+        last_time_ns,
     };
     let dir = ring_dir(settings, state);
     SharedRing::create(&dir, &spec).map_err(|error| Error::because(ErrorKind::Ring, "make the ring", error))

@@ -41,8 +41,8 @@ pub struct KnownVolume {
     pub name: String,
     /// Size when last seen, bytes.
     pub size_bytes: u64,
-    /// Content's stamp at the clean stop: modification time, ns; `None` for block devices.
-    pub stamp_ns: Option<u64>,
+    /// What tells whether others wrote to it since the clean stop ([`crate::start::stamp`]).
+    pub stamp: Option<[u64; 3]>,
     /// False once it left the group.
     pub present: bool,
 }
@@ -67,6 +67,8 @@ pub struct SourceState {
     pub clean: Option<Lsn>,
     /// A gap that only a synchronisation of everything repairs.
     pub needs_resync: Option<Gap>,
+    /// A frame of the journal is unreadable: the next start sets it aside.
+    pub journal_damaged: bool,
     /// The next epoch's number must be above this (the peer has seen it).
     pub above_epoch: u64,
     /// … and its lsns above this.
@@ -132,15 +134,16 @@ impl StateFile {
     /// `last` is the newest lsn known to have been used; an unclean end is covered by the lease.
     ///
     /// # Errors
-    /// The disk refused.
+    /// The disk refused, or the numbers are used up.
     pub fn begin_epoch(&mut self, last: Option<Lsn>, full: bool) -> Result<()> {
+        let above = self.state.epoch.number.max(self.state.above_epoch);
+        let number = above.checked_add(1).ok_or_else(|| {
+            Error::new(ErrorKind::Settings, "epoch numbers are used up; protect the disk as a new group")
+        })?;
         let start = last.unwrap_or(self.state.lease_end).max(self.state.above_lsn);
         assert!(start >= self.state.epoch_start, "lsns never run back");
         self.update(|state| {
-            state.epoch = Epoch {
-                number: state.epoch.number.max(state.above_epoch) + 1,
-                id: EpochId(*uuid::Uuid::new_v4().as_bytes()),
-            };
+            state.epoch = Epoch { number, id: EpochId(*uuid::Uuid::new_v4().as_bytes()) };
             state.epoch_start = start;
             state.epoch_is_full = full;
             state.lease_end = Lsn(start.0.saturating_add(LEASE));
@@ -172,6 +175,7 @@ impl SourceState {
             lease_end: Lsn::ZERO,
             clean: None,
             needs_resync: None,
+            journal_damaged: false,
             above_epoch: 0,
             above_lsn: Lsn::ZERO,
             volumes: Vec::new(),

@@ -127,6 +127,14 @@ impl Board {
         inner.why = why;
     }
 
+    /// How far a synchronisation is: new words for the state it runs under; nothing when that is no longer the state.
+    pub fn progress(&self, running: State, why: String) {
+        let mut inner = self.lock();
+        if worst(&inner.volumes) == running {
+            inner.why = why;
+        }
+    }
+
     /// Worst state and its cause.
     pub fn state(&self) -> (State, String) {
         let inner = self.lock();
@@ -195,6 +203,17 @@ mod tests {
         board.change(State::NeedsResync, "and now this");
         assert_eq!(board.state().0, State::NeedsResync);
         board.change(State::Resyncing, "repair");
+        board.progress(State::Resyncing, "half".into());
+        assert_eq!(board.state(), (State::Resyncing, "half".into()));
+        board.change(State::NeedsResync, "foreign history");
+        board.progress(State::Resyncing, "all".into());
+        board.change(State::Replicating, "");
+        assert_eq!(
+            board.state(),
+            (State::NeedsResync, "foreign history".into()),
+            "set meanwhile, not overwritten"
+        );
+        board.change(State::Resyncing, "again");
         board.change(State::Replicating, "");
         assert_eq!(board.state().0, State::Replicating);
     }

@@ -38,6 +38,7 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
     // What a synchronisation captures before the front opens belongs to "so far": fixed once it is replicating.
     let mut wanted = None;
     loop {
+        agent.notice_overflow();
         let (state, why) = agent.shared.board.state();
         let synchronising = matches!(state, State::Syncing | State::Resyncing | State::Detached);
         if state != State::Replicating && !synchronising {
@@ -54,7 +55,8 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
         }
         if !synchronising {
             let lsn = *wanted.get_or_insert_with(|| Lsn(agent.shared.ring.captured_lsn()));
-            if seen.checkpoint >= lsn {
+            // Positions of another epoch say nothing about this one, however high they are.
+            if seen.epoch == agent.state().get().epoch.number && seen.checkpoint >= lsn {
                 return Ok(WaitOutcome::Done { lsn });
             }
             // A full queue holds enough requests of this kind.

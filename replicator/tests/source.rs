@@ -200,3 +200,23 @@ async fn two_agents_never_serve_one_directory_and_a_shrunk_volume_is_refused() {
     let shrunk = Replicator::start(settings).await.err().unwrap();
     assert!(shrunk.to_string().contains("shrank"), "{shrunk}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_journal_that_cannot_be_had_keeps_nobody_from_the_disk() {
+    let dirs = Dirs::new();
+    let settings = dirs.settings();
+    std::fs::write(dirs.state.path().join("journal"), b"in the way").unwrap();
+    let handle = Replicator::start(settings.clone()).await.unwrap();
+    let group = until(&handle, "served", |group| group.volumes[0].nbd_uri.is_some()).await;
+    assert_eq!(group.state, State::Degraded, "{}", group.why);
+    qemu_io(&settings, &["write -P 3 0 64k", "flush"]);
+    assert!(matches!(handle.wait(Duration::from_secs(60)).await.unwrap(), WaitOutcome::Impossible { .. }));
+    handle.shutdown().await.unwrap();
+
+    std::fs::remove_file(dirs.state.path().join("journal")).unwrap();
+    let handle = Replicator::start(settings).await.unwrap();
+    until(&handle, "synchronised", |group| group.state == State::Replicating).await;
+    handle.shutdown().await.unwrap();
+    let (image, _) = replay(dirs.state.path());
+    assert!(image == std::fs::read(dirs.state.path().join("disk.img")).unwrap());
+}

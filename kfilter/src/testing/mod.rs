@@ -147,7 +147,7 @@ unsafe impl Host for Heap {
 /// A new ring on the heap, with `VOLUMES`.
 pub fn heap_ring(ring_bytes: u64, first_lsn: u64) -> Ring<Heap> {
     let layout = Layout::plan(ring_bytes, &VOLUMES).unwrap();
-    Ring::format(Heap::new(layout.total_bytes), &IDENTITY, &VOLUMES, ring_bytes, first_lsn).unwrap()
+    Ring::format(Heap::new(layout.total_bytes), &IDENTITY, &VOLUMES, ring_bytes, first_lsn, 0).unwrap()
 }
 
 /// Bytes that name their write.

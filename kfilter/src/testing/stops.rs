@@ -53,7 +53,7 @@ impl Story {
             })
         };
         let heap = Heap::new(layout.total_bytes).hooked(hook);
-        let ring = Ring::format(heap, &IDENTITY, &VOLUMES, ring_bytes, 100).unwrap();
+        let ring = Ring::format(heap, &IDENTITY, &VOLUMES, ring_bytes, 100, 0).unwrap();
         armed.set(true);
         Self { ring, promise, stops, now_ns: 1000, next_lsn: 100 }
     }
