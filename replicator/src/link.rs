@@ -166,7 +166,10 @@ impl Link {
         }
         self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO);
         let reader = match self.open_reader(resume) {
-            Ok(reader) => reader,
+            Ok((reader, start)) => {
+                self.agent.shared.progress.starts_at(&start);
+                reader
+            }
             Err(Unjoined::Transient(why)) => {
                 return Ok(End::Lost(format!("the source journal cannot be read: {why}")));
             }
@@ -238,7 +241,7 @@ impl Link {
         }
     }
 
-    fn open_reader(&self, resume: Option<Position>) -> std::result::Result<Reader, Unjoined> {
+    fn open_reader(&self, resume: Option<Position>) -> std::result::Result<(Reader, Position), Unjoined> {
         let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
             if ship::is_transient(&error) {
@@ -247,8 +250,8 @@ impl Link {
                 Unjoined::Apart(format!("the source journal cannot be read: {error}"))
             }
         })?;
-        ship::choose_start(&mut reader, resume.as_ref(), self.agent.state().get())?;
-        Ok(reader)
+        let start = ship::choose_start(&mut reader, resume.as_ref(), self.agent.state().get())?;
+        Ok((reader, start))
     }
 
     fn start_reader(&self, reader: Reader) -> mpsc::Receiver<Bytes> {

@@ -383,15 +383,11 @@ impl Pipeline {
     }
 }
 
-/// How far the receiver has acknowledged, as retention reads it.
+/// Up to where segments may go, as retention reads it.
 fn acknowledged(progress: &Progress, stamp: &Stamp) -> Position {
-    let peer = progress.peer();
-    Position {
-        lineage: stamp.lineage,
-        epoch: journal::Epoch { number: peer.epoch, ..stamp.epoch },
-        lsn: peer.received,
-        chain: 0,
-    }
+    let (number, lsn) = progress.droppable();
+    let epoch = journal::Epoch { number, ..stamp.epoch };
+    Position { lineage: stamp.lineage, epoch, lsn, chain: 0 }
 }
 
 fn ring_lost(malformed: kfilter::consumer::Malformed) -> Error {

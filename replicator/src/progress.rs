@@ -45,7 +45,18 @@ pub struct PeerView {
 struct Inner {
     journaled: Position,
     entries: VecDeque<Entry>,
+    /// Up to here frames need not be kept: acknowledged, or older than where the receiver starts.
+    droppable: (u64, Lsn),
     closed: bool,
+}
+
+impl Inner {
+    fn drop_up_to(&mut self, order: (u64, Lsn)) {
+        while self.entries.front().is_some_and(|entry| entry.order <= order) {
+            self.entries.pop_front();
+        }
+        self.droppable = self.droppable.max(order);
+    }
 }
 
 /// The shared positions.
@@ -61,7 +72,7 @@ impl Progress {
         let entries =
             backlog.map(|(order, first_time_ns, bytes)| Entry { order, first_time_ns, bytes }).collect();
         Progress {
-            inner: Mutex::new(Inner { journaled, entries, closed: false }),
+            inner: Mutex::new(Inner { journaled, entries, droppable: (0, Lsn::ZERO), closed: false }),
             appended: Condvar::new(),
             peer: watch::Sender::new(PeerView::default()),
         }
@@ -119,17 +130,23 @@ impl Progress {
 
     /// The receiver's positions moved.
     pub fn acknowledged(&self, epoch: u64, received: Lsn, applied: Lsn, checkpoint: Lsn) {
-        let mut inner = self.lock();
-        while inner.entries.front().is_some_and(|entry| entry.order <= (epoch, received)) {
-            inner.entries.pop_front();
-        }
-        drop(inner);
+        self.lock().drop_up_to((epoch, received));
         self.peer.send_modify(|peer| {
             peer.epoch = epoch;
             peer.received = received;
             peer.applied = applied;
             peer.checkpoint = checkpoint;
         });
+    }
+
+    /// The receiver starts at this position: what is older will never be asked for.
+    pub fn starts_at(&self, start: &Position) {
+        self.lock().drop_up_to(start.order());
+    }
+
+    /// Up to here segments may be dropped when their room is needed.
+    pub fn droppable(&self) -> (u64, Lsn) {
+        self.lock().droppable
     }
 
     /// The link or the receiver's state changed.

@@ -84,9 +84,6 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     let mut state = StateFile::open(&disk, &settings.dir)?;
     let first = state.get().epoch.number == 0;
     let (volumes, mut doubts) = open_volumes(settings, &mut state)?;
-    if let Some(gap) = state.get().needs_resync.clone() {
-        doubts.push(gap.cause);
-    }
     if first {
         doubts.push("first synchronisation".to_owned());
     }
@@ -112,8 +109,11 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
         }
         Err(lost) => {
             last = last.or(state.get().clean);
-            if !first {
+            // After a clean stop there is no ring to be found: that is no news.
+            if !first && state.get().clean.is_none() {
                 doubts.push(lost);
+            } else if doubts.is_empty() {
+                doubts.push("the source journal does not end where the last run stopped".to_owned());
             }
         }
     }
@@ -186,7 +186,7 @@ fn open_volumes(
     settings: &conf::Replicator,
     state: &mut StateFile,
 ) -> Result<(Vec<OpenVolume>, Vec<String>)> {
-    let mut doubts = Vec::new();
+    let mut doubts: Vec<String> = state.get().needs_resync.iter().map(|gap| gap.cause.clone()).collect();
     let mut opened = Vec::new();
     let clean = state.get().clean.is_some();
     let first = state.get().volumes.is_empty();

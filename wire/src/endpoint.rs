@@ -58,7 +58,7 @@ impl Client {
         let tls = QuicClientConfig::try_from(tls::client(identity, pinned)?).map_err(no_suite)?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         config.transport_config(tuning.transport(Side::Client)?);
-        let mut endpoint = stand(socket, None)?;
+        let mut endpoint = stand(socket, None, identity)?;
         endpoint.set_default_client_config(config);
         Ok(Client { endpoint, buffers: None })
     }
@@ -147,7 +147,7 @@ impl Server {
         let tls = QuicServerConfig::try_from(tls::server(identity, accept)?).map_err(no_suite)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
         config.transport_config(tuning.transport(Side::Server)?);
-        Ok(Server { endpoint: stand(socket, Some(config))?, buffers: None })
+        Ok(Server { endpoint: stand(socket, Some(config), identity)?, buffers: None })
     }
 
     /// The next client that knocks, its handshake not begun; `None` once the endpoint is closed. The caller counts, and
@@ -209,14 +209,46 @@ fn wrap(socket: std::net::UdpSocket) -> Result<Arc<dyn AsyncUdpSocket>> {
         .map_err(|e| Error::because(ErrorKind::Bind, "register the udp socket", e))
 }
 
-fn stand(socket: Arc<dyn AsyncUdpSocket>, server: Option<quinn::ServerConfig>) -> Result<quinn::Endpoint> {
+fn stand(
+    socket: Arc<dyn AsyncUdpSocket>,
+    server: Option<quinn::ServerConfig>,
+    identity: &Identity,
+) -> Result<quinn::Endpoint> {
     quinn::Endpoint::new_with_abstract_socket(
-        EndpointConfig::default(),
+        EndpointConfig::new(Arc::new(ResetKey(identity.derive(b"afterimage stateless reset")))),
         server,
         socket,
         Arc::new(TokioRuntime),
     )
     .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
+}
+
+/// The key of stateless resets (RFC 9000, section 10.3), the same for every process of an identity: so a peer learns from
+/// the first packet that reaches a restarted process that the old connection is gone, and not from silence.
+struct ResetKey([u8; 32]);
+
+impl ResetKey {
+    fn mac(&self, bytes: &[u8]) -> hmac::Hmac<sha2::Sha256> {
+        use hmac::Mac as _;
+        let mac = hmac::Hmac::new_from_slice(&self.0).expect("HMAC takes keys of any length");
+        mac.chain_update(bytes)
+    }
+}
+
+impl quinn::crypto::HmacKey for ResetKey {
+    fn sign(&self, bytes: &[u8], signature: &mut [u8]) {
+        use hmac::Mac as _;
+        signature.copy_from_slice(&self.mac(bytes).finalize().into_bytes());
+    }
+
+    fn signature_len(&self) -> usize {
+        32
+    }
+
+    fn verify(&self, bytes: &[u8], signature: &[u8]) -> std::result::Result<(), quinn::crypto::CryptoError> {
+        use hmac::Mac as _;
+        self.mac(bytes).verify_slice(signature).map_err(|_| quinn::crypto::CryptoError)
+    }
 }
 
 fn no_suite(e: quinn::crypto::rustls::NoInitialCipherSuite) -> Error {

@@ -157,6 +157,12 @@ impl Identity {
         vec![self.certificate.clone()]
     }
 
+    /// A secret of this identity for one purpose, the same in every process.
+    pub(crate) fn derive(&self, purpose: &[u8]) -> [u8; 32] {
+        use sha2::Digest as _;
+        sha2::Sha256::new().chain_update(purpose).chain_update(self.key.secret_der()).finalize().into()
+    }
+
     pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
         self.key.clone_key()
     }
