@@ -39,8 +39,8 @@ const MIN_WINDOW_BYTES: u64 = 16 << 20;
 const MAX_WINDOW_BYTES: u64 = 1 << 30;
 /// Pieces below this are copied over before they are written.
 const SMALL_PIECE_BYTES: u64 = 128 << 10;
-/// Bytes copied at once.
-const COPY_BYTES: u64 = 1 << 20;
+/// Bytes copied at once: what stays in a core's own cache between its read and its write.
+const COPY_BYTES: u64 = 256 << 10;
 
 /// What is to be restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -375,7 +375,7 @@ impl<'a> Content<'a> {
             let mut from = data.start.max(gap.start);
             let end = data.end.min(gap.end);
             while from < end {
-                let bytes = usize::try_from(COPY_BYTES.min(end - from)).expect("at most 1 MiB");
+                let bytes = usize::try_from(COPY_BYTES.min(end - from)).expect("at most COPY_BYTES");
                 self.buffer.resize(bytes, 0);
                 let got = self.replica.read_at(&mut self.buffer, from).map_err(|e| failed(from, e))?;
                 target.write_sparse(&self.buffer[..got], from)?;
