@@ -165,7 +165,10 @@ impl TwoSlot {
     /// # Errors
     /// The disk's; the stored payload stays in force.
     pub fn note(&mut self, payload: &[u8]) -> Result<()> {
-        assert!(payload.len() <= self.max_payload_bytes(), "a control payload has a bound known to its owner");
+        assert!(
+            payload.len() <= self.max_payload_bytes(),
+            "a control payload has a bound known to its owner"
+        );
         let slot = encode_slot(self.sequence + 1, payload, self.slot_bytes);
         self.file
             .write_at(&slot, self.next * self.slot_bytes as u64)

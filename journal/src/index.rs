@@ -33,7 +33,7 @@
 //! a binary search finds what covers an address. Live segments carry frame entries only (decision 0003).
 
 use crate::frame::FrameHeader;
-use crate::io::{Disk, Mapped};
+use crate::io::{Disk, read_exact_at};
 use crate::layout::RawPosition;
 use crate::record::{Op, Records};
 use crate::segment::{SegmentHeader, SegmentSummary};
@@ -312,9 +312,10 @@ fn footer_bytes(frames: usize, extents: usize) -> Option<usize> {
     entries.checked_add(HEAD_BYTES + TRAILER_BYTES)?.checked_next_multiple_of(SECTOR_BYTES)
 }
 
-/// The index of a sealed segment, checked as a whole and searched in place.
+/// The index of a sealed segment, read and checked as a whole, then searched as it is. It is not mapped: a sector that
+/// cannot be read must be an error with its place, and in a mapping it would be a SIGBUS.
 pub struct SegmentIndex {
-    footer: Mapped,
+    footer: Vec<u8>,
     head: RawHead,
     offset: u64,
 }
@@ -346,10 +347,7 @@ impl SegmentIndex {
         segment.read(&mut trailer, trailer_at)?;
         let (offset, footer_crc) =
             check_trailer(&trailer, segment).map_err(|what| corrupt(trailer_at, what))?;
-        let footer = segment
-            .file
-            .map(offset..trailer_at)
-            .map_err(|error| Error::io(format!("map {}: offset {offset}", segment.path.display()), error))?;
+        let footer = read_footer(segment, offset..trailer_at)?;
         let index =
             SegmentIndex::parse(footer, footer_crc, segment, offset).map_err(|what| corrupt(offset, what))?;
         Ok(index)
@@ -385,17 +383,14 @@ impl SegmentIndex {
         let Ok((claimed, footer_crc)) = check_trailer(&trailer, &exact) else {
             return Ok(None);
         };
-        let footer = segment
-            .file
-            .map(offset..trailer_at)
-            .map_err(|error| Error::io(format!("map {}: offset {offset}", segment.path.display()), error))?;
+        let footer = read_footer(segment, offset..trailer_at)?;
         Ok((claimed == offset)
             .then(|| SegmentIndex::parse(footer, footer_crc, &exact, offset).ok())
             .flatten())
     }
 
     fn parse(
-        footer: Mapped,
+        footer: Vec<u8>,
         footer_crc: u32,
         segment: &SegmentFile,
         offset: u64,
@@ -447,6 +442,11 @@ impl SegmentIndex {
     /// Offset of the footer in the file: where the items end.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Bytes of memory that the index takes.
+    pub fn footer_bytes(&self) -> u64 {
+        self.footer.len() as u64
     }
 
     /// Size of the sealed file.
@@ -512,6 +512,17 @@ impl SegmentIndex {
         summary.sealed = true;
         summary
     }
+}
+
+/// The footer without its trailer; `range` lies in the file.
+fn read_footer(segment: &SegmentFile, range: Range<u64>) -> Result<Vec<u8>> {
+    let failed = |error| {
+        Error::io(format!("read footer of {}: offset {}", segment.path.display(), range.start), error)
+    };
+    let bytes = usize::try_from(range.end - range.start).map_err(|e| failed(std::io::Error::other(e)))?;
+    let mut footer = vec![0; bytes];
+    read_exact_at(&*segment.file, &mut footer, range.start).map_err(failed)?;
+    Ok(footer)
 }
 
 /// Offset and CRC of the footer that ends at the segment's size.
@@ -606,6 +617,22 @@ mod tests {
         assert_eq!((without[10], without[32]), (1, 0), "flagged, no extents");
         without.truncate(448);
         assert!(without[176..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_sector_that_cannot_be_read_is_an_error_with_its_place() {
+        let disk = SimDisk::new();
+        let path = Path::new("/s").join(segment::file_name(9));
+        let mut file = header().encode().to_vec();
+        file.resize(2048, 1);
+        file.extend_from_slice(&footer(true));
+        disk.put(&path, file);
+        disk.fail_reads(&path, Some(2048..2100));
+        let error = SegmentIndex::open(&disk, &path).err().unwrap();
+        assert_eq!(error.kind, ErrorKind::Io);
+        assert!(error.at.contains("offset 2048"), "{error}");
+        disk.fail_reads(&path, None);
+        SegmentIndex::open(&disk, &path).unwrap();
     }
 
     #[test]

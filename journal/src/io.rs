@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs;
 use std::io;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
@@ -37,6 +37,19 @@ pub trait Disk: Send + Sync + 'static {
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     /// Creates a directory and its parents, durably; fine if it exists.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Room on the file system that holds `path`; `None` where it cannot be known.
+    fn room(&self, _path: &Path) -> io::Result<Option<Room>> {
+        Ok(None)
+    }
+}
+
+/// Room on a file system, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Free, for whoever asks.
+    pub free_bytes: u64,
+    /// In all.
+    pub total_bytes: u64,
 }
 
 /// One open file. Offsets and lengths are bytes.
@@ -59,34 +72,6 @@ pub trait File: Send + Sync + 'static {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
     /// Asks the kernel to start writing a range back, without waiting for it; a hint that may do nothing.
     fn start_writeback(&self, range: Range<u64>) -> io::Result<()>;
-    /// A range of a file that nobody changes any more, for searching in place. By default it is read into memory.
-    fn map(&self, range: Range<u64>) -> io::Result<Mapped> {
-        let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
-        let mut bytes = vec![0; len];
-        if self.read_at(&mut bytes, range.start)? < len {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        Ok(Mapped(Source::Read(bytes)))
-    }
-}
-
-/// Bytes of a file, mapped where the disk offers it and read where not.
-pub struct Mapped(Source);
-
-enum Source {
-    Read(Vec<u8>),
-    Mmap(memmap2::Mmap),
-}
-
-impl Deref for Mapped {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match &self.0 {
-            Source::Read(bytes) => bytes,
-            Source::Mmap(map) => map,
-        }
-    }
 }
 
 /// Reads exactly `buffer.len()` bytes; fewer is an error.
@@ -156,6 +141,12 @@ impl Disk for RealDisk {
         }
         let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         self.sync_dir(parent.unwrap_or(Path::new(".")))
+    }
+
+    fn room(&self, path: &Path) -> io::Result<Option<Room>> {
+        let found = rustix::fs::statvfs(path)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        Ok(Some(Room { free_bytes: bytes(found.f_bavail), total_bytes: bytes(found.f_blocks) }))
     }
 }
 
@@ -267,17 +258,6 @@ impl File for RealFile {
         let _ = result;
         Ok(())
     }
-
-    fn map(&self, range: Range<u64>) -> io::Result<Mapped> {
-        let len = usize::try_from(range.end.saturating_sub(range.start)).map_err(io::Error::other)?;
-        if range.end > self.size()? {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        // SAFETY: read-only. Callers map sealed segments, which nothing writes or cuts while they have their name;
-        // whoever may write the directory could also kill this process, so a cut by others is no new power.
-        let map = unsafe { memmap2::MmapOptions::new().offset(range.start).len(len).map(&self.file)? };
-        Ok(Mapped(Source::Mmap(map)))
-    }
 }
 
 /// Eight random bytes: tells apart two lives of a file that may hold the same bytes.
@@ -308,8 +288,8 @@ mod tests {
         file.start_writeback(0..1 << 20).unwrap();
         let data = file.next_data(299_000).unwrap().unwrap();
         assert!(data.start <= 300_000 && data.end >= 300_005, "{data:?}");
-        assert_eq!(&file.map(300_000..300_005).unwrap()[..], b"hello");
-        assert!(file.map(0..(1 << 20) + 1).is_err(), "no mapping beyond the end");
+        let room = RealDisk.room(&path).unwrap().unwrap();
+        assert!(room.free_bytes <= room.total_bytes && room.total_bytes > 1 << 20, "{room:?}");
         file.punch_hole(299_000..301_000).unwrap();
         let mut buffer = [1; 5];
         assert_eq!(file.read_at(&mut buffer, 300_000).unwrap(), 5);

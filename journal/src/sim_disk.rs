@@ -4,10 +4,13 @@
 //! ([`SimDisk::crash`]) everything that was not synced is kept or lost independently: each 512-byte sector of content,
 //! each file's size, each change of a directory. That is harsher than any real file system, on purpose.
 //!
+//! A failed sync behaves as in Linux: what was dirty counts as clean afterwards, can still be read, is never written, and
+//! a later sync succeeds without it. Files are sparse: room is taken by the sectors that were written or reserved.
+//!
 //! Deterministic: the same operations and seeds give the same disk. Seed 0 loses everything unsynced, seed 1 keeps
 //! everything, the others draw.
 
-use crate::io::{Disk, File};
+use crate::io::{Disk, File, Room};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
@@ -30,7 +33,8 @@ struct State {
     dirs: BTreeSet<PathBuf>,
     ops: u64,
     cut: Option<u64>,
-    syncs_fail: bool,
+    /// Files at or below this path fail their syncs.
+    syncs_fail: Option<PathBuf>,
     capacity: Option<u64>,
 }
 
@@ -40,6 +44,10 @@ struct Inode {
     durable: Vec<u8>,
     /// Sectors whose live content may differ from the durable one.
     dirty: BTreeSet<usize>,
+    /// Sectors that take room.
+    held: BTreeSet<usize>,
+    /// Reading this range fails.
+    unreadable: Option<Range<usize>>,
 }
 
 #[derive(Clone)]
@@ -89,19 +97,38 @@ impl State {
 
     fn used(&self) -> u64 {
         let inodes: BTreeSet<usize> = self.live.values().copied().collect();
-        inodes.iter().map(|inode| self.inodes[*inode].live.len() as u64).sum()
+        inodes.iter().map(|inode| (self.inodes[*inode].held.len() * SECTOR) as u64).sum()
     }
 
-    fn grow(&mut self, inode: usize, bytes: usize) -> io::Result<()> {
-        let held = self.inodes[inode].live.len();
-        if bytes > held {
-            if self.capacity.is_some_and(|room| self.used() + (bytes - held) as u64 > room) {
-                return Err(io::ErrorKind::StorageFull.into());
-            }
-            self.inodes[inode].live.resize(bytes, 0);
-            self.inodes[inode].touch(held..bytes);
+    /// Makes the file reach to `bytes`, with a hole.
+    fn grow(&mut self, inode: usize, bytes: usize) {
+        let inode = &mut self.inodes[inode];
+        let had = inode.live.len();
+        if bytes > had {
+            inode.live.resize(bytes, 0);
+            inode.touch(had..bytes);
         }
+    }
+
+    /// Takes room for what is about to be written or reserved.
+    fn take_room(&mut self, inode: usize, range: Range<usize>) -> io::Result<()> {
+        let sectors = sectors(range);
+        let held = self.inodes[inode].held.range(sectors.clone()).count();
+        let more = ((sectors.len() - held) * SECTOR) as u64;
+        if more > 0 && self.capacity.is_some_and(|room| self.used() + more > room) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.inodes[inode].held.extend(sectors);
         Ok(())
+    }
+
+    /// A sync of a file or directory that is set to fail.
+    fn sync_fails(&self, path: Option<&Path>) -> bool {
+        self.syncs_fail.as_ref().is_some_and(|below| path.is_some_and(|path| path.starts_with(below)))
+    }
+
+    fn path_of(&self, inode: usize) -> Option<&Path> {
+        self.live.iter().find(|(_, of)| **of == inode).map(|(path, _)| path.as_path())
     }
 
     fn apply(names: &mut BTreeMap<PathBuf, usize>, change: &NameChange) {
@@ -131,9 +158,12 @@ impl State {
 
 impl Inode {
     fn touch(&mut self, range: Range<usize>) {
-        if !range.is_empty() {
-            self.dirty.extend(range.start / SECTOR..range.end.div_ceil(SECTOR));
-        }
+        self.dirty.extend(sectors(range));
+    }
+
+    /// Gives back the room of whole sectors in a range.
+    fn free(&mut self, range: Range<usize>) {
+        self.held.retain(|sector| *sector < range.start.div_ceil(SECTOR) || *sector >= range.end / SECTOR);
     }
 
     fn sync(&mut self) {
@@ -156,7 +186,10 @@ impl Inode {
                 after[range.clone()].copy_from_slice(&self.live[range]);
             }
         }
-        Inode { live: after.clone(), durable: after, dirty: BTreeSet::new() }
+        // Reserved or written: no less room than before, but for what lies beyond the end.
+        let held = self.held.range(..size.div_ceil(SECTOR)).copied().collect();
+        let unreadable = self.unreadable.clone();
+        Inode { live: after.clone(), durable: after, dirty: BTreeSet::new(), held, unreadable }
     }
 }
 
@@ -213,7 +246,24 @@ impl SimDisk {
 
     /// Whether every sync fails from now on.
     pub fn fail_syncs(&self, fail: bool) {
-        self.state().syncs_fail = fail;
+        self.fail_syncs_below(fail.then_some(Path::new("/")));
+    }
+
+    /// Syncs of everything at or below this path fail from now on; `None`: of nothing.
+    pub fn fail_syncs_below(&self, path: Option<&Path>) {
+        self.state().syncs_fail = path.map(Path::to_path_buf);
+    }
+
+    /// Reading this range of a file fails from now on; `None`: it can be read.
+    pub fn fail_reads(&self, path: &Path, range: Option<Range<usize>>) {
+        let mut state = self.state();
+        let inode = *state.live.get(path).expect("a test damages a file that exists");
+        state.inodes[inode].unreadable = range;
+    }
+
+    /// Bytes of room in use.
+    pub fn used_bytes(&self) -> u64 {
+        self.state().used()
     }
 
     /// Room on the disk in bytes; `None` for endless.
@@ -243,7 +293,8 @@ impl SimDisk {
     pub fn put(&self, path: &Path, content: Vec<u8>) {
         let mut state = self.state();
         let inode = state.inodes.len();
-        state.inodes.push(Inode { live: content.clone(), durable: content, dirty: BTreeSet::new() });
+        let held = sectors(0..content.len()).collect();
+        state.inodes.push(Inode { live: content.clone(), durable: content, held, ..Inode::default() });
         state.live.insert(path.into(), inode);
         state.durable.insert(path.into(), inode);
         state.dirs.insert(parent(path));
@@ -305,7 +356,7 @@ impl Disk for SimDisk {
         if state.step()? {
             return Err(dead());
         }
-        if state.syncs_fail {
+        if state.sync_fails(Some(dir)) {
             return Err(io::Error::other("simulated sync failure"));
         }
         let state = &mut *state;
@@ -334,11 +385,24 @@ impl Disk for SimDisk {
         state.dirs.extend(dir.ancestors().map(Path::to_path_buf));
         Ok(())
     }
+
+    fn room(&self, _path: &Path) -> io::Result<Option<Room>> {
+        let state = self.state();
+        state.alive()?;
+        Ok(state
+            .capacity
+            .map(|total| Room { free_bytes: total.saturating_sub(state.used()), total_bytes: total }))
+    }
 }
 
 struct SimFile {
     disk: SimDisk,
     inode: usize,
+}
+
+/// The sectors that a range touches.
+fn sectors(range: Range<usize>) -> Range<usize> {
+    if range.is_empty() { 0..0 } else { range.start / SECTOR..range.end.div_ceil(SECTOR) }
 }
 
 fn to_usize(bytes: u64) -> io::Result<usize> {
@@ -362,6 +426,10 @@ impl File for SimFile {
         let content = &state.inodes[self.inode].live;
         let from = to_usize(offset)?.min(content.len());
         let bytes = buffer.len().min(content.len() - from);
+        let bad = state.inodes[self.inode].unreadable.as_ref();
+        if bad.is_some_and(|bad| bad.start < from + bytes && from < bad.end) {
+            return Err(io::Error::other("simulated unreadable sector"));
+        }
         buffer[..bytes].copy_from_slice(&content[from..from + bytes]);
         Ok(bytes)
     }
@@ -369,7 +437,8 @@ impl File for SimFile {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let from = to_usize(offset)?;
         self.mutate(|state| {
-            state.grow(self.inode, from + bytes.len())?;
+            state.take_room(self.inode, from..from + bytes.len())?;
+            state.grow(self.inode, from + bytes.len());
             let inode = &mut state.inodes[self.inode];
             inode.live[from..from + bytes.len()].copy_from_slice(bytes);
             inode.touch(from..from + bytes.len());
@@ -382,7 +451,8 @@ impl File for SimFile {
         if state.step()? {
             return Err(dead());
         }
-        if state.syncs_fail {
+        if state.sync_fails(state.path_of(self.inode)) {
+            state.inodes[self.inode].dirty.clear();
             return Err(io::Error::other("simulated sync failure"));
         }
         state.inodes[self.inode].sync();
@@ -398,8 +468,9 @@ impl File for SimFile {
     fn set_size(&self, bytes: u64) -> io::Result<()> {
         let bytes = to_usize(bytes)?;
         self.mutate(|state| {
-            state.grow(self.inode, bytes)?;
+            state.grow(self.inode, bytes);
             let inode = &mut state.inodes[self.inode];
+            inode.free(bytes..usize::MAX);
             // What is cut off comes back if the new size is lost, and reads as zeros if the file grows again.
             inode.touch(bytes..inode.live.len());
             inode.live.truncate(bytes);
@@ -409,7 +480,11 @@ impl File for SimFile {
 
     fn allocate(&self, bytes: u64) -> io::Result<()> {
         let bytes = to_usize(bytes)?;
-        self.mutate(|state| state.grow(self.inode, bytes))
+        self.mutate(|state| {
+            state.take_room(self.inode, 0..bytes)?;
+            state.grow(self.inode, bytes);
+            Ok(())
+        })
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
@@ -418,6 +493,7 @@ impl File for SimFile {
             let inode = &mut state.inodes[self.inode];
             let range = range.start.min(inode.live.len())..range.end.min(inode.live.len());
             inode.live[range.clone()].fill(0);
+            inode.free(range.clone());
             inode.touch(range);
             Ok(())
         })
@@ -501,5 +577,35 @@ mod tests {
         assert_eq!(file.next_data(0).unwrap(), Some(512..1536));
         file.punch_hole(0..4096).unwrap();
         assert_eq!(file.next_data(0).unwrap(), None);
+        // Sparse: a size takes no room, a write into a hole does.
+        file.set_size(1 << 20).unwrap();
+        assert_eq!(disk.used_bytes(), 0);
+        file.write_at(&[1; 4096], 8192).unwrap();
+        assert_eq!(file.write_at(&[1], 0).unwrap_err().kind(), io::ErrorKind::StorageFull);
+        assert_eq!(disk.room(Path::new("/d")).unwrap().unwrap(), Room { free_bytes: 0, total_bytes: 4096 });
+        file.punch_hole(8192..8704).unwrap();
+        file.write_at(&[1], 0).unwrap();
+    }
+
+    #[test]
+    fn what_a_failed_sync_lost_no_later_sync_brings_back() {
+        let disk = disk();
+        let path = Path::new("/d/f");
+        let file = disk.create(path).unwrap();
+        disk.sync_dir(Path::new("/d")).unwrap();
+        file.write_at(&[1; 1024], 0).unwrap();
+        file.sync().unwrap();
+        file.write_at(&[2; 512], 0).unwrap();
+        disk.fail_syncs_below(Some(Path::new("/elsewhere")));
+        file.sync().unwrap();
+        file.write_at(&[3; 512], 0).unwrap();
+        disk.fail_syncs_below(Some(Path::new("/d")));
+        assert!(file.sync().is_err() && disk.sync_dir(Path::new("/d")).is_err());
+        disk.fail_syncs(false);
+        file.sync().unwrap();
+        assert_eq!(disk.contents(path).unwrap()[..512], [3; 512], "still in the page cache");
+        for seed in 0..20 {
+            assert_eq!(disk.crash(seed).contents(path).unwrap()[..512], [2; 512], "seed {seed}");
+        }
     }
 }
