@@ -130,10 +130,18 @@ fn recover_and_go_on(sim: &SimDisk, life: &Life, cut: u64, seed: u64) {
         let twice = after.crash(0);
         assert_eq!(open(&twice, &at).appended(), again.header.position(), "{at}: stale frames came back");
     }
-    let more = frame_after(&writer.appended(), 700);
-    writer.append(&more.bytes, &more.header, 99).unwrap();
+    // Far enough to use up every spare: were one of them still known by a segment's name, it would be overwritten.
+    let mut added = Vec::new();
+    for _ in 0..10 {
+        let more = frame_after(&writer.appended(), 2500);
+        writer.append(&more.bytes, &more.header, 99).unwrap();
+        added.push(more);
+    }
     writer.sync().unwrap();
-    assert_eq!(open(&after.crash(0), &at).appended(), more.header.position(), "{at}: the writer goes on");
+    let later = after.crash(0);
+    assert_eq!(open(&later, &at).appended(), writer.appended(), "{at}: the writer goes on");
+    let read = read_all(&shared(&later), &dir()).unwrap_or_else(|error| panic!("{at}: read later: {error}"));
+    assert!(read.ends_with(&added), "{at}: what was added is there");
 
     if seed % 3 == 2 {
         for second in 0..opened - before_open {

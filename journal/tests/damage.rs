@@ -21,6 +21,8 @@ struct Journal {
     sim: SimDisk,
     frames: Vec<Frame>,
     durable: Position,
+    /// The control file as it was before any of this was noted in it.
+    old_control: Vec<u8>,
     /// Number and path of the segment being written, and the offset at which its durable part ends.
     active: (u64, PathBuf, u64),
     /// One sealed segment in the middle.
@@ -32,6 +34,7 @@ fn journal() -> Journal {
     let sim = SimDisk::new();
     let mut writer =
         Writer::create(shared(&sim), &dir(), options(SEGMENT_BYTES), epoch_start(1, 0), 0).unwrap();
+    let old_control = sim.contents(&dir().join(CONTROL_FILE)).unwrap();
     let mut frames = Vec::new();
     let mut append = |writer: &mut Writer| {
         let frame = frame_after(&writer.appended(), 150 + frames.len() * 7);
@@ -53,6 +56,7 @@ fn journal() -> Journal {
         sim,
         frames,
         durable,
+        old_control,
         active: (active.number, active.path, end),
         sealed: (sealed.number, sealed.path),
     }
@@ -142,11 +146,15 @@ fn flips_in_the_active_segment_are_corruption_below_the_mark_and_torn_above() {
     let journal = journal();
     let (_, path, durable_end) = &journal.active;
     let size = journal.sim.contents(path).unwrap().len() as u64;
-    for at in 0..size {
+    // With the note in the control file, and with the marks alone.
+    for (at, noted) in (0..size).flat_map(|at| [(at, true), (at, false)]) {
         let sim = copy(&journal.sim);
+        if !noted {
+            sim.put(&dir().join(CONTROL_FILE), journal.old_control.clone());
+        }
         sim.corrupt(path, at, |byte| byte ^ 1);
         let report = verify(&sim);
-        let what = format!("flip at {at}");
+        let what = format!("flip at {at}, noted: {noted}");
         let opened = Writer::open(shared(&sim), &dir(), options(SEGMENT_BYTES), 9);
         if at < *durable_end {
             let finding = report.findings.first().unwrap_or_else(|| panic!("{what} is not found"));
