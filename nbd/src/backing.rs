@@ -144,7 +144,7 @@ impl Backing {
     /// fdatasync: every write that returned before is durable. A failure is final: pages that could not be
     /// written are clean afterwards, so a second try that succeeds would prove nothing.
     pub fn sync(&self) -> io::Result<()> {
-        Ok(rustix::fs::fdatasync(&self.file)?)
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
     }
 
     /// Runs of data and holes from `offset`: at least one, together at most `length_bytes`, at most

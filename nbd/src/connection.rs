@@ -4,13 +4,19 @@
 //! then sends all replies together, so that many queued requests cost one receive and one send. Only then it
 //! waits: for bytes, for the pool, for room in the socket, or for the server's shutdown.
 //!
+//! When the server drains, nothing more is taken: what is in flight is answered, then the connection closes, and
+//! the unread rest (half a WRITE, too) gets no answer. An error reply instead would be final: Linux nbd and QEMU
+//! make an I/O error of it, whereas a request without an answer they send again once they have reconnected.
+//!
+//! Likewise a client that gave up on this connection has sent its unanswered requests again elsewhere, and may
+//! have gone on from there: what it left behind here is dropped, not done.
+//!
 //! Invariants: at most [`Limits::max_in_flight`] requests are in the pool, and no request is taken while more
 //! than [`REPLY_WINDOW_BYTES`] of replies are reserved or unsent; so a connection holds at most its inbox, the
 //! window, and one reply.
 
 use std::sync::Arc;
-
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
@@ -20,15 +26,18 @@ use crate::handshake::{ExportInfo, Handshake, Progress, Selection};
 use crate::inbox::Inbox;
 use crate::outbox::Outbox;
 use crate::pool::{Done, Job, Pool, Work};
-use crate::proto::{Errno, REQUEST_HEADER_BYTES};
+use crate::proto::REQUEST_HEADER_BYTES;
 use crate::reply::{Replies, refusal_of};
-use crate::session::{Command, Event, Refusal, Request, Session, WritePiece};
+use crate::session::{Command, Event, Request, Session, WritePiece};
 use crate::socket::Socket;
 
 /// Replies that may be reserved or unsent before the connection stops taking requests.
 const REPLY_WINDOW_BYTES: usize = 8 << 20;
 /// Reads up to this size are tried without the pool.
 const INLINE_READ_BYTES: u32 = 64 << 10;
+/// How often a busy connection looks whether its client is still there: far more often than a client loses
+/// patience (whole seconds), far more seldom than requests come.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Limits of one connection.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +51,7 @@ pub(crate) struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
 pub(crate) enum Phase {
     Serving,
-    /// Nothing new is begun; what is in flight is answered.
+    /// Nothing new is taken; what is in flight is answered.
     Draining,
     /// The deadline is over: connections end as they are.
     Closing,
@@ -121,7 +130,10 @@ pub(crate) struct Connection {
     reserved_bytes: usize,
     /// The client said DISC or closed its side: nothing more is taken.
     leaving: bool,
-    phase: Phase,
+    /// The client has closed its side behind requests that are not taken yet: they are dropped.
+    gone: bool,
+    /// When the client was last looked for.
+    looked: Instant,
 }
 
 impl Connection {
@@ -148,26 +160,32 @@ impl Connection {
             in_flight: 0,
             reserved_bytes: 0,
             leaving: false,
-            phase: Phase::Serving,
+            gone: false,
+            looked: Instant::now(),
         }
     }
 
     /// Serves until the client leaves, breaks the protocol, or the server shuts down and nothing is in flight.
     pub async fn serve(mut self, mut phase: watch::Receiver<Phase>) -> Result<(), Error> {
         loop {
-            self.phase = *phase.borrow_and_update();
+            phase.mark_unchanged();
             while let Ok(done) = self.done.try_recv() {
                 self.finish(done);
             }
-            let starved = self.take_requests()?;
+            let starved = self.take_requests(&phase)?;
+            let now = *phase.borrow();
+            if now == Phase::Closing {
+                return Ok(()); // before anything is sent: exports may refuse what comes after the deadline
+            }
             if let Err(error) = self.outbox.send(&mut self.socket) {
                 // Nobody reads the answers of a client that has left.
                 return if self.leaving { Ok(()) } else { Err(gone(error)) };
             }
-            if self.is_over() {
+            let ending = self.leaving || now == Phase::Draining;
+            if ending && self.in_flight == 0 && self.outbox.is_empty() {
                 return Ok(());
             }
-            if !starved && self.may_take() {
+            if !starved && !ending && self.may_take() {
                 continue; // sending made room for requests that are here already
             }
             let blocked = self.socket.is_blocked();
@@ -181,11 +199,6 @@ impl Connection {
                 Ok(()) = phase.changed() => {}
             }
         }
-    }
-
-    fn is_over(&self) -> bool {
-        let ending = self.leaving || self.phase == Phase::Draining;
-        self.phase == Phase::Closing || (ending && self.in_flight == 0 && self.outbox.is_empty())
     }
 
     fn may_take(&self) -> bool {
@@ -216,8 +229,10 @@ impl Connection {
     }
 
     /// Takes what was received, as far as the limits allow. True: all of it, more bytes are needed.
-    fn take_requests(&mut self) -> Result<bool, Error> {
-        while self.may_take() {
+    fn take_requests(&mut self, phase: &watch::Receiver<Phase>) -> Result<bool, Error> {
+        // The phase each time: a write may have taken long.
+        while self.may_take() && *phase.borrow() == Phase::Serving {
+            self.look_for_client();
             let (consumed, event) =
                 self.session.handle_bytes(self.inbox.unread(), self.export.size_bytes())?;
             match event {
@@ -226,22 +241,30 @@ impl Connection {
                     self.inbox.make_room(wanted);
                     return Ok(true);
                 }
+                Event::Disconnect => self.leaving = true,
+                _ if self.gone => {}
                 Event::Write(piece) => self.write(&piece),
                 Event::Request(request) => self.begin(request),
                 Event::Refused { cookie, refusal } => {
                     self.replies.refused(self.outbox.open(), cookie, &refusal);
                 }
-                Event::Disconnect => self.leaving = true,
             }
             self.inbox.consume(consumed);
         }
         Ok(false)
     }
 
+    /// Requests may have waited here for long, behind a write that blocked or for room in the pool.
+    fn look_for_client(&mut self) {
+        if !self.gone && self.looked.elapsed() >= LOOK_EVERY {
+            self.gone = self.socket.client().is_gone();
+            self.looked = Instant::now();
+        }
+    }
+
     fn write(&mut self, piece: &WritePiece) {
         let bytes = &self.inbox.unread()[piece.bytes.clone()];
         let result = match bytes {
-            _ if self.phase > Phase::Serving => Err(shutting_down()),
             [] => Ok(()),
             bytes => self.export.write(piece.offset, bytes, piece.fua).map_err(|error| refusal_of(&error)),
         };
@@ -258,9 +281,6 @@ impl Connection {
     }
 
     fn begin(&mut self, request: Request) {
-        if self.phase > Phase::Serving {
-            return self.replies.refused(self.outbox.open(), request.cookie, &shutting_down());
-        }
         if matches!(request.command, Command::Read { .. }) && self.read_cached(&request) {
             return;
         }
@@ -290,10 +310,6 @@ impl Connection {
         self.in_flight += 1;
         self.reserved_bytes += work.reserved_bytes();
         let (export, answer) = (Arc::clone(&self.export), self.answer.clone());
-        self.pool.add(Job { export, replies: self.replies, work, answer });
+        self.pool.add(Job { export, replies: self.replies, work, client: self.socket.client(), answer });
     }
-}
-
-fn shutting_down() -> Refusal {
-    Refusal::new(Errno::Shutdown, "the server is being shut down")
 }

@@ -49,6 +49,11 @@ pub trait Export: Send + Sync + 'static {
     /// Whether writes are refused. Fixed for the life of the export.
     fn read_only(&self) -> bool;
 
+    /// Whether clients may ask to zero a range only if that is fast. Fixed for the life of the export.
+    fn fast_zero(&self) -> bool {
+        true
+    }
+
     /// Fills `into` from `offset`.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
 

@@ -16,6 +16,7 @@ pub fn exports() -> Arc<[ExportInfo]> {
         description: "a disk".to_owned(),
         size_bytes: 1 << 30,
         read_only,
+        fast_zero: !read_only,
     };
     [export("disk", 1, false), export("past", 2, true)].into()
 }

@@ -31,6 +31,8 @@ pub struct ExportInfo {
     pub size_bytes: u64,
     /// Writes are refused.
     pub read_only: bool,
+    /// Zeroing only if it is fast can be asked for.
+    pub fast_zero: bool,
 }
 
 impl ExportInfo {
@@ -42,6 +44,7 @@ impl ExportInfo {
             description: export.description().to_owned(),
             size_bytes: export.size_bytes(),
             read_only: export.read_only(),
+            fast_zero: export.fast_zero(),
         }
     }
 
@@ -50,8 +53,11 @@ impl ExportInfo {
         let mut flags = HAS_FLAGS | SEND_FLUSH | CAN_MULTI_CONN;
         flags |= match self.read_only {
             true => READ_ONLY,
-            false => SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | SEND_FAST_ZERO,
+            false => SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES,
         };
+        if self.fast_zero && !self.read_only {
+            flags |= SEND_FAST_ZERO;
+        }
         if structured {
             flags |= SEND_DF;
         }
@@ -455,6 +461,16 @@ mod tests {
             let canonical = [&info::NAME.to_be_bytes()[..], exports()[export].name.as_bytes()].concat();
             assert!(replies.contains(&(option_reply::INFO, canonical)));
             assert_eq!(replies.last().unwrap().0, option_reply::ACK);
+        }
+    }
+
+    #[test]
+    fn fast_zeroing_is_offered_only_where_it_can_be_asked_for() {
+        for (fast_zero, read_only, offered) in
+            [(true, false, true), (false, false, false), (true, true, false)]
+        {
+            let export = ExportInfo { fast_zero, read_only, ..exports()[0].clone() };
+            assert_eq!(export.flags(false) & export_flag::SEND_FAST_ZERO != 0, offered);
         }
     }
 

@@ -3,18 +3,23 @@
 //! One bounded queue for all connections of a server. A full queue blocks the connection thread that adds to it,
 //! never a pool thread: each connection bounds its requests in flight, and its channel has room for the answer
 //! of every one of them. Replies are encoded here, so that the connection only has to send them.
+//!
+//! A job whose client has gone is not begun: the client sends the request again over its next connection, and
+//! may have changed the range once more before the old job's turn comes. A job that has begun is ordered by the
+//! export, before all that comes later.
 
 use std::io;
 use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::error::{Error, Kind};
 use crate::export::{BlockExtent, Export, Zeroing};
 use crate::reply::{Replies, refusal_of};
 use crate::session::{Command, Request};
+use crate::socket::Client;
 
 /// Extents in one answer of BLOCK_STATUS: a client asks again for the rest.
 const MAX_STATUS_EXTENTS: usize = 4096;
@@ -37,13 +42,14 @@ pub(crate) struct Job {
     pub export: Arc<dyn Export>,
     pub replies: Replies,
     pub work: Work,
+    pub client: Client,
     pub answer: mpsc::Sender<Done>,
 }
 
 /// A finished job.
 #[derive(Debug)]
 pub(crate) struct Done {
-    /// The encoded reply.
+    /// The encoded reply; empty when nobody waits for it.
     pub reply: Vec<u8>,
     /// What the job had reserved of the connection's window.
     pub reserved_bytes: usize,
@@ -53,28 +59,37 @@ pub(crate) struct Done {
 #[derive(Debug, Clone)]
 pub(crate) struct Pool {
     queue: Sender<Job>,
+    /// Jobs queued or running.
+    unfinished: Arc<watch::Sender<usize>>,
 }
 
 impl Pool {
     pub fn start(threads: usize, queue_jobs: usize) -> Result<Self, Error> {
         let (queue, jobs) = bounded::<Job>(queue_jobs);
+        let unfinished = Arc::new(watch::Sender::new(0));
         for number in 0..threads {
-            let jobs = jobs.clone();
+            let (jobs, unfinished) = (jobs.clone(), Arc::clone(&unfinished));
             thread::Builder::new()
                 .name(format!("nbd-pool-{number}"))
-                .spawn(move || run(&jobs))
+                .spawn(move || run(&jobs, &unfinished))
                 .map_err(|error| Error::caused(Kind::Io, "start a pool thread", error))?;
         }
-        Ok(Self { queue })
+        Ok(Self { queue, unfinished })
     }
 
     /// Queues a job; blocks while the queue is full.
     pub fn add(&self, job: Job) {
+        self.unfinished.send_modify(|jobs| *jobs += 1);
         self.queue.send(job).expect("invariant: pool threads live as long as the queue");
+    }
+
+    /// Follows how many jobs are queued or running.
+    pub fn unfinished(&self) -> watch::Receiver<usize> {
+        self.unfinished.subscribe()
     }
 }
 
-fn run(jobs: &Receiver<Job>) {
+fn run(jobs: &Receiver<Job>, unfinished: &watch::Sender<usize>) {
     // A job that panics would leave its client waiting for ever: a broken invariant, so the process ends.
     struct AbortOnPanic;
     impl Drop for AbortOnPanic {
@@ -86,21 +101,31 @@ fn run(jobs: &Receiver<Job>) {
     }
     let _abort = AbortOnPanic;
     for job in jobs {
+        let reply = if job.client.is_gone() { Vec::new() } else { job.run() };
+        // A connection that has ended does not want its answers any more.
+        let _ = job.answer.try_send(Done { reply, reserved_bytes: job.work.reserved_bytes() });
+        drop(job); // whoever sees no job unfinished finds the export free
+        unfinished.send_modify(|jobs| *jobs -= 1);
+    }
+}
+
+impl Job {
+    /// Does it; the encoded reply.
+    fn run(&self) -> Vec<u8> {
         let mut reply = Vec::new();
-        let (cookie, result) = match &job.work {
+        let (cookie, result) = match &self.work {
             Work::SyncWrite { cookie } => {
-                (*cookie, job.export.sync().map(|()| job.replies.done(&mut reply, *cookie)))
+                (*cookie, self.export.sync().map(|()| self.replies.done(&mut reply, *cookie)))
             }
             Work::Request(request) => {
-                (request.cookie, execute(&*job.export, job.replies, request, &mut reply))
+                (request.cookie, execute(&*self.export, self.replies, request, &mut reply))
             }
         };
         if let Err(error) = result {
             reply.clear();
-            job.replies.refused(&mut reply, cookie, &refusal_of(&error));
+            self.replies.refused(&mut reply, cookie, &refusal_of(&error));
         }
-        // A connection that has ended does not want its answers any more.
-        let _ = job.answer.try_send(Done { reply, reserved_bytes: job.work.reserved_bytes() });
+        reply
     }
 }
 

@@ -137,16 +137,25 @@ impl Server {
         *self.shared.connections.borrow()
     }
 
-    /// Stops accepting, answers ESHUTDOWN to what comes now, and waits until what is in flight is answered, at
-    /// most `deadline` long. Returns how many connections were still there then; they are closed, though a
-    /// thread ends only when its export lets go of it. When it returns no socket is listened on.
+    /// Stops accepting and taking requests, and waits until what is in flight is answered, at most `deadline`
+    /// long. Then the connections are closed; requests not taken get no answer, so that clients which reconnect
+    /// send them to the next server instead of seeing an error. When it returns no socket is listened on.
+    ///
+    /// Returns how many connections and how many pool jobs (also of clients that had gone) were left. With 0
+    /// nothing of this server touches an export any more; otherwise a thread ends only when its export lets go
+    /// of it.
     pub async fn shutdown(mut self, deadline: Duration) -> usize {
         self.shared.phase.send_replace(Phase::Draining);
         let mut connections = self.shared.connections.subscribe();
-        let all_gone = connections.wait_for(|connections| *connections == 0);
-        let left = match tokio::time::timeout(deadline, all_gone).await {
-            Ok(_) => 0,
-            Err(_) => *self.shared.connections.borrow(),
+        let mut jobs = self.shared.pool.unfinished();
+        // Connections first: they add jobs. Both senders live as long as `self`.
+        let all_done = async {
+            let _ = connections.wait_for(|connections| *connections == 0).await;
+            let _ = jobs.wait_for(|jobs| *jobs == 0).await;
+        };
+        let left = match tokio::time::timeout(deadline, all_done).await {
+            Ok(()) => 0,
+            Err(_) => *connections.borrow() + *jobs.borrow(),
         };
         if let Some(accepting) = self.accepting.take() {
             // It only has to wake up and drop its sockets; a panic in it was reported by its own hook.

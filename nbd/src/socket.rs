@@ -5,8 +5,10 @@
 //! (through a duplicate of the descriptor) only while a send is blocked.
 
 use std::io::{self, IoSlice};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Weak};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -14,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 /// A stream socket of the connection's own runtime.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    readable: AsyncFd<OwnedFd>,
+    readable: AsyncFd<Arc<OwnedFd>>,
     writable: Option<AsyncFd<OwnedFd>>,
 }
 
@@ -22,7 +24,12 @@ impl Socket {
     /// Takes a connected socket over; must be called on the runtime that will serve it.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(Self { readable: register(socket, Interest::READABLE)?, writable: None })
+        Ok(Self { readable: register(Arc::new(socket), Interest::READABLE)?, writable: None })
+    }
+
+    /// The other end, to be asked by any thread.
+    pub fn client(&self) -> Client {
+        Client(Arc::downgrade(self.readable.get_ref()))
     }
 
     /// Waits until bytes may be there, then receives once. `None`: there were none after all.
@@ -49,7 +56,7 @@ impl Socket {
 
     /// Sends what fits now. `None`: nothing; wait for [`Socket::writable`].
     pub fn try_send(&mut self, parts: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-        let socket = self.readable.get_ref();
+        let socket = &**self.readable.get_ref();
         let mut ancillary = SendAncillaryBuffer::default();
         match rustix::net::sendmsg(socket, parts, &mut ancillary, SendFlags::NOSIGNAL) {
             Ok(sent) => Ok(Some(sent)),
@@ -83,10 +90,25 @@ impl Socket {
     }
 }
 
+/// Whether a client still waits for answers. It does not keep the socket open.
+#[derive(Debug, Clone)]
+pub(crate) struct Client(Weak<OwnedFd>);
+
+impl Client {
+    /// The client has closed its side, or we have closed ours. Unread requests may stand before that end, so
+    /// that the socket's reader does not know it yet.
+    pub fn is_gone(&self) -> bool {
+        let Some(socket) = self.0.upgrade() else { return true };
+        let mut end = [PollFd::new(&*socket, PollFlags::RDHUP)];
+        // What cannot be asked is not known to be gone.
+        poll(&mut end, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|found| found > 0)
+    }
+}
+
 #[expect(
     deprecated,
     reason = "tokio deprecates it for types whose descriptor may change or close early; an OwnedFd cannot, and its successor is unsafe"
 )]
-fn register(socket: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+fn register<S: AsRawFd>(socket: S, interest: Interest) -> io::Result<AsyncFd<S>> {
     AsyncFd::with_interest(socket, interest)
 }

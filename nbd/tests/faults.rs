@@ -5,9 +5,10 @@
 mod rig;
 
 use std::io::{self, Read, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nbd::proto::{Errno, command, command_flag};
 use nbd::{BlockExtent, Export, Server, Settings, Zeroing};
@@ -17,18 +18,37 @@ use uuid::Uuid;
 
 const SIZE: u64 = 8 << 20;
 
+/// A write here waits to be let through.
+const HELD_WRITE: u64 = SIZE - 512;
+
 /// A disk in memory whose flush waits to be let through, and whose first megabyte fails.
 struct Gate {
     bytes: Mutex<Vec<u8>>,
     pass: Mutex<mpsc::Receiver<()>>,
     flushes: AtomicUsize,
+    discards: AtomicUsize,
+    /// A flush or a write waits now.
+    holds: AtomicBool,
 }
 
 impl Gate {
     fn new() -> (Arc<Self>, mpsc::SyncSender<()>) {
         let (open, pass) = mpsc::sync_channel(16);
         let bytes = Mutex::new(vec![0; SIZE as usize]);
-        (Arc::new(Self { bytes, pass: Mutex::new(pass), flushes: AtomicUsize::new(0) }), open)
+        let gate = Self {
+            bytes,
+            pass: Mutex::new(pass),
+            flushes: AtomicUsize::new(0),
+            discards: AtomicUsize::new(0),
+            holds: AtomicBool::new(false),
+        };
+        (Arc::new(gate), open)
+    }
+
+    fn until_it_holds(&self) {
+        while !self.holds.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -54,6 +74,10 @@ impl Export for Gate {
         if offset < 1 << 20 {
             return Err(io::ErrorKind::StorageFull.into());
         }
+        if offset == HELD_WRITE {
+            self.holds.store(true, Ordering::SeqCst);
+            self.pass.lock().unwrap().recv().map_err(io::Error::other)?;
+        }
         let from = usize::try_from(offset).unwrap();
         self.bytes.lock().unwrap()[from..from + bytes.len()].copy_from_slice(bytes);
         Ok(())
@@ -62,9 +86,11 @@ impl Export for Gate {
         if how.only_if_fast { Err(io::ErrorKind::Unsupported.into()) } else { Ok(()) }
     }
     fn discard(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        self.discards.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
     fn flush(&self) -> io::Result<()> {
+        self.holds.store(true, Ordering::SeqCst);
         self.pass.lock().unwrap().recv().map_err(io::Error::other)?;
         self.flushes.fetch_add(1, Ordering::SeqCst);
         Ok(())
@@ -178,8 +204,14 @@ fn connections_are_limited_and_places_come_back() {
     let (gate, _open) = Gate::new();
     let settings = Settings { max_connections: 3, max_connections_per_export: 2, ..Settings::default() };
     let rig = Rig::with_export(gate, settings);
-    let mut first = enter(rig.connect());
-    let _second = enter(rig.connect());
+    // A place is taken before the first request is answered, but after the handshake.
+    let seated = || {
+        let mut client = enter(rig.connect());
+        client.write_all(&write(5, 2 << 20, &[1; 512])).unwrap();
+        assert_eq!(reply(&mut client), (5, 0));
+        client
+    };
+    let (mut first, _second) = (seated(), seated());
     let mut third = enter(rig.connect());
     assert!(is_closed(&mut third), "one too many on the export");
     first.write_all(&request(command::DISC, 0, 0, 0, 0)).unwrap();
@@ -229,28 +261,147 @@ async fn shut_down(rig: Rig, deadline: Duration) -> usize {
     left
 }
 
+/// Replies until the server closes the stream: `(cookie, error)`.
+fn replies_until_closed(client: &mut UnixStream) -> Vec<(u64, u32)> {
+    let mut replies = Vec::new();
+    let mut bytes = [0; 16];
+    while client.read_exact(&mut bytes).is_ok() {
+        replies.push((
+            u64::from_be_bytes(bytes[8..].try_into().unwrap()),
+            u32::from_be_bytes(bytes[4..8].try_into().unwrap()),
+        ));
+    }
+    replies
+}
+
 #[tokio::test]
-async fn shutdown_answers_what_is_in_flight_and_refuses_the_rest() {
+async fn requests_unread_at_the_drain_get_no_answer_and_the_connection_just_closes() {
     let (gate, open) = Gate::new();
-    let rig = Rig::with_export(gate, Settings::default());
+    let rig = Rig::with_export(gate.clone(), Settings::default());
     let mut client = enter(rig.connect());
     client.write_all(&request(command::FLUSH, 0, 1, 0, 0)).unwrap();
     client.write_all(&write(2, 2 << 20, &[1; 512])).unwrap();
     assert_eq!(reply(&mut client), (2, 0), "the flush is in flight now");
+    let path = rig.path("s");
     let talking = std::thread::spawn(move || {
-        let refused = (3..).find(|cookie| {
-            client.write_all(&write(*cookie, 2 << 20, &[2; 512])).unwrap();
-            let (answered, error) = reply(&mut client);
-            assert_eq!(answered, *cookie);
-            error == Errno::Shutdown.code()
-        });
+        while UnixStream::connect(&path).is_ok() {
+            std::thread::yield_now();
+        }
+        // Nobody listens any more, so the drain has begun: whole requests, and half a WRITE.
+        client.write_all(&write(3, 2 << 20, &[2; 512])).unwrap();
+        client.write_all(&request(command::READ, 0, 4, 0, 512)).unwrap();
+        client.write_all(&request(command::TRIM, 0, 5, 0, 512)).unwrap();
+        client.write_all(&write(6, 2 << 20, &[3; 512])[..200]).unwrap();
         open.send(()).unwrap();
-        assert_eq!(reply(&mut client), (1, 0));
-        assert!(is_closed(&mut client));
-        refused.unwrap()
+        replies_until_closed(&mut client)
     });
     assert_eq!(shut_down(rig, Duration::from_secs(20)).await, 0);
-    talking.join().unwrap();
+    assert_eq!(talking.join().unwrap(), [(1, 0)], "what was in flight, and no error for the rest");
+    assert_eq!(gate.bytes.lock().unwrap()[2 << 20], 1, "what was not taken is not done");
+    assert_eq!(gate.discards.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_drain_under_load_answers_without_errors_and_everything_answered_is_done() {
+    const BLOCKS: u64 = (SIZE - (2 << 20)) / 512 - 1;
+    let place = |cookie: u64| (2 << 20) + cookie % BLOCKS * 512;
+    let (gate, _open) = Gate::new();
+    let rig = Rig::with_export(gate.clone(), Settings::default());
+    let mut client = enter(rig.connect());
+    let mut sender = client.try_clone().unwrap();
+    let (loaded, is_loaded) = tokio::sync::oneshot::channel();
+    let sending = std::thread::spawn(move || {
+        let send =
+            |cookie: u64| sender.write_all(&write(cookie, place(cookie), &cookie.to_le_bytes().repeat(64)));
+        (0..).map(send).take_while(Result::is_ok).count() as u64
+    });
+    let reading = std::thread::spawn(move || {
+        let mut replies: Vec<_> = (0..1000).map(|_| reply(&mut client)).collect();
+        loaded.send(()).unwrap();
+        replies.extend(replies_until_closed(&mut client));
+        replies
+    });
+    is_loaded.await.unwrap();
+    assert_eq!(shut_down(rig, Duration::from_secs(20)).await, 0);
+    let (sent, replies) = (sending.join().unwrap(), reading.join().unwrap());
+    let answered = replies.len() as u64;
+    assert!(answered <= sent);
+    let expected: Vec<_> = (0..answered).map(|cookie| (cookie, 0)).collect();
+    assert!(replies == expected, "every reply is a success, in order, and the rest got none");
+    let bytes = gate.bytes.lock().unwrap();
+    for cookie in answered.saturating_sub(BLOCKS)..answered {
+        let from = usize::try_from(place(cookie)).unwrap();
+        // Newer, if one that was done lost its answer.
+        let found = u64::from_le_bytes(bytes[from..from + 8].try_into().unwrap());
+        assert!(found >= cookie && found % BLOCKS == cookie % BLOCKS, "{found} where {cookie} was written");
+    }
+}
+
+#[test]
+fn requests_of_a_client_that_gave_up_are_not_begun() {
+    let (gate, open) = Gate::new();
+    let rig = Rig::with_export(gate.clone(), Settings { pool_threads: 1, ..Settings::default() });
+    let mut first = enter(rig.connect());
+    first.write_all(&request(command::FLUSH, 0, 1, 0, 0)).unwrap();
+    first.write_all(&request(command::TRIM, 0, 2, 2 << 20, 512)).unwrap();
+    first.write_all(&write(3, 2 << 20, &[1; 512])).unwrap();
+    assert_eq!(reply(&mut first), (3, 0), "the TRIM is queued behind the flush");
+    gate.until_it_holds();
+    drop(first);
+    let mut second = enter(rig.connect());
+    second.write_all(&request(command::TRIM, 0, 1, 2 << 20, 512)).unwrap();
+    open.send(()).unwrap();
+    assert_eq!(reply(&mut second), (1, 0));
+    assert_eq!(gate.discards.load(Ordering::SeqCst), 1, "the first client's was dropped");
+}
+
+#[test]
+fn what_stood_behind_a_blocked_write_is_dropped_when_the_client_gave_up() {
+    let (gate, open) = Gate::new();
+    let rig = Rig::with_export(gate.clone(), Settings::default());
+    let mut first = enter(rig.connect());
+    first.write_all(&write(1, HELD_WRITE, &[1; 512])).unwrap();
+    gate.until_it_holds();
+    first.write_all(&write(2, 2 << 20, &[1; 512])).unwrap();
+    drop(first);
+    // The client sends it again, and goes on from there for longer than the server's interval of looking.
+    let mut second = enter(rig.connect());
+    let started = Instant::now();
+    for cookie in 2.. {
+        second.write_all(&write(cookie, 2 << 20, &[2; 512])).unwrap();
+        assert_eq!(reply(&mut second), (cookie, 0));
+        if started.elapsed() > Duration::from_millis(150) {
+            break;
+        }
+    }
+    open.send(()).unwrap();
+    while rig.server.connections() > 1 {
+        std::thread::yield_now();
+    }
+    assert_eq!(gate.bytes.lock().unwrap()[2 << 20], 2, "no old write over an answered newer one");
+}
+
+#[tokio::test]
+async fn shutdown_waits_for_jobs_whose_connection_has_ended() {
+    for opened in [false, true] {
+        let (gate, open) = Gate::new();
+        let rig = Rig::with_export(gate.clone(), Settings::default());
+        let mut client = enter(rig.connect());
+        client.write_all(&request(command::FLUSH, 0, 1, 0, 0)).unwrap();
+        gate.until_it_holds();
+        client.write_all(&[0; 28]).unwrap(); // no request at all
+        assert!(is_closed(&mut client));
+        while rig.server.connections() > 0 {
+            std::thread::yield_now();
+        }
+        let deadline = if opened {
+            open.send(()).unwrap();
+            Duration::from_secs(20)
+        } else {
+            Duration::from_millis(20)
+        };
+        assert_eq!(shut_down(rig, deadline).await, usize::from(!opened), "the flush that nobody waits for");
+    }
 }
 
 #[tokio::test]
@@ -261,6 +412,6 @@ async fn shutdown_has_a_deadline() {
     client.write_all(&request(command::FLUSH, 0, 1, 0, 0)).unwrap();
     client.write_all(&write(2, 2 << 20, &[1; 512])).unwrap();
     assert_eq!(reply(&mut client), (2, 0));
-    assert_eq!(shut_down(rig, Duration::from_millis(20)).await, 1);
+    assert_eq!(shut_down(rig, Duration::from_millis(20)).await, 2, "the connection and the flush");
     assert!(is_closed(&mut client), "closed without an answer");
 }
