@@ -123,7 +123,8 @@ impl Replicator {
             .map(|volume| {
                 let uuid = uuid::Uuid::from_bytes(volume.known.uuid.0);
                 let (id, name) = (volume.known.id.0, volume.known.name);
-                Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring.clone(), board.clone()))
+                let on_gap = Arc::new(|_: &str| {});
+                Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring.clone(), board.clone(), on_gap))
             })
             .collect();
         let tail = writer.as_ref().map(Writer::shared).ok();

@@ -1,55 +1,117 @@
-//! Writes in flight of one volume: a write waits while an overlapping one is between its ring record and its answer.
+//! Changes in flight of one volume: first come, first served wherever they overlap, until the volume is closed.
 //!
+//! A change has its place from [`InFlight::enter`] on, and goes ahead when no earlier one that overlaps is left.
 //! Without this, two overlapping writes could reach the ring in one order and the backing in the other
-//! (`models/front.py`: diverged without serialisation). Disjoint writes never wait.
+//! (`models/front.py`: diverged without serialisation). Disjoint changes never wait for each other.
+//!
+//! That nothing overtakes protects two things more. A request that a client sends again over a new connection stands
+//! behind the old one that still waits, so the old one cannot undo what comes after the new one. And a large discard
+//! has its turn under writes that never end.
 
+use std::io;
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-/// The ranges in flight. As many as there are connections, so a short list beats a tree.
+/// The ranges in flight. As many as there are connections and pool threads, so a short list beats a tree.
 #[derive(Debug, Default)]
 pub struct InFlight {
-    ranges: Mutex<Ranges>,
+    queue: Mutex<Queue>,
     left: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Ranges {
-    held: Vec<Range<u64>>,
+struct Queue {
+    /// Those that wait and those that go ahead, in the order they came.
+    places: Vec<Place>,
+    next_ticket: u64,
+    /// Threads that wait for somebody to leave.
     waiting: usize,
+    /// Nothing begins any more.
+    closed: bool,
+}
+
+#[derive(Debug)]
+struct Place {
+    ticket: u64,
+    range: Range<u64>,
 }
 
 /// A range that is held until this is dropped.
 #[derive(Debug)]
 pub struct Turn<'a> {
     owner: &'a InFlight,
-    range: Range<u64>,
+    ticket: u64,
+}
+
+impl Queue {
+    /// Whether something earlier stands in the way.
+    fn must_wait(&self, ticket: u64, range: &Range<u64>) -> bool {
+        let mut earlier = self.places.iter().take_while(|place| place.ticket != ticket);
+        earlier.any(|place| place.range.start < range.end && range.start < place.range.end)
+    }
+
+    fn leave(&mut self, ticket: u64) {
+        let at = self.places.iter().position(|place| place.ticket == ticket);
+        self.places.remove(at.expect("invariant: a ticket has its place until it leaves"));
+    }
 }
 
 impl InFlight {
-    fn lock(&self) -> MutexGuard<'_, Ranges> {
-        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until nothing overlapping is in flight, then holds the range.
-    pub fn enter(&self, range: Range<u64>) -> Turn<'_> {
-        let mut ranges = self.lock();
-        while ranges.held.iter().any(|held| held.start < range.end && range.start < held.end) {
-            ranges.waiting += 1;
-            ranges = self.left.wait(ranges).unwrap_or_else(PoisonError::into_inner);
-            ranges.waiting -= 1;
+    /// Waits until nothing overlapping that came earlier is left, then holds the range. `0..0` waits for nobody,
+    /// but is in flight.
+    ///
+    /// # Errors
+    /// `ESHUTDOWN` when the volume is closed, also for those that wait.
+    pub fn enter(&self, range: Range<u64>) -> io::Result<Turn<'_>> {
+        let mut queue = self.lock();
+        if queue.closed {
+            return Err(rustix::io::Errno::SHUTDOWN.into());
         }
-        ranges.held.push(range.clone());
-        Turn { owner: self, range }
+        let ticket = queue.next_ticket;
+        queue.next_ticket += 1;
+        queue.places.push(Place { ticket, range: range.clone() });
+        while queue.must_wait(ticket, &range) {
+            queue.waiting += 1;
+            queue = self.left.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue.waiting -= 1;
+            if queue.closed {
+                queue.leave(ticket);
+                self.left.notify_all();
+                return Err(rustix::io::Errno::SHUTDOWN.into());
+            }
+        }
+        Ok(Turn { owner: self, ticket })
+    }
+
+    /// From now on nothing begins. True: nothing is in flight any more; false: something still is after `deadline`.
+    pub fn close(&self, deadline: Duration) -> bool {
+        let ends = Instant::now() + deadline;
+        let mut queue = self.lock();
+        queue.closed = true;
+        self.left.notify_all();
+        while !queue.places.is_empty() {
+            let Some(rest) = ends.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero())
+            else {
+                return false;
+            };
+            queue.waiting += 1;
+            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0;
+            queue.waiting -= 1;
+        }
+        true
     }
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut ranges = self.owner.lock();
-        let at = ranges.held.iter().position(|held| *held == self.range).expect("a held range is listed");
-        ranges.held.swap_remove(at);
-        if ranges.waiting > 0 {
+        let mut queue = self.owner.lock();
+        queue.leave(self.ticket);
+        if queue.waiting > 0 {
             self.owner.left.notify_all();
         }
     }
@@ -58,27 +120,77 @@ impl Drop for Turn<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::thread;
+
+    fn until_waiting(flight: &InFlight, waiting: usize) {
+        while flight.lock().waiting != waiting {
+            thread::yield_now();
+        }
+    }
 
     #[test]
-    fn overlapping_writes_take_turns_and_disjoint_ones_do_not() {
+    fn overlapping_changes_take_turns_and_disjoint_ones_do_not() {
         let flight = InFlight::default();
-        let first = flight.enter(0..4096);
-        let disjoint = flight.enter(4096..8192);
+        let first = flight.enter(0..4096).unwrap();
+        let disjoint = flight.enter(4096..8192).unwrap();
         drop(disjoint);
-        let order = AtomicU64::new(0);
-        std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| {
-                let _turn = flight.enter(4000..5000);
-                order.load(Ordering::SeqCst)
+        let entered = Mutex::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let _turn = flight.enter(4000..5000).unwrap();
+                *entered.lock().unwrap() = true;
             });
-            while flight.lock().waiting == 0 {
-                std::thread::yield_now();
-            }
-            order.store(1, Ordering::SeqCst);
+            until_waiting(&flight, 1);
+            assert!(!*entered.lock().unwrap(), "entered only after the first has left");
             drop(first);
-            assert_eq!(waiter.join().unwrap(), 1, "entered only after the first had left");
         });
-        assert!(flight.lock().held.is_empty());
+        assert!(*entered.lock().unwrap());
+        assert!(flight.lock().places.is_empty());
+    }
+
+    #[test]
+    fn nobody_overtakes_an_earlier_one_that_waits() {
+        let flight = InFlight::default();
+        let order = Mutex::new(Vec::new());
+        let first = flight.enter(0..512).unwrap();
+        thread::scope(|scope| {
+            let enter = |name: usize, range: Range<u64>| {
+                let _turn = flight.enter(range).unwrap();
+                order.lock().unwrap().push(name);
+            };
+            // A large one, then small ones: those that are free of the first, but not of the large one, wait too.
+            for (name, range) in [0..1 << 30, 4096..8192, 4096..4608, 0..512].into_iter().enumerate() {
+                scope.spawn(move || enter(name, range));
+                until_waiting(&flight, name + 1);
+            }
+            enter(9, 1 << 30..(1 << 30) + 512);
+            drop(first);
+        });
+        let order = order.into_inner().unwrap();
+        assert_eq!(order[..2], [9, 0], "the disjoint one at once, the large one next");
+        let place = |name| order.iter().position(|found| *found == name).unwrap();
+        assert!(place(1) < place(2), "{order:?}");
+        assert_eq!(order.len(), 5);
+    }
+
+    #[test]
+    fn close_lets_nothing_begin_and_waits_for_what_has() {
+        let flight = InFlight::default();
+        let first = flight.enter(0..512).unwrap();
+        let nothing = flight.enter(0..0).unwrap();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| flight.enter(0..512).map(|_| ()));
+            until_waiting(&flight, 1);
+            assert!(!flight.close(Duration::from_millis(1)), "two are in flight");
+            let refused = waiter.join().unwrap().unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::SHUTDOWN.raw_os_error()));
+            assert!(flight.enter(1 << 20..2 << 20).is_err());
+            drop(nothing);
+            let closer = scope.spawn(|| flight.close(Duration::from_secs(20)));
+            until_waiting(&flight, 1);
+            drop(first);
+            assert!(closer.join().unwrap());
+        });
+        assert!(flight.close(Duration::ZERO));
     }
 }
