@@ -38,6 +38,7 @@ pub mod state;
 pub mod status;
 pub mod target;
 pub mod undo;
+mod unpack;
 pub mod view;
 
 pub use error::{Error, ErrorKind, Result};

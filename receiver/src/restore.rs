@@ -26,7 +26,8 @@ use crate::lock::GroupLock;
 use crate::point::{At, Point, rfc3339};
 use crate::state::replica_path;
 use crate::target::{self, Target};
-use crate::undo::{FrameBuffers, UndoPiece, UndoSegment, damage};
+use crate::undo::{UndoPiece, damage};
+use crate::unpack::unpack_ahead;
 use crate::view::{in_frame_order, replay};
 use crate::{Error, ErrorKind, Result};
 
@@ -143,6 +144,9 @@ pub fn restore(
         targets.push((volume.id, volume.size_bytes, target));
     }
     write_redo(history, point, &mut targets)?;
+    for (_, _, target) in &targets {
+        target.sync()?;
+    }
     for (volume, (_, _, target)) in report.volumes.iter_mut().zip(targets) {
         volume.written_bytes = target.finish()?;
     }
@@ -257,7 +261,6 @@ struct Content<'a> {
     size_bytes: u64,
     replica: Arc<dyn File>,
     replica_path: PathBuf,
-    frames: FrameBuffers,
     buffer: Vec<u8>,
 }
 
@@ -271,7 +274,6 @@ impl<'a> Content<'a> {
             size_bytes: volume.size_bytes,
             replica,
             replica_path,
-            frames: FrameBuffers::new()?,
             buffer: Vec::new(),
         })
     }
@@ -319,8 +321,6 @@ impl<'a> Content<'a> {
         mut laid: u64,
         passed: &mut dyn FnMut(u64),
     ) -> Result<()> {
-        // What will be written again is not worth sending to the disk yet.
-        target.pace(pieces.is_empty());
         for range in worth_copying(&pieces, window) {
             self.copy_replica(target, range, passed)?;
         }
@@ -335,28 +335,31 @@ impl<'a> Content<'a> {
             laid = newest;
         }
         let copied_newer = laid != before;
-        let mut open: Option<(u64, u32, Arc<UndoSegment>)> = None;
-        for (extent, piece) in in_frame_order(&pieces) {
-            let UndoPiece::Bytes { batch, frame, at } = piece else {
+        let sorted = in_frame_order(&pieces);
+        let mut frames: Vec<(u64, u32)> = Vec::new();
+        let mut writes: Vec<Vec<(Range<u64>, u32)>> = Vec::new();
+        for (extent, piece) in sorted {
+            match piece {
+                UndoPiece::Bytes { batch, frame, at } => {
+                    if frames.last() != Some(&(batch, frame)) {
+                        frames.push((batch, frame));
+                        writes.push(Vec::new());
+                    }
+                    writes.last_mut().expect("just pushed").push((extent, at));
+                }
                 // Targets begin as zeros; only what a batch wrote under our hands must go again.
-                if copied_newer {
-                    target.zero(extent)?;
-                }
-                continue;
-            };
-            let segment = match open.take() {
-                Some((known, unpacked, segment)) if (known, unpacked) == (batch, frame) => segment,
-                _ => {
-                    let segment = self.history.segment(batch)?;
-                    segment.read_frame(frame, &mut self.frames)?;
-                    segment
-                }
-            };
-            let bytes = self.frames.slice(at, extent.end - extent.start, segment.path())?;
-            target.write(bytes, extent.start)?;
-            open = Some((batch, frame, segment));
+                UndoPiece::Zeros if copied_newer => target.zero(extent)?,
+                UndoPiece::Zeros => {}
+            }
         }
-        target.pace(true);
+        drop(pieces);
+        unpack_ahead(self.history, &frames, |index, segment, unpacked| {
+            for (extent, at) in &writes[index] {
+                let bytes = unpacked.slice(*at, extent.end - extent.start, segment.path())?;
+                target.write(bytes, extent.start)?;
+            }
+            Ok(())
+        })?;
         target.start_writeback(window.clone())?;
         passed(window.end);
         Ok(())

@@ -16,8 +16,6 @@ use crate::{Error, ErrorKind, Result};
 
 /// Grain at which zeros are left out.
 const BLOCK_BYTES: usize = 4096;
-/// Written bytes after which write-back is started, so that the sync at the end is short.
-const PACE_BYTES: u64 = 8 << 20;
 
 /// A target being written.
 pub struct Target {
@@ -27,8 +25,6 @@ pub struct Target {
     partial: Option<PathBuf>,
     file: Arc<dyn File>,
     written_bytes: u64,
-    paced: bool,
-    paced_bytes: u64,
     _hold: Option<ReplicaHold>,
 }
 
@@ -43,6 +39,14 @@ pub fn check(disk: &dyn Disk, path: &Path, size_bytes: u64, force: bool, replica
     let canonical = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     if replicas.iter().any(|replica| *replica == canonical || replica == path) {
         return busy("is a replica of this group; restore to another place");
+    }
+    let partial = partial_path(path);
+    if !force && !is_block_device(path) && disk.open_read(&partial).is_ok() {
+        let at = format!(
+            "{} exists, left by a restore that was stopped, or somebody's: it is removed only with --force",
+            partial.display()
+        );
+        return Err(Error::new(ErrorKind::Usage, at));
     }
     let Ok(file) = disk.open_read(path) else { return Ok(()) };
     if path.is_dir() {
@@ -78,6 +82,13 @@ fn is_behind_loop_device(path: &Path) -> bool {
     })
 }
 
+/// The name of a file that is not whole yet.
+fn partial_path(path: &Path) -> PathBuf {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    PathBuf::from(partial)
+}
+
 impl Target {
     /// Opens a target that [`check`] accepted; it reads as zeros from here on.
     ///
@@ -92,9 +103,7 @@ impl Target {
             file.punch_hole(0..size_bytes).map_err(failed)?;
             (file, None, Some(hold))
         } else {
-            let mut partial = path.as_os_str().to_owned();
-            partial.push(".partial");
-            let partial = PathBuf::from(partial);
+            let partial = partial_path(path);
             match disk.remove(&partial) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
                 _ => {}
@@ -104,7 +113,7 @@ impl Target {
             (file, Some(partial), None)
         };
         let (disk, path) = (Arc::clone(disk), path.to_path_buf());
-        Ok(Target { disk, path, partial, file, written_bytes: 0, paced: true, paced_bytes: 0, _hold: hold })
+        Ok(Target { disk, path, partial, file, written_bytes: 0, _hold: hold })
     }
 
     fn failed(&self, offset: u64, source: std::io::Error) -> Error {
@@ -118,17 +127,7 @@ impl Target {
     pub fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
         self.file.write_at(bytes, offset).map_err(|e| self.failed(offset, e))?;
         self.written_bytes += bytes.len() as u64;
-        self.paced_bytes += bytes.len() as u64;
-        if self.paced && self.paced_bytes >= PACE_BYTES {
-            let end = offset + bytes.len() as u64;
-            self.start_writeback(end.saturating_sub(self.paced_bytes)..end)?;
-        }
         Ok(())
-    }
-
-    /// Whether write-back is started as writes come, which suits what is written in order and once.
-    pub fn pace(&mut self, paced: bool) {
-        self.paced = paced;
     }
 
     /// Asks the kernel to write a range back.
@@ -136,7 +135,6 @@ impl Target {
     /// # Errors
     /// As [`Target::write`].
     pub fn start_writeback(&mut self, range: Range<u64>) -> Result<()> {
-        self.paced_bytes = 0;
         let start = range.start;
         self.file.start_writeback(range).map_err(|e| self.failed(start, e))
     }
@@ -178,12 +176,20 @@ impl Target {
         self.written_bytes
     }
 
-    /// Syncs, and gives a file its name; durable when it returns.
+    /// Makes what was written durable. Of several targets all are synced before the first gets its name, so that hardly
+    /// anything is left that could leave a set of which only some were replaced.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Sync`].
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync().map_err(|e| Error::sync(format!("sync {}", self.path.display()), e))
+    }
+
+    /// Gives a synced file its name; durable when it returns.
     ///
     /// # Errors
     /// [`ErrorKind::Sync`], [`ErrorKind::Io`].
     pub fn finish(mut self) -> Result<u64> {
-        self.file.sync().map_err(|e| Error::sync(format!("sync {}", self.path.display()), e))?;
         if let Some(partial) = &self.partial {
             let failed = |e| Error::io(format!("rename {} to {}", partial.display(), self.path.display()), e);
             self.disk.rename(partial, &self.path).map_err(failed)?;
