@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::SharedRing;
 use crate::buffered_disk::BufferedDisk;
-use crate::capture::nbd::CapturedVolume;
+use crate::capture::nbd::{CapturedVolume, OnGap};
 use crate::clock::{JumpWatch, now_ns};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Link, LinkSettings};
@@ -35,7 +35,7 @@ use crate::pipeline::{BatchSettings, Pipeline, Shared};
 use crate::progress::Progress;
 use crate::resync::{self, Halt};
 use crate::start::{self, Repair, Started};
-use crate::state::StateFile;
+use crate::state::{Gap, StateFile};
 use crate::status::{Board, GroupStatus, State, Status, VolumeStatus};
 
 /// How long a stop waits for clients' requests in flight.
@@ -123,8 +123,10 @@ impl Replicator {
             .map(|volume| {
                 let uuid = uuid::Uuid::from_bytes(volume.known.uuid.0);
                 let (id, name) = (volume.known.id.0, volume.known.name);
-                let on_gap = Arc::new(|_: &str| {});
-                Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring.clone(), board.clone(), on_gap))
+                let state = shared.state.clone();
+                let on_gap: OnGap = Arc::new(move |cause| remember_gap(&state, cause));
+                let (ring, board) = (ring.clone(), board.clone());
+                Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring, board, on_gap))
             })
             .collect();
         let tail = writer.as_ref().map(Writer::shared).ok();
@@ -371,6 +373,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Whether the journal ends where capture does, and nothing is owed to the replica but its frames.
+    fn is_whole(&self, journaled: &Position) -> bool {
+        let ring = &self.shared.ring;
+        journaled.lsn.0 == ring.captured_lsn()
+            && ring.loss().is_none()
+            && !self.volumes.iter().any(|volume| volume.sync_failed())
+    }
+
     /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
     pub(crate) fn notice_overflow(&self) {
         let synchronising = self.shared.may_wait.load(Ordering::Acquire);
@@ -395,6 +405,16 @@ impl Agent {
             State::Replicating => Ok(()),
             _ => Err(Error::new(ErrorKind::NotPossible, format!("the group is {}: {why}", name_of(state)))),
         }
+    }
+}
+
+/// Makes a gap durable that capture has found; an older one stays the cause.
+fn remember_gap(state: &Mutex<StateFile>, cause: &str) {
+    let gap = Gap { cause: cause.to_owned(), since_ns: now_ns() };
+    let mut file = state.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Err(error) = file.update(|state| _ = state.needs_resync.get_or_insert(gap)) {
+        // The dirty map says the same on this boot, and an unclean start after a reboot.
+        tracing::error!(%error, "the gap cannot be remembered in the state file");
     }
 }
 
@@ -496,6 +516,11 @@ impl Handle {
         for server in servers {
             left += server.shutdown(STOP_DEADLINE).await;
         }
+        let volumes = self.agent.volumes.clone();
+        let closed = on_thread("af-stop", move || {
+            volumes.iter().fold(true, |closed, volume| volume.close(STOP_DEADLINE) && closed)
+        })
+        .await?;
         self.upkeep.abort();
         // It ends as cancelled; until then it holds the agent, and with it the backings.
         let _ = (&mut self.upkeep).await;
@@ -510,20 +535,9 @@ impl Handle {
         if tokio::time::timeout(STOP_DEADLINE, &mut self.link).await.is_err() {
             self.link.abort();
         }
-        // Threads of closed connections let go of their volume as they end; whoever starts next finds it free.
-        let deadline = Instant::now() + STOP_DEADLINE;
-        while left == 0 && self.agent.volumes.iter().any(|volume| Arc::strong_count(volume) > 1) {
-            if Instant::now() > deadline {
-                tracing::warn!("a client's thread still holds its volume");
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
         let served = self.agent.serving.load(Ordering::Acquire);
         match ended {
-            Some((position, true))
-                if served && left == 0 && position.lsn.0 == self.agent.shared.ring.captured_lsn() =>
-            {
+            Some((position, true)) if served && left == 0 && closed && self.agent.is_whole(&position) => {
                 on_thread("af-stop", move || self.mark_clean(&position)).await?
             }
             _ => Ok(()),
@@ -537,7 +551,7 @@ impl Handle {
         BufferedDisk::settle(&RealDisk, &dir)
             .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
         for volume in &self.agent.volumes {
-            volume.backing.sync().map_err(|error| {
+            nbd::Export::sync(volume.as_ref()).map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
         }
