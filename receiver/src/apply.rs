@@ -18,24 +18,33 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use journal::compress::{Compression, Encoder};
+use journal::frame::chain_seed;
 use journal::io::Disk;
-use journal::record::VolumeRecord;
 use journal::segment::SegmentSummary;
 use journal::{Lsn, Position, VolumeId};
 
-use crate::events::{Event, EventLog, log_path};
+use crate::events::{self, EventLog, log_path};
 use crate::gather::{Behind, Gathered, Gatherer, Want};
-use crate::history::{History, outlived};
-use crate::replica::{Replica, stamp};
+use crate::history::History;
+use crate::replica::{Replica, is_same_stamp, stamp};
 use crate::retention::{Policy, RedoPart, Verdict, decide};
 use crate::state::{
     GroupState, GroupStore, Moment, ReplicaState, journal_dir, replica_path, stored_path, undo_dir,
 };
 use crate::undo::{UndoOwner, UndoSummary, UndoWriter, file_name, file_number, read_summary};
+use crate::volumes::{self, VolumePlan};
 use crate::{Error, ErrorKind, Result};
 
 /// Smallest quota that is chosen by default: below it a handful of segments would be the whole history.
 const MIN_DEFAULT_QUOTA_BYTES: u64 = 1 << 30;
+/// Length of the event log beyond which it is written anew: well above what the history keeps of it.
+const MAX_LOG_BYTES: u64 = 128 << 20;
+/// What must be won by writing the event log anew.
+const MIN_SHORTENED_BYTES: u64 = 4096;
+/// What a journal segment counts for in the quota, however short: a file and its place in lists.
+const MIN_SEGMENT_BYTES: u64 = 64 << 10;
+/// Batches are made no smaller than their bounds by so many halvings: 256 KiB of the usual 64 MiB.
+const MAX_HALVINGS: u32 = 8;
 
 /// How batches are chosen and where replicas lie.
 #[derive(Clone, Debug)]
@@ -69,6 +78,8 @@ pub struct BatchDone {
     pub undo_bytes: u64,
     /// Bytes written to the replicas, zeros included.
     pub written_bytes: u64,
+    /// It was cut short so that its boundary is the end of a resync.
+    pub ends_resync: bool,
 }
 
 /// What retention did.
@@ -97,18 +108,26 @@ pub struct Applier {
     history: Arc<History>,
     /// A batch whose undo stands, but not its checkpoint.
     cut: Option<UndoSummary>,
+    /// Epoch of what was refused last, by its number.
+    refused: Option<u64>,
+    /// Epochs up to this number are passed over.
+    skip_through: Option<u64>,
     failed: Option<(ErrorKind, String)>,
     quota_bytes: u64,
+    /// How often the batch bounds are halved, since undo of a larger batch did not fit on the disk.
+    halvings: u32,
     scratch: Vec<u8>,
 }
 
 impl Applier {
     /// Opens a group for applying: finds the batch that was cut, removes what a crash left over, opens and holds the
-    /// replicas. A replica that others changed since a clean end sets [`GroupState::needs_resync`] and ends the history,
-    /// which was made of undo against the old content.
+    /// replicas. Where a replica cannot be had [`Applier::failure`] says why, and only retention goes on.
+    ///
+    /// A replica that others changed since a clean end sets [`GroupState::needs_resync`]. The undo, made against the old
+    /// content, is kept until a new epoch overwrites the replica: one that is put back as it was left is taken back.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`] and [`ErrorKind::Busy`] for replicas, [`ErrorKind::Corrupt`] for the group's own files.
+    /// [`ErrorKind::Corrupt`] for the group's own files.
     pub fn open(
         disk: Arc<dyn Disk>,
         group_dir: &Path,
@@ -117,14 +136,17 @@ impl Applier {
     ) -> Result<Applier> {
         let mut store = GroupStore::open(Arc::clone(&disk), group_dir)?;
         let mut state = store.state().clone();
-        let mut replicas = BTreeMap::new();
-        for known in &state.replicas {
-            replicas.insert(known.id, Replica::open(&*disk, group_dir, known, settings.hold_replicas)?);
+        forget_given_up(&*disk, group_dir, &mut state);
+        let (replicas, failed) = match open_replicas(&*disk, group_dir, &state, &settings) {
+            Ok(replicas) => (replicas, None),
+            Err(e) if matches!(e.kind, ErrorKind::ReplicaFailed | ErrorKind::Busy) => {
+                (BTreeMap::new(), Some((e.kind, e.in_full())))
+            }
+            Err(e) => return Err(e),
+        };
+        if failed.is_none() {
+            note_changed(group_dir, &mut state, settings.hold_replicas);
         }
-        if settings.hold_replicas && state.clean {
-            note_changed(group_dir, &mut state);
-        }
-        state.clean = false;
         if state != *store.state() {
             store.store(state)?;
             history.follow(store.state(), Moment::default(), &[]);
@@ -140,8 +162,11 @@ impl Applier {
             replicas,
             history,
             cut: None,
-            failed: None,
+            refused: None,
+            skip_through: None,
+            failed,
             quota_bytes: 0,
+            halvings: 0,
             scratch: Vec::new(),
         };
         applier.sweep()?;
@@ -195,6 +220,11 @@ impl Applier {
         self.store.state()
     }
 
+    /// Why nothing is applied until the group is opened again, if so.
+    pub fn failure(&self) -> Option<Error> {
+        self.failed.as_ref().map(|(kind, at)| Error::new(*kind, at.clone()))
+    }
+
     /// Applies at most one batch of what is durable in the journal up to `durable`. `None`: there is nothing to apply.
     ///
     /// # Errors
@@ -202,25 +232,65 @@ impl Applier {
     /// group is opened again. [`ErrorKind::NoSpace`]: try again later. [`ErrorKind::Sync`]: final, the process must exit.
     /// In all cases the checkpoint stands where it was.
     pub fn next_batch(&mut self, durable: &Position) -> Result<Option<BatchDone>> {
-        if let Some((kind, at)) = &self.failed {
-            return Err(Error::new(*kind, at.clone()));
+        if let Some(error) = self.failure() {
+            return Err(error);
         }
         if durable.lsn <= self.store.state().checkpoint.lsn {
             return Ok(None);
         }
-        let done = self.apply_one();
-        if let Err(error) = &done {
+        let mut done = self.apply_one();
+        if done.as_ref().is_err_and(|e| e.kind == ErrorKind::NotPossible) {
+            // The reader stood at the end of a segment that was dropped meanwhile: a new one finds the place.
             self.gatherer.reset();
-            // A full disk and a passing read error may be tried again; what the stream or the replica is may not.
-            if !matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Io) {
-                self.failed = Some((error.kind, error.at.clone()));
+            done = self.apply_one();
+        }
+        // An epoch whose records cannot be applied is over: a newer one, which begins with the whole content, repairs it.
+        while let Some(number) = self.refused.take().filter(|number| *number < durable.epoch.number) {
+            tracing::warn!(epoch = number, "the rest of an epoch is passed over: the next one replaces it");
+            self.gatherer.reset();
+            self.skip_through = Some(number);
+            done = self.apply_one();
+        }
+        if matches!(done, Ok(None))
+            && self.store.state().needs_resync.is_none()
+            && self.skip_through.is_none()
+            // An epoch that is begun and holds nothing yet ends at an lsn that no record has.
+            && durable.chain != chain_seed(durable.lineage, durable.epoch)
+        {
+            let lsn = self.store.state().checkpoint.lsn;
+            done = Err(Error::corrupt(format!(
+                "the journal holds records up to lsn {}, but what follows lsn {lsn} in it cannot be read",
+                durable.lsn
+            )));
+        }
+        match &done {
+            Ok(_) => self.halvings = self.halvings.saturating_sub(1),
+            Err(error) => {
+                self.gatherer.reset();
+                // A full disk and a passing read error may be tried again; what the stream or the replica is may not.
+                match error.kind {
+                    ErrorKind::NoSpace => self.halvings = MAX_HALVINGS.min(self.halvings + 1),
+                    ErrorKind::Io => {}
+                    kind => self.failed = Some((kind, error.in_full())),
+                }
             }
         }
         done
     }
 
     fn apply_one(&mut self) -> Result<Option<BatchDone>> {
-        let Some(batch) = self.gather()? else { return Ok(None) };
+        let batch = match self.gather() {
+            Ok(Some(batch)) => batch,
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                self.refused = self.gatherer.refused();
+                return Err(error);
+            }
+        };
+        // Whatever can be refused is refused before step 1: what stands behind an undo segment must be carried out.
+        self.history.check_events(&batch.events)?;
+        let volumes = self.plan_volumes(&batch).inspect_err(|_| self.refused = Some(batch.epoch.number))?;
+        self.end_doubtful_history()?;
         let number = self.store.state().applied_batch + 1;
         let mut changes: BTreeMap<VolumeId, Vec<std::ops::Range<u64>>> =
             batch.fold.volumes().map(|volume| (volume, batch.fold.ranges(volume))).collect();
@@ -235,14 +305,14 @@ impl Applier {
             self.history.register(summary.clone());
         }
         // 3. The replicas and the event log. Any part of this may be durable after a crash, and is written again.
-        self.follow_volumes(&batch)?;
+        self.follow_volumes(volumes)?;
         let mut written_bytes = 0;
         for (volume, ranges) in &changes {
             let replica =
                 self.replicas.get(volume).expect("gather checked that every record's volume exists");
             written_bytes += replica.write(&batch.fold, ranges, &mut self.scratch)?;
         }
-        let events_bytes = self.events.append(&batch.events, self.store.state().events_bytes)?;
+        let events_bytes = self.append_events(&batch)?;
         for replica in self.replicas.values() {
             replica.sync()?;
         }
@@ -258,7 +328,28 @@ impl Applier {
             redo_bytes: batch.redo_bytes,
             undo_bytes,
             written_bytes,
+            ends_resync: batch.ends_resync,
         }))
+    }
+
+    /// A new epoch is about to overwrite a replica that others changed: from here on the undo kept fits nothing, durably
+    /// so before the first byte is written.
+    fn end_doubtful_history(&mut self) -> Result<()> {
+        let state = self.store.state();
+        if state.needs_resync.is_none() || (state.oldest_batch == 0 && !state.clean) {
+            return Ok(());
+        }
+        let state = GroupState {
+            clean: false,
+            oldest_batch: 0,
+            first_consistent: None,
+            consistent_lsn: None,
+            history_start: Moment::default(),
+            ..state.clone()
+        };
+        self.store.store(state)?;
+        self.history.follow(self.store.state(), Moment::default(), &[]);
+        self.sweep()
     }
 
     fn gather(&mut self) -> Result<Option<Gathered>> {
@@ -267,19 +358,27 @@ impl Applier {
             moment: state.checkpoint_moment(),
             epoch: state.checkpoint.epoch,
             nothing: state.applied_batch == 0,
-            skip_epoch: state.needs_resync.is_some(),
+            consistent: state.is_consistent(),
+            skip_through: state
+                .needs_resync
+                .as_ref()
+                .map(|_| state.checkpoint.epoch.number)
+                .max(self.skip_through),
         };
         let want = match &self.cut {
             Some(cut) => Want::UpTo(cut.last.lsn),
             None => {
                 let ApplySettings { batch_bytes, undo_bytes, .. } = self.settings;
-                Want::AtMost { redo_bytes: batch_bytes, undo_bytes }
+                Want::AtMost {
+                    redo_bytes: batch_bytes >> self.halvings,
+                    undo_bytes: undo_bytes >> self.halvings,
+                }
             }
         };
         let replicas = &self.replicas;
         let sizes = replicas.iter().map(|(id, replica)| (*id, replica.size_bytes())).collect();
-        let undo_of = |volume: VolumeId, range| {
-            replicas.get(&volume).map_or(Ok(0), |replica| replica.data_bytes(range))
+        let undo_of = |volume: VolumeId, range, most| {
+            replicas.get(&volume).map_or(Ok(0), |replica| data_bytes_up_to(replica, range, most))
         };
         let batch = self.gatherer.gather(&behind, want, self.history.limit(), sizes, &undo_of)?;
         if let Some(cut) = &self.cut {
@@ -337,49 +436,52 @@ impl Applier {
         written
     }
 
-    /// Creates and grows replicas as the batch's volume records say.
-    fn follow_volumes(&mut self, batch: &Gathered) -> Result<()> {
-        for (id, record) in batch.volumes() {
-            if !record.present {
-                continue;
-            }
-            if let Some(replica) = self.replicas.get_mut(&id) {
-                replica.check(record)?;
-                replica.grow(record.size_bytes)?;
-                continue;
-            }
+    /// What the batch's volume records mean; refused as a whole, before anything is written.
+    fn plan_volumes(&self, batch: &Gathered) -> Result<VolumePlan> {
+        let state = self.store.state();
+        let plan = volumes::plan(&state.replicas, batch.volumes(), |name| {
+            let own = self.settings.replica_paths.get(name).cloned();
+            let path = own.unwrap_or_else(|| self.settings.replica_dir.join(format!("{name}.img")));
+            Replica::check_vacant(&*self.disk, &path, name)?;
+            Ok(stored_path(&self.group_dir, &path))
+        })?;
+        if !plan.new.is_empty() {
+            let mut after = state.clone();
+            after.replicas.extend_from_slice(&plan.new);
+            after.check_room()?;
+        }
+        Ok(plan)
+    }
+
+    /// Creates and grows replicas as planned.
+    fn follow_volumes(&mut self, plan: VolumePlan) -> Result<()> {
+        if !plan.new.is_empty() {
             let mut state = self.store.state().clone();
-            let known = self.plan_replica(id, record)?;
-            state.replicas.push(known.clone());
-            // The intent comes first: after a crash the file is known to be ours.
+            state.replicas.extend_from_slice(&plan.new);
+            // The intent comes first: after a crash the files are known to be ours.
             self.store.store(state)?;
-            let replica = Replica::open(&*self.disk, &self.group_dir, &known, self.settings.hold_replicas)?;
-            self.replicas.insert(id, replica);
+        }
+        for known in &plan.new {
+            let replica = Replica::open(&*self.disk, &self.group_dir, known, self.settings.hold_replicas)?;
+            self.replicas.insert(known.id, replica);
+        }
+        for (id, size_bytes) in plan.sizes {
+            let replica = self.replicas.get_mut(&id).expect("planned ones are open, and so are known ones");
+            replica.grow(size_bytes)?;
         }
         Ok(())
     }
 
-    fn plan_replica(&self, id: VolumeId, record: &VolumeRecord) -> Result<ReplicaState> {
-        let VolumeRecord { uuid, size_bytes, name, .. } = record;
-        if let Some(other) = self.replicas.values().find(|other| other.name() == name) {
-            let at = format!(
-                "volume {name}: the source sends it under id {id}; it is known under id {}",
-                other.id()
-            );
-            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+    /// Appends the batch's events to the log. One that grew far beyond what the history keeps of it is written anew first.
+    fn append_events(&mut self, batch: &Gathered) -> Result<u64> {
+        if self.store.state().events_bytes > MAX_LOG_BYTES {
+            let mut state = self.store.state().clone();
+            let (log, old) = self.rewrite_events(&mut state)?;
+            self.store.store(state)?;
+            self.events = log;
+            self.remove(&old)?;
         }
-        let own = self.settings.replica_paths.get(name).cloned();
-        let path = own.unwrap_or_else(|| self.settings.replica_dir.join(format!("{name}.img")));
-        Replica::check_vacant(&*self.disk, &path, name)?;
-        Ok(ReplicaState {
-            id,
-            uuid: *uuid,
-            name: name.clone(),
-            path: stored_path(&self.group_dir, &path),
-            size_bytes: *size_bytes,
-            created: false,
-            stamp: None,
-        })
+        self.events.append(&batch.events, self.store.state().events_bytes)
     }
 
     fn state_after(&self, number: u64, batch: &Gathered, events_bytes: u64) -> GroupState {
@@ -432,11 +534,16 @@ impl Applier {
     /// [`ErrorKind::Sync`] is final; others may be tried again.
     pub fn expire(&mut self, policy: &Policy, segments: &[SegmentSummary]) -> Result<Expired> {
         let checkpoint = self.store.state().checkpoint.lsn;
+        let redo_floor = self.history.redo_floor();
         let (batches, newest_ns, floor) = self.history.aged();
+        // What lies below every point is about to go, and unapplied redo is not history yet.
         let redo: Vec<RedoPart> = segments
             .iter()
-            .filter(|segment| segment.last_lsn <= checkpoint)
-            .map(|segment| RedoPart { last_lsn: segment.last_lsn, bytes: segment.bytes })
+            .filter(|segment| redo_floor < segment.last_lsn && segment.last_lsn <= checkpoint)
+            .map(|segment| RedoPart {
+                last_lsn: segment.last_lsn,
+                bytes: segment.bytes.max(MIN_SEGMENT_BYTES),
+            })
             .collect();
         let quota_bytes = match policy.quota_bytes {
             Some(bytes) => bytes,
@@ -445,19 +552,23 @@ impl Applier {
         };
         let verdict = decide(policy, quota_bytes, &batches, &redo, newest_ns, floor);
         let mut removed = 0;
-        if let Some(keep_from) = verdict.keep_from {
-            removed = self.drop_before(keep_from)?;
+        if let Some(wanted) = verdict.keep_from {
+            // ⚠ From the reservation on no new pin is given out below; one that was taken since we looked counts.
+            let keep_from = self.history.reserve_drop(wanted);
+            let dropped = self.drop_before(keep_from);
+            self.history.end_drop();
+            removed = dropped?;
         }
-        let floor = self.history.redo_floor();
-        let kept = segments
-            .iter()
-            .find(|segment| segment.last_lsn > floor || segment.frames == 0 || !segment.sealed);
-        let drop_journal_before = kept.map(|segment| segment.number);
+        let drop_journal_before = first_kept(segments, self.history.redo_floor());
         Ok(Expired { drop_journal_before, removed, verdict, quota_bytes })
     }
 
     /// 4 times what the replicas hold; measured again only when the history has outgrown the last answer.
     fn default_quota(&mut self, used_bytes: u64) -> Result<u64> {
+        if self.replicas.len() < self.store.state().replicas.len() {
+            // A replica that is away cannot be measured, and shortens no history.
+            return Ok(if self.quota_bytes == 0 { u64::MAX } else { self.quota_bytes });
+        }
         if used_bytes > self.quota_bytes || self.quota_bytes == 0 {
             let mut data_bytes = 0;
             for replica in self.replicas.values() {
@@ -470,86 +581,188 @@ impl Applier {
 
     fn drop_before(&mut self, keep_from: u64) -> Result<u64> {
         let mut state = self.store.state().clone();
+        if keep_from <= state.oldest_batch {
+            return Ok(0);
+        }
         let start = self.history.boundary(keep_from - 1);
         let oldest = std::mem::replace(&mut state.oldest_batch, keep_from);
         // A damaged segment has no boundary that could be known; the next whole one has.
         let Some(start) = start else { return Ok(0) };
         state.history_start = start;
-        let log = self.rewrite_events(&mut state)?;
         // The state first: an undo segment that is gone must not be promised.
         self.store.store(state)?;
         self.history.follow(self.store.state(), Moment::default(), &[]);
-        if let Some((log, old)) = log {
-            self.events = log;
-            self.remove(&old)?;
-        }
         for number in oldest..keep_from {
             self.remove(&undo_dir(&self.group_dir).join(file_name(number)))?;
         }
+        self.shorten_log()?;
         Ok(keep_from - oldest)
     }
 
-    /// Writes the log anew without outlived events, once most of them are. Returns the new log and the old one's path.
-    fn rewrite_events(&self, state: &mut GroupState) -> Result<Option<(EventLog, PathBuf)>> {
-        let events = EventLog::load(&*self.disk, &self.group_dir, state.events_file, state.events_bytes)?;
-        let outlived = outlived(&events, state.history_start.lsn);
-        let gone = outlived.iter().filter(|outlived| **outlived).count();
-        if gone < 64 || gone * 2 < events.len() {
-            return Ok(None);
+    /// Writes the log anew once most of it has left the history.
+    fn shorten_log(&mut self) -> Result<()> {
+        let mut state = self.store.state().clone();
+        let needed = events::log_bytes(&self.history.applied_events())?;
+        if state.events_bytes < needed.saturating_mul(2).saturating_add(MIN_SHORTENED_BYTES) {
+            return Ok(());
         }
-        let kept: Vec<Event> = events
-            .into_iter()
-            .zip(outlived)
-            .filter(|(_, outlived)| !outlived)
-            .map(|(event, _)| event)
-            .collect();
+        let (log, old) = self.rewrite_events(&mut state)?;
+        self.store.store(state)?;
+        self.events = log;
+        self.remove(&old)
+    }
+
+    /// Writes a new log of what the history still needs; in force once `state` is stored. Returns it and the old one's
+    /// path.
+    fn rewrite_events(&self, state: &mut GroupState) -> Result<(EventLog, PathBuf)> {
         let old = log_path(&self.group_dir, state.events_file);
         state.events_file += 1;
         // Left over where an earlier try was cut before its state was stored.
         self.remove(&log_path(&self.group_dir, state.events_file))?;
         let mut log = EventLog::new(Arc::clone(&self.disk), &self.group_dir, state.events_file);
-        state.events_bytes = log.append(&kept, 0)?;
-        Ok(Some((log, old)))
+        state.events_bytes = log.append(&self.history.applied_events(), 0)?;
+        Ok((log, old))
     }
 
     /// Ends in good order: stamps the replicas, so that changes by others are noticed at the next open.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`] and [`ErrorKind::Io`]; the group is then recovered as after a crash.
+    /// [`ErrorKind::Sync`], [`ErrorKind::Io`] and [`ErrorKind::ReplicaFailed`]; the group is then recovered as after a crash.
     pub fn close(mut self) -> Result<()> {
-        // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is.
-        if self.cut.is_some() || self.failed.is_some() {
+        // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is. One that others
+        // changed keeps the stamps of what we left.
+        if self.cut.is_some() || self.failed.is_some() || self.store.state().needs_resync.is_some() {
             return Ok(());
         }
         let mut state = GroupState { clean: true, ..self.store.state().clone() };
         for known in &mut state.replicas {
-            let path = replica_path(&self.group_dir, &known.path);
-            known.stamp = if self.settings.hold_replicas { stamp(&path) } else { None };
+            known.stamp = match self.replicas.get(&known.id) {
+                Some(replica) => replica.settled_stamp()?,
+                None => None,
+            };
         }
         self.store.store(state)
     }
 }
 
-/// Compares the replicas with their stamps.
-fn note_changed(group_dir: &Path, state: &mut GroupState) {
-    let changed = state
-        .replicas
-        .iter()
-        .find(|known| known.stamp.is_some() && stamp(&replica_path(group_dir, &known.path)) != known.stamp);
-    if let Some(known) = changed {
+fn open_replicas(
+    disk: &dyn Disk,
+    group_dir: &Path,
+    state: &GroupState,
+    settings: &ApplySettings,
+) -> Result<BTreeMap<VolumeId, Replica>> {
+    let open = |known: &ReplicaState| Replica::open(disk, group_dir, known, settings.hold_replicas);
+    state.replicas.iter().map(|known| Ok((known.id, open(known)?))).collect()
+}
+
+/// An empty file in the place of a replica that was not empty is the operator's word that its content is given up: it is
+/// made anew by the next epoch, and the history, which rests on it, ends.
+fn forget_given_up(disk: &dyn Disk, group_dir: &Path, state: &mut GroupState) {
+    let given_up = |known: &ReplicaState| {
         let path = replica_path(group_dir, &known.path);
-        let why = format!("replica {} was changed by others while the receiver was away", path.display());
-        state.needs_resync = Some(why);
-        state.oldest_batch = 0;
-        state.first_consistent = None;
-        state.consistent_lsn = None;
-        state.history_start = Moment::default();
+        let is_empty = disk.open_read(&path).and_then(|file| file.size()).is_ok_and(|size| size == 0);
+        (known.created && known.size_bytes > 0 && is_empty).then_some(path)
+    };
+    let Some(path) = state.replicas.iter().find_map(given_up) else { return };
+    state.replicas.retain(|known| given_up(known).is_none());
+    state.needs_resync = Some(format!("replica {} is made anew: an empty file stands there", path.display()));
+    state.clean = false;
+    state.oldest_batch = 0;
+    state.first_consistent = None;
+    state.consistent_lsn = None;
+    state.history_start = Moment::default();
+}
+
+/// Bytes in a range that may hold something other than zeros, counted until they are more than `most`.
+fn data_bytes_up_to(replica: &Replica, range: std::ops::Range<u64>, most: u64) -> Result<u64> {
+    let (mut bytes, mut at) = (0, range.start);
+    while let Some(data) = replica.next_data(at..range.end)? {
+        bytes += data.end - data.start;
+        if bytes > most {
+            break;
+        }
+        at = data.end;
     }
+    Ok(bytes)
+}
+
+/// Compares the replicas with their stamps. Where one differs the clean mark stays, as nothing is written until a new
+/// epoch comes: should the replica be put back, the stamps still say so.
+fn note_changed(group_dir: &Path, state: &mut GroupState, held: bool) {
+    if !(held && state.clean) {
+        state.clean = false;
+        return;
+    }
+    let changed = state.replicas.iter().find(|known| {
+        let now = stamp(&replica_path(group_dir, &known.path));
+        known.stamp.is_some_and(|left| !now.is_some_and(|now| is_same_stamp(left, now)))
+    });
+    state.needs_resync = changed.map(|known| {
+        let path = replica_path(group_dir, &known.path);
+        format!("replica {} was changed by others while the receiver was away", path.display())
+    });
+    state.clean = state.needs_resync.is_some();
+}
+
+/// The first journal segment to keep where redo up to `floor` may go.
+fn first_kept(segments: &[SegmentSummary], floor: Lsn) -> Option<u64> {
+    let needed = segments.iter().position(|segment| segment.last_lsn > floor || !segment.sealed)?;
+    // An epoch may begin far above the floor. The segment before it says that nothing was dropped between the two.
+    let begins_above = segments[needed].start.lsn > floor;
+    Some(segments[needed.saturating_sub(usize::from(begins_above))].number)
 }
 
 impl Gathered {
     fn begins_resync(&self) -> bool {
         use crate::events::EventKind;
         self.events.iter().any(|event| matches!(event.kind, EventKind::ResyncBegin { .. }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use journal::{Epoch, Lineage};
+
+    /// Segments as (start, last, sealed).
+    fn segments(spans: &[(u64, u64, bool)]) -> Vec<SegmentSummary> {
+        let summary = |(number, (start, last, sealed)): (u64, &(u64, u64, bool))| SegmentSummary {
+            number,
+            path: PathBuf::new(),
+            start: Position::epoch_start(Lineage::default(), Epoch::default(), Lsn(*start)),
+            end: Position::default(),
+            first_lsn: Lsn(start + 1),
+            last_lsn: Lsn(*last),
+            epoch: Epoch::default(),
+            first_time_ns: 0,
+            last_time_ns: 0,
+            received_first_ns: 0,
+            received_last_ns: 0,
+            bytes: 0,
+            frames: u32::from(last > start),
+            sealed: *sealed,
+        };
+        (1..).zip(spans).map(summary).collect()
+    }
+
+    #[test]
+    fn journal_segments_go_up_to_the_floor_and_an_epochs_gap_stays_explained() {
+        let journal =
+            segments(&[(0, 0, true), (10, 20, true), (20, 30, true), (90, 95, true), (95, 95, false)]);
+        assert_eq!(
+            first_kept(&journal, Lsn::ZERO),
+            Some(1),
+            "the gap up to lsn 10 is explained by segment 1"
+        );
+        assert_eq!(first_kept(&journal, Lsn(19)), Some(2), "the empty first segment goes");
+        assert_eq!(first_kept(&journal, Lsn(20)), Some(3));
+        assert_eq!(
+            first_kept(&journal, Lsn(30)),
+            Some(3),
+            "segment 4 alone would look as if 31..90 was dropped"
+        );
+        assert_eq!(first_kept(&journal, Lsn(94)), Some(4));
+        assert_eq!(first_kept(&journal, Lsn(95)), Some(5), "the open one stays");
+        assert_eq!(first_kept(&[], Lsn(1)), None);
     }
 }

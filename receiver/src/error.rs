@@ -67,6 +67,14 @@ impl Error {
         Error::new(ErrorKind::Corrupt, at)
     }
 
+    /// The error and what lies behind it, in one line.
+    pub fn in_full(&self) -> String {
+        match &self.source {
+            Some(source) => format!("{self}: {source}"),
+            None => self.to_string(),
+        }
+    }
+
     /// The same error, told with the step that was under way in front.
     pub fn during(self, step: impl fmt::Display) -> Error {
         Error { at: format!("{step}: {}", self.at), ..self }

@@ -24,6 +24,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// Largest encoded event: its texts are cut to 255 bytes.
 const MAX_EVENT_BYTES: usize = 1024;
+/// Bytes of the log that are read at once.
+const LOAD_BYTES: u64 = 1 << 20;
 
 /// Something that history must know.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,6 +123,32 @@ fn encode(events: &[Event]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
+/// Bytes that events take in a log.
+///
+/// # Errors
+/// As [`EventLog::append`].
+pub fn log_bytes(events: &[Event]) -> Result<u64> {
+    Ok(encode(events)?.len() as u64)
+}
+
+/// The payload of the first entry and the bytes that the entry takes; `None` where it is not there as a whole.
+fn entry(bytes: &[u8]) -> std::result::Result<Option<(&[u8], usize)>, &'static str> {
+    let word = |from: usize| {
+        let bytes: [u8; 4] = bytes.get(from..from + 4)?.try_into().ok()?;
+        Some(u32::from_le_bytes(bytes))
+    };
+    let (Some(length), Some(crc)) = (word(0), word(4)) else { return Ok(None) };
+    let length = length as usize;
+    if length > MAX_EVENT_BYTES {
+        return Err("longer than an event can be");
+    }
+    let Some(payload) = bytes.get(8..8 + length) else { return Ok(None) };
+    if crc32fast::hash(payload) != crc {
+        return Err("CRC does not match");
+    }
+    Ok(Some((payload, 8 + length)))
+}
+
 /// The append-only log of applied events.
 pub struct EventLog {
     disk: Arc<dyn Disk>,
@@ -134,47 +162,49 @@ impl EventLog {
         EventLog { disk, path: log_path(group_dir, number), file: None }
     }
 
-    /// Reads the durable part of the log.
+    /// Reads the durable part of the log, a piece at a time: it may be much longer than what is kept of it in memory.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], naming file and offset, for anything but `bytes` bytes of whole events.
-    pub fn load(disk: &dyn Disk, group_dir: &Path, number: u64, bytes: u64) -> Result<Vec<Event>> {
+    pub fn load(
+        disk: &dyn Disk,
+        group_dir: &Path,
+        number: u64,
+        bytes: u64,
+        mut visit: impl FnMut(Event),
+    ) -> Result<()> {
         if bytes == 0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let path = log_path(group_dir, number);
-        let corrupt = |offset: usize, what: &str| {
+        let corrupt = |offset: u64, what: &str| {
             Error::corrupt(format!("{} at byte {offset}: event log: {what}", path.display()))
         };
         let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
         let size = file.size().map_err(|e| Error::io(format!("size of {}", path.display()), e))?;
         if size < bytes {
-            return Err(corrupt(usize::try_from(size).unwrap_or(usize::MAX), "cut short"));
+            return Err(corrupt(size, "cut short"));
         }
-        let length = usize::try_from(bytes).map_err(|_| corrupt(0, "too long for this machine"))?;
-        let mut content = vec![0; length];
-        let got =
-            file.read_at(&mut content, 0).map_err(|e| Error::io(format!("read {}", path.display()), e))?;
-        content.truncate(got);
-        let mut events = Vec::new();
+        let mut chunk = Vec::new();
         let mut at = 0;
-        while at < length {
-            let word = |from: usize| {
-                let bytes: [u8; 4] = content.get(from..from + 4)?.try_into().ok()?;
-                Some(u32::from_le_bytes(bytes))
-            };
-            let (Some(bytes), Some(crc)) = (word(at), word(at + 4)) else {
+        while at < bytes {
+            let length = usize::try_from((bytes - at).min(LOAD_BYTES)).expect("at most 1 MiB");
+            chunk.resize(length, 0);
+            let got =
+                file.read_at(&mut chunk, at).map_err(|e| Error::io(format!("read {}", path.display()), e))?;
+            chunk.truncate(got);
+            let mut rest = &chunk[..];
+            while let Some((payload, taken)) = entry(rest).map_err(|what| corrupt(at, what))? {
+                visit(postcard::from_bytes(payload).map_err(|e| corrupt(at, &e.to_string()))?);
+                rest = &rest[taken..];
+                at += taken as u64;
+            }
+            // A chunk holds many of the largest entries: one that holds no whole entry is the last, and broken.
+            if rest.len() == got {
                 return Err(corrupt(at, "entry cut short"));
-            };
-            let bytes = bytes as usize;
-            let payload = (bytes <= MAX_EVENT_BYTES).then(|| content.get(at + 8..at + 8 + bytes)).flatten();
-            let Some(payload) = payload.filter(|payload| crc32fast::hash(payload) == crc) else {
-                return Err(corrupt(at, "CRC does not match"));
-            };
-            events.push(postcard::from_bytes(payload).map_err(|e| corrupt(at, &e.to_string()))?);
-            at += 8 + bytes;
+            }
         }
-        Ok(events)
+        Ok(())
     }
 
     /// Writes events at `at`, the durable length so far, and syncs; returns the new length.

@@ -75,6 +75,14 @@ impl Fold {
         self.volumes.entry(record.volume).or_default().insert(offset..offset + len, piece);
     }
 
+    /// Parts of a range that nothing laid so far changes.
+    pub fn gaps(&self, volume: VolumeId, range: Range<u64>) -> Vec<Range<u64>> {
+        match self.volumes.get(&volume) {
+            Some(map) => map.gaps(range).collect(),
+            None => vec![range],
+        }
+    }
+
     /// Volumes that change, in order of their ids.
     pub fn volumes(&self) -> impl Iterator<Item = VolumeId> + '_ {
         self.volumes.keys().copied()

@@ -6,7 +6,9 @@
 //! * before another epoch, before a `resync-begin`, after a `resync-end`, so that consistent points are boundaries;
 //! * exactly at the range that an undo segment names, when a cut batch is redone.
 //!
-//! A batch may end in the middle of a frame; the rest of that frame is carried to the next one.
+//! A batch may end in the middle of a frame; the rest of that frame is carried to the next one. A frame is checked as a
+//! whole before the first of its records is used; one that does not hold ends the batch before it, and is what the next
+//! gather fails with.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,7 +19,7 @@ use journal::compress::Decoder;
 use journal::frame::FrameHeader;
 use journal::io::Disk;
 use journal::reader::Reader;
-use journal::record::{Located, Op, Record, VolumeRecord};
+use journal::record::{Located, Op, Record, Records, VolumeRecord};
 use journal::tail::Limit;
 use journal::{Epoch, Lsn, VolumeId};
 
@@ -54,8 +56,11 @@ pub struct Behind {
     pub epoch: Epoch,
     /// Nothing was ever applied: begin with the oldest frame held.
     pub nothing: bool,
-    /// Refuse what is left of the checkpoint's epoch: the replica is not what those records were made for.
-    pub skip_epoch: bool,
+    /// The checkpoint is a recovery point, which must stay a boundary.
+    pub consistent: bool,
+    /// Pass over what is left of epochs up to this number: the replica is not what their records were made for. Every
+    /// epoch begins with the whole content.
+    pub skip_through: Option<u64>,
 }
 
 /// The records of one batch, folded.
@@ -76,11 +81,21 @@ pub struct Gathered {
     pub events: Vec<Event>,
     /// Whether the last record ends a resync, and the batch boundary is consistent because of it.
     pub ends_resync: bool,
+    /// Whether the last record lies in a resync.
+    in_resync: bool,
     weight_bytes: u64,
     undo_bytes: u64,
 }
 
 impl Gathered {
+    /// Whether there is a batch, and all of it where its range is given.
+    fn is_enough(&self, want: Want) -> bool {
+        match want {
+            Want::AtMost { .. } => self.weight_bytes > 0,
+            Want::UpTo(last) => self.last.lsn >= last,
+        }
+    }
+
     /// Volume records, in order.
     pub fn volumes(&self) -> impl Iterator<Item = (VolumeId, &VolumeRecord)> {
         self.events.iter().filter_map(|event| match &event.kind {
@@ -106,10 +121,11 @@ pub struct Gatherer {
     frame: Vec<u8>,
     carry: Option<Carry>,
     at: Lsn,
+    refused: Option<u64>,
 }
 
-/// Estimates from above what the undo of zeros over a range will take.
-pub type UndoEstimate<'a> = dyn Fn(VolumeId, Range<u64>) -> Result<u64> + 'a;
+/// Estimates from above what the undo of zeros over a range will take; need not look further once it is over the bound.
+pub type UndoEstimate<'a> = dyn Fn(VolumeId, Range<u64>, u64) -> Result<u64> + 'a;
 
 impl Gatherer {
     /// For a journal directory; opened at the first gather.
@@ -125,6 +141,7 @@ impl Gatherer {
             frame: Vec::new(),
             carry: None,
             at: Lsn::ZERO,
+            refused: None,
         })
     }
 
@@ -145,16 +162,32 @@ impl Gatherer {
         Ok(())
     }
 
+    /// Number of the epoch whose records the last gather refused as malformed.
+    pub fn refused(&self) -> Option<u64> {
+        self.refused
+    }
+
     /// The next frame with unused records.
-    fn frame(&mut self, limit: Limit) -> Result<Option<Carry>> {
+    fn frame(&mut self, behind: &Behind, limit: Limit) -> Result<Option<Carry>> {
         if let Some(carry) = self.carry.take() {
             return Ok(Some(carry));
         }
         let Some(reader) = &mut self.reader else { return Ok(None) };
-        let Some(header) = reader.next(&mut self.frame, limit).map_err(damage)? else { return Ok(None) };
-        let mut raw = Vec::new();
-        self.decoder.decode(&header, &self.frame, &mut raw).map_err(damage)?;
-        Ok(Some(Carry { header, raw: Arc::new(raw), at: 0 }))
+        while let Some(header) = reader.next(&mut self.frame, limit).map_err(damage)? {
+            let used_up = header.last_lsn <= behind.moment.lsn && !behind.nothing;
+            if used_up || behind.skip_through.is_some_and(|number| header.epoch.number <= number) {
+                continue;
+            }
+            let mut raw = Vec::new();
+            // The bytes are what was received, so it is the source that did not hold to the format.
+            let decoded = self.decoder.decode(&header, &self.frame, &mut raw);
+            decoded.and_then(|()| Records::check(&header, &raw)).map_err(|error| {
+                self.refused = Some(header.epoch.number);
+                Error::from(error)
+            })?;
+            return Ok(Some(Carry { header, raw: Arc::new(raw), at: 0 }));
+        }
+        Ok(None)
     }
 
     /// Gathers the records behind the checkpoint; `None` where there are none. `sizes` are the volumes at the
@@ -171,13 +204,20 @@ impl Gatherer {
         mut sizes: BTreeMap<VolumeId, u64>,
         undo_of: &UndoEstimate<'_>,
     ) -> Result<Option<Gathered>> {
+        self.refused = None;
         self.seek(behind)?;
         let mut gathered: Option<Gathered> = None;
-        while let Some(mut carry) = self.frame(limit)? {
-            let used_up = carry.header.last_lsn <= behind.moment.lsn && !behind.nothing;
-            if used_up || (behind.skip_epoch && carry.header.epoch == behind.epoch) {
-                continue;
-            }
+        loop {
+            let mut carry = match self.frame(behind, limit) {
+                Ok(Some(carry)) => carry,
+                Ok(None) => break,
+                // What is whole is applied first; the next gather meets the damage again.
+                Err(_) if gathered.as_ref().is_some_and(|batch| batch.is_enough(want)) => {
+                    self.reset();
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             let batch = match &mut gathered {
                 Some(batch) if batch.epoch != carry.header.epoch => {
                     self.carry = Some(carry);
@@ -186,7 +226,11 @@ impl Gatherer {
                 Some(batch) => batch,
                 empty => empty.insert(begin(&carry.header, behind)),
             };
-            if !take(batch, &mut carry, behind.moment.lsn, want, &mut sizes, undo_of)? {
+            let all = take(batch, &mut carry, behind.moment.lsn, want, &mut sizes, undo_of);
+            if all.as_ref().is_err_and(|error| error.kind == ErrorKind::Malformed) {
+                self.refused = Some(carry.header.epoch.number);
+            }
+            if !all? {
                 self.carry = Some(carry);
                 break;
             }
@@ -214,6 +258,7 @@ fn begin(header: &FrameHeader, behind: &Behind) -> Gathered {
         fold: Fold::default(),
         events,
         ends_resync: false,
+        in_resync: !behind.consistent || header.epoch != behind.epoch,
         weight_bytes: 0,
         undo_bytes: 0,
     }
@@ -238,11 +283,7 @@ fn take(
             carry.at += bytes;
             continue;
         }
-        let undo = if matches!(record.op, Op::Discard | Op::WriteZeroes) {
-            undo_of(record.volume, record.extent.offset..record.extent.offset + record.extent.len)?
-        } else {
-            payload.len() as u64
-        };
+        let undo = undo_bytes(batch, &located, want, undo_of)?;
         let weight = payload.len() as u64 + RECORD_WEIGHT_BYTES;
         let is_empty = batch.weight_bytes == 0;
         // Pieces of one sync slot share an lsn, which is the smallest thing that a boundary can stand behind.
@@ -253,13 +294,18 @@ fn take(
                 }
                 Want::UpTo(last) => record.lsn > last,
             };
-            if full || batch.ends_resync || record.op == Op::ResyncBegin {
+            if full || batch.ends_resync || (record.op == Op::ResyncBegin && !batch.in_resync) {
+                return Ok(false);
+            }
+            if check(&located, sizes).is_err() {
+                // Met again as the first of the next batch, and refused there.
                 return Ok(false);
             }
         }
         check(&located, sizes)?;
         batch.events.extend(Event::of(&located, batch.last).map_err(|e| e.during("apply"))?);
         batch.ends_resync = record.op == Op::ResyncEnd;
+        batch.in_resync = (batch.in_resync || record.op == Op::ResyncBegin) && !batch.ends_resync;
         let moment = Moment { lsn: record.lsn, time_ns: record.time_ns };
         if is_empty {
             batch.first = moment;
@@ -274,6 +320,31 @@ fn take(
         carry.at += bytes;
     }
     Ok(true)
+}
+
+/// What a record adds to the batch's undo, at most. What the batch changes already is counted already, and nothing is
+/// counted beyond the bound: a full volume may be discarded over and over.
+fn undo_bytes(
+    batch: &Gathered,
+    located: &Located<'_>,
+    want: Want,
+    undo_of: &UndoEstimate<'_>,
+) -> Result<u64> {
+    let record = &located.record;
+    let Want::AtMost { undo_bytes, .. } = want else { return Ok(0) };
+    if !matches!(record.op, Op::Discard | Op::WriteZeroes) {
+        return Ok(located.payload.len() as u64);
+    }
+    let most = undo_bytes.saturating_sub(batch.undo_bytes);
+    let range = record.extent.offset..record.extent.offset.saturating_add(record.extent.len);
+    let mut bytes = 0;
+    for gap in batch.fold.gaps(record.volume, range) {
+        if bytes > most {
+            break;
+        }
+        bytes += undo_of(record.volume, gap, most - bytes)?;
+    }
+    Ok(bytes)
 }
 
 /// No record may touch what its volume does not have. Volume records are followed as they come.

@@ -8,7 +8,7 @@
 //! * ⚠ a batch is registered before the applier overwrites the first byte of it; a reader reads the replica first and
 //!   asks for batches second, so whatever it read is either unharmed or told by a batch that it finds;
 //! * a [`Pin`] keeps its boundary: neither undo nor redo that leads to it is dropped;
-//! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open; a reader holds what it uses.
+//! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open, with [`MAX_OPEN_BYTES`] of indexes; a reader holds what it uses.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,8 @@ use journal::tail::{Limit, Tail};
 use journal::writer::Writer;
 use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
 
-use crate::events::{Event, EventKind, EventLog};
+use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
+use crate::events::{Event, EventLog};
 use crate::retention::Aged;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
 use crate::undo::{self, UndoSegment, UndoSummary, damage, read_summary};
@@ -31,11 +32,14 @@ use crate::{Error, ErrorKind, Result};
 
 /// Undo segments kept open at once: well below the usual 1,024 descriptors a process may have.
 const MAX_OPEN_SEGMENTS: usize = 128;
+/// Bytes of their indexes held at once; one alone may be larger.
+const MAX_OPEN_BYTES: u64 = 32 << 20;
 /// Receipts remembered for batches to come; merged at 1 s, so this is over an hour of backlog.
 const MAX_RECEIPTS: usize = 4096;
 const RECEIPT_STEP_NS: u64 = 1_000_000_000;
-/// Bookmarks and other events held at once: a source cannot fill the receiver's memory with names.
-const MAX_EVENTS: usize = 65_536;
+/// What a batch counts for in the quota, however small: its file's blocks, inode and place in the registry. So a source
+/// that makes many tiny batches shortens its own history, not the receiver's memory.
+const MIN_BATCH_BYTES: u64 = 64 << 10;
 
 /// What is known about a batch's undo segment.
 #[derive(Clone, Debug)]
@@ -50,13 +54,18 @@ pub(crate) enum Slot {
 pub(crate) struct Inner {
     pub(crate) state: GroupState,
     pub(crate) batches: BTreeMap<u64, Slot>,
-    pub(crate) events: Vec<Event>,
+    pub(crate) events: EventList,
+    /// Newest record that points may be told from.
     pub(crate) received: Moment,
+    /// Why `received` stands still although more is in the journal: what follows it there cannot be read.
+    pub(crate) damage: Option<String>,
     pub(crate) received_epoch: Epoch,
     receipts: VecDeque<(Lsn, u64)>,
     newest_receipt_ns: u64,
     pins: BTreeMap<u64, u64>,
     next_pin: u64,
+    /// Batches below this one are being dropped right now.
+    leaving: u64,
 }
 
 /// The history of one group.
@@ -85,22 +94,25 @@ impl History {
     /// crash: its undo segment then stands above the checkpoint and is laid over like any other.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for damage in the group's state, event log or journal. Damaged undo segments are kept in
-    /// mind and reported when a point needs them.
+    /// [`ErrorKind::Corrupt`] for damage in the group's state or event log. Damaged undo segments are kept in mind and
+    /// reported when a point needs them; damage in the journal above the checkpoint ends the window there.
     pub fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<Arc<History>> {
         let state = GroupStore::read(&*disk, group_dir)?;
-        let events = EventLog::load(&*disk, group_dir, state.events_file, state.events_bytes)?;
+        let mut events = EventList::default();
+        EventLog::load(&*disk, group_dir, state.events_file, state.events_bytes, |event| events.add(event))?;
         let received = state.checkpoint_moment();
         let history = History {
             inner: Mutex::new(Inner {
                 batches: BTreeMap::new(),
                 events,
                 received,
+                damage: None,
                 received_epoch: state.checkpoint.epoch,
                 receipts: VecDeque::new(),
                 newest_receipt_ns: 0,
                 pins: BTreeMap::new(),
                 next_pin: 0,
+                leaving: 0,
                 state,
             }),
             disk,
@@ -141,7 +153,8 @@ impl History {
         Ok(())
     }
 
-    /// Notes what the journal holds above the checkpoint.
+    /// Notes what the journal holds above the checkpoint. Whatever cannot be read there ends the window, nothing else: the
+    /// older points do not need it.
     fn read_received(&self) -> Result<()> {
         let dir = journal_dir(&self.group_dir);
         if !Writer::exists(&*self.disk, &dir)? {
@@ -151,10 +164,17 @@ impl History {
             let state = &self.lock().state;
             (state.applied_batch > 0).then_some(state.checkpoint.lsn)
         };
-        let Some(mut reader) = read_behind(&self.disk, &dir, behind)? else { return Ok(()) };
-        let mut frame = Vec::new();
-        while let Some(header) = reader.next(&mut frame, Limit::End).map_err(damage)? {
-            self.note(&header, &frame)?;
+        let read = || -> Result<()> {
+            let Some(mut reader) = read_behind(&self.disk, &dir, behind)? else { return Ok(()) };
+            let mut frame = Vec::new();
+            while let Some(header) = reader.next(&mut frame, Limit::End).map_err(damage)? {
+                self.note(&header, &frame)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = read() {
+            tracing::warn!(%error, group = self.lock().state.name, "the history ends at damage in the journal");
+            self.lock().damage.get_or_insert(error.at);
         }
         Ok(())
     }
@@ -171,12 +191,13 @@ impl History {
     }
 
     /// Ingest tells of a durable frame, in order, and when it was received by the receiver's clock; frames known already
-    /// are passed over. So points above the checkpoint are known before they are applied.
+    /// are passed over. So points above the checkpoint are known before they are applied. Behind a frame that cannot be
+    /// read nothing is noted until the applier has passed it.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] where its events cannot be read.
+    /// [`ErrorKind::Malformed`] where its events cannot be read, [`ErrorKind::NotPossible`] where they are too many.
     pub fn note_frame(&self, header: &FrameHeader, frame: &[u8], received_ns: u64) -> Result<()> {
-        self.note(header, frame)?;
+        let noted = self.note(header, frame);
         let mut inner = self.lock();
         inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
         let newest_ns = inner.newest_receipt_ns;
@@ -189,7 +210,22 @@ impl History {
                 inner.receipts.push_back((header.last_lsn, newest_ns));
             }
         }
-        Ok(())
+        if let Err(error) = &noted {
+            inner.damage.get_or_insert_with(|| error.at.clone());
+        }
+        noted
+    }
+
+    /// A frame has been received and waits for room: time passes, although nothing is taken. So what outlives its
+    /// minimum meanwhile can go, and make the room.
+    pub fn note_waiting(&self, received_ns: u64) {
+        let mut inner = self.lock();
+        inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
+    }
+
+    /// The newest receipt known, by the receiver's clock; 0 where none is.
+    pub fn newest_receipt_ns(&self) -> u64 {
+        self.lock().newest_receipt_ns
     }
 
     /// After a restart: when the journal's segments were received, oldest first.
@@ -206,12 +242,18 @@ impl History {
     }
 
     fn note(&self, header: &FrameHeader, frame: &[u8]) -> Result<()> {
+        let has_events = header.flags & FLAG_EVENTS != 0;
+        if !self.lock().awaits(header) {
+            return Ok(());
+        }
         let mut raw = Vec::new();
-        if header.flags & FLAG_EVENTS != 0 && header.last_lsn > self.lock().received.lsn {
-            journal::compress::Decoder::new()?.decode(header, frame, &mut raw).map_err(damage)?;
+        if has_events {
+            journal::compress::Decoder::new()?.decode(header, frame, &mut raw)?;
+            Records::check(header, &raw)?;
         }
         let mut inner = self.lock();
-        if header.last_lsn <= inner.received.lsn {
+        // The applier may have passed the frame meanwhile.
+        if !inner.awaits(header) {
             return Ok(());
         }
         let known = inner.received;
@@ -221,16 +263,38 @@ impl History {
         }
         let mut last = known;
         for located in Records::new(&raw) {
-            let located = located.map_err(damage)?;
+            let located = located?;
             if located.record.lsn > known.lsn {
                 events.extend(Event::of(&located, last)?);
             }
             last = Moment { lsn: located.record.lsn, time_ns: located.record.time_ns };
         }
-        inner.add_events(events);
+        inner.check_room(&events)?;
+        for event in events {
+            inner.events.add(event);
+        }
+        inner.damage = None;
         inner.received = Moment { lsn: header.last_lsn, time_ns: header.last_time_ns };
         inner.received_epoch = header.epoch;
         Ok(())
+    }
+
+    /// The applier asks before a batch is begun whether its events can be kept.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where there are too many; older ones make room as they leave the history.
+    pub(crate) fn check_events(&self, events: &[Event]) -> Result<()> {
+        let inner = self.lock();
+        let known = inner.received.lsn;
+        let first_new = events.iter().position(|event| event.at.lsn > known).unwrap_or(events.len());
+        inner.check_room(&events[first_new..])
+    }
+
+    /// All events up to the checkpoint that the history still needs.
+    pub(crate) fn applied_events(&self) -> Vec<Event> {
+        let inner = self.lock();
+        let checkpoint = inner.state.checkpoint.lsn;
+        inner.events.iter().filter(|event| event.at.lsn <= checkpoint).cloned().collect()
     }
 
     /// Receipt time of a batch that ends at `lsn`: never earlier than the real one, so that nothing expires too soon.
@@ -253,7 +317,9 @@ impl History {
         let mut inner = self.lock();
         if inner.received.lsn < applied.lsn {
             let known = inner.received.lsn;
-            inner.add_events(events.iter().filter(|event| event.at.lsn > known).cloned().collect());
+            for event in events.iter().filter(|event| event.at.lsn > known) {
+                inner.events.add(event.clone());
+            }
             inner.received = applied;
             inner.received_epoch = state.checkpoint.epoch;
         }
@@ -261,7 +327,7 @@ impl History {
         let oldest = inner.state.oldest_batch;
         inner.batches.retain(|number, _| oldest != 0 && *number >= oldest);
         let start = inner.state.history_start.lsn;
-        inner.forget_events(start);
+        inner.events.forget_before(start);
         drop(inner);
         let mut open = self.open_segments.lock().expect("nothing panics while it holds the open segments");
         open.retain(|(number, _)| *number >= oldest);
@@ -302,7 +368,7 @@ impl History {
                 number: *number,
                 last_lsn: summary.last.lsn,
                 received_ns: summary.received_ns,
-                undo_bytes: summary.bytes,
+                undo_bytes: summary.bytes.max(MIN_BATCH_BYTES),
             },
             // Damaged undo ages like its neighbours: as soon as they may go.
             Slot::Damaged(_) => Aged { number: *number, last_lsn: Lsn::ZERO, received_ns: 0, undo_bytes: 0 },
@@ -332,7 +398,8 @@ impl History {
     /// [`ErrorKind::NotPossible`] where it is gone already.
     pub fn pin(self: &Arc<Self>, number: u64) -> Result<Pin> {
         let mut inner = self.lock();
-        if inner.state.oldest_batch == 0 || number + 1 < inner.state.oldest_batch {
+        let oldest = inner.state.oldest_batch.max(inner.leaving);
+        if inner.state.oldest_batch == 0 || number + 1 < oldest {
             let at = "the point has just left the history; ask for a newer one";
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
@@ -340,6 +407,20 @@ impl History {
         inner.next_pin += 1;
         inner.pins.insert(id, number);
         Ok(Pin { history: Arc::clone(self), id })
+    }
+
+    /// ⚠ Before batches below `keep_from` are dropped: looks at the pins again, and gives out none below from here on, all
+    /// under one lock. Returns the batch to keep from, which a pin may have lowered. [`History::end_drop`] must follow.
+    pub(crate) fn reserve_drop(&self, keep_from: u64) -> u64 {
+        let mut inner = self.lock();
+        let pinned = inner.pins.values().copied().min().unwrap_or(u64::MAX);
+        inner.leaving = keep_from.min(pinned.saturating_add(1));
+        inner.leaving
+    }
+
+    /// The drop is durable in the state, or did not happen.
+    pub(crate) fn end_drop(&self) {
+        self.lock().leaving = 0;
     }
 
     /// Newest batch whose undo is registered; the batch being applied right now is one.
@@ -371,10 +452,13 @@ impl History {
         };
         let segment = Arc::new(UndoSegment::open(&*self.disk, &summary)?);
         let mut open = self.open_segments.lock().expect(poisoned);
-        if open.len() >= MAX_OPEN_SEGMENTS {
+        open.push_back((number, Arc::clone(&segment)));
+        let held = |open: &VecDeque<(u64, Arc<UndoSegment>)>| -> u64 {
+            open.iter().map(|(_, segment)| segment.index_bytes()).sum()
+        };
+        while open.len() > 1 && (open.len() > MAX_OPEN_SEGMENTS || held(&open) > MAX_OPEN_BYTES) {
             open.pop_front();
         }
-        open.push_back((number, Arc::clone(&segment)));
         Ok(segment)
     }
 
@@ -443,27 +527,28 @@ impl Inner {
         found.or_else(|| (self.state.history_start.lsn <= lsn).then_some(oldest))
     }
 
-    fn add_events(&mut self, events: Vec<Event>) {
-        self.events.extend(events);
-        while self.events.len() > MAX_EVENTS {
-            let oldest = self.events.iter().position(|event| matches!(event.kind, EventKind::Bookmark(_)));
-            self.events.remove(oldest.unwrap_or(0));
-        }
+    /// Whether a frame is the next to be noted. Behind damage only the one that follows what was applied meanwhile is.
+    fn awaits(&self, header: &FrameHeader) -> bool {
+        let known = self.received.lsn;
+        header.last_lsn > known && (self.damage.is_none() || header.first_lsn <= known.next())
     }
 
-    /// Forgets what happened before the oldest point, except what the oldest point must know: its volumes.
-    fn forget_events(&mut self, start: Lsn) {
-        let outlived = outlived(&self.events, start);
-        let mut at = 0;
-        self.events.retain(|_| {
-            at += 1;
-            !outlived[at - 1]
-        });
+    fn check_room(&self, events: &[Event]) -> Result<()> {
+        let wanted = events.iter().filter(|event| is_structural(event)).count();
+        if wanted == 0 || self.events.has_room(wanted) {
+            return Ok(());
+        }
+        let at = format!(
+            "lsn {}: more than {MAX_STRUCTURAL} changes of volumes and resyncs in the history: apply waits until older ones \
+             have left it",
+            events[0].at.lsn
+        );
+        Err(Error::new(ErrorKind::NotPossible, at))
     }
 }
 
 /// A journal reader whose next frame holds the first record behind `after`, or is the oldest for `None`; no reader where
-/// nothing lies behind it.
+/// nothing that can be read lies behind it. Whoever knows that something must asks why.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`] where that record is older than what the journal holds: it was dropped too early.
@@ -478,27 +563,27 @@ pub(crate) fn read_behind(disk: &Arc<dyn Disk>, dir: &Path, after: Option<Lsn>) 
     }
 }
 
-/// Which events nobody can ask for any more: those at or below the oldest point, except bookmarks on it, a gap
-/// around it, and the last record of each volume.
-pub(crate) fn outlived(events: &[Event], start: Lsn) -> Vec<bool> {
-    let mut known = std::collections::BTreeSet::new();
-    let mut ended = false;
-    let mut outlived: Vec<bool> = events
-        .iter()
-        .rev()
-        .map(|event| match &event.kind {
-            _ if event.at.lsn > start => false,
-            EventKind::Volume(id, _) => !known.insert(*id),
-            EventKind::Bookmark(_) => event.at.lsn < start,
-            EventKind::ResyncEnd => {
-                ended = true;
-                true
-            }
-            // A gap that reaches beyond the oldest point is still a gap.
-            EventKind::ResyncBegin { .. } | EventKind::Epoch { .. } => ended,
-            EventKind::Failed(_) | EventKind::ClockJump(_) => true,
-        })
-        .collect();
-    outlived.reverse();
-    outlived
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use journal::sim_disk::SimDisk;
+
+    #[test]
+    fn a_pin_taken_before_the_reservation_keeps_its_boundary_and_none_is_given_below_after_it() {
+        let disk: Arc<dyn Disk> = Arc::new(SimDisk::new());
+        let dir = Path::new("/r/groups/g");
+        let mut state = GroupState::new(GroupId([1; 16]), "g", [1; 32], Lineage([2; 16]));
+        (state.applied_batch, state.oldest_batch) = (9, 1);
+        GroupStore::create(Arc::clone(&disk), dir, state).unwrap();
+        let history = History::open(disk, dir).unwrap();
+        let refused = |number: u64| history.pin(number).err().map(|error| error.kind);
+        let pin = history.pin(3).unwrap();
+        assert_eq!(history.reserve_drop(7), 4, "as far as the pin allows");
+        assert_eq!(refused(2), Some(ErrorKind::NotPossible), "about to go");
+        assert_eq!(refused(3), None);
+        history.end_drop();
+        assert_eq!(refused(2), None, "nothing was dropped");
+        drop(pin);
+        assert_eq!(history.reserve_drop(7), 7);
+    }
 }

@@ -98,6 +98,12 @@ impl IngestCore {
         Ok(step)
     }
 
+    /// The journal has begun the epoch of the frame that [`judge`](Self::judge) accepted last, and not the frame yet.
+    pub fn begun(&mut self, start: Position) {
+        self.held = start;
+        self.opening = true;
+    }
+
     /// The journal has the frame that [`judge`](Self::judge) accepted last.
     pub fn taken(&mut self, header: &FrameHeader) {
         self.opening = (self.opening || header.epoch != self.held.epoch) && !self.announces_resync();
@@ -177,6 +183,7 @@ impl IngestCore {
         let bad = |e: journal::Error| refuse(ErrorCode::BadFrame, header, &e.to_string());
         self.raw.clear();
         self.decoder.decode(header, frame, &mut self.raw).map_err(bad)?;
+        Records::check(header, &self.raw).map_err(bad)?;
         for located in Records::new(&self.raw) {
             match located.map_err(bad)?.record.op {
                 Op::Volume => {}
@@ -415,5 +422,25 @@ mod tests {
         );
         let first = opening(4, 31);
         assert_eq!(core.judge(&first.0, &first.1), Ok(Step::Follows));
+    }
+
+    #[test]
+    fn an_epoch_that_is_begun_without_its_first_frame_goes_on_and_the_old_one_does_not() {
+        let start = Position::epoch_start(LINEAGE, epoch(1), Lsn(9));
+        let mut core = IngestCore::new(GROUP, start).unwrap();
+        let (header, bytes) = opening(2, 100);
+        let Ok(Step::Begins(start)) = core.judge(&header, &bytes) else { panic!("a new epoch") };
+        core.begun(start);
+        let (old, old_bytes) = opening(1, 10);
+        assert_eq!(core.judge(&old, &old_bytes).unwrap_err().code, ErrorCode::OutOfOrder);
+        let (bare, bare_bytes) = frame(&stamp(2), chain_seed(LINEAGE, epoch(2)), 100, &[Op::Write]);
+        assert_eq!(
+            core.judge(&bare, &bare_bytes).unwrap_err().code,
+            ErrorCode::BadFrame,
+            "still its opening"
+        );
+        assert_eq!(core.judge(&header, &bytes), Ok(Step::Follows));
+        core.taken(&header);
+        assert_eq!(core.held().lsn, header.last_lsn);
     }
 }

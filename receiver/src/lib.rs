@@ -23,6 +23,7 @@
 pub mod agent;
 pub mod apply;
 pub mod error;
+pub mod event_list;
 pub mod events;
 pub mod fold;
 pub mod gather;
@@ -40,5 +41,6 @@ pub mod target;
 pub mod undo;
 mod unpack;
 pub mod view;
+pub mod volumes;
 
 pub use error::{Error, ErrorKind, Result};

@@ -20,6 +20,9 @@ use crate::state::Moment;
 use crate::undo::damage;
 use crate::{Error, ErrorKind, Result};
 
+/// Failed writes and clock jumps listed one by one; a source with a queue that refuses often has thousands.
+const MAX_SHOWN_NOTES: usize = 100;
+
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum At {
@@ -169,7 +172,7 @@ impl Inner {
     fn gaps(&self) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         let mut open: Option<Gap> = None;
-        for event in &self.events {
+        for event in self.events.iter() {
             match &event.kind {
                 EventKind::Epoch { after, .. } => {
                     let reason = "capture was interrupted".to_owned();
@@ -190,9 +193,17 @@ impl Inner {
         gaps
     }
 
+    fn why_no_point(&self) -> String {
+        match &self.state.needs_resync {
+            Some(why) => format!("no recovery point that can be used: {why}"),
+            None => "no recovery point yet: the first synchronisation is not complete".to_owned(),
+        }
+    }
+
     /// Oldest and newest point, `None` while there is no history.
     fn window(&self, gaps: &[Gap]) -> Option<(Moment, Moment)> {
-        if self.state.oldest_batch == 0 {
+        // Undo laid over a replica that others changed would give anything but the points.
+        if self.state.oldest_batch == 0 || self.state.needs_resync.is_some() {
             return None;
         }
         let mut oldest = self.state.history_start;
@@ -232,16 +243,14 @@ impl History {
     /// [`ErrorKind::NotPossible`], naming the nearest points: outside the window, inside a gap, an unknown bookmark, a time
     /// that nothing received so far can vouch for. [`ErrorKind::Corrupt`] for damage on the way.
     pub fn resolve(&self, at: &At) -> Result<Point> {
-        let (gaps, window, name) = {
+        let (gaps, window, name, why) = {
             let inner = self.lock();
             let gaps = inner.gaps();
             let window = inner.window(&gaps);
-            (gaps, window, inner.state.name.clone())
+            (gaps, window, inner.state.name.clone(), inner.why_no_point())
         };
         let Some((oldest, newest)) = window else {
-            return Err(not_possible(format!(
-                "group {name} has no recovery point yet: its first synchronisation is not complete"
-            )));
+            return Err(not_possible(format!("group {name} has {why}")));
         };
         let span = format!(
             "points reach from lsn {} at {} to lsn {} at {}",
@@ -341,7 +350,7 @@ impl History {
         let mut raw = Vec::new();
         Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
         let mut found = None;
-        for located in Records::new(&raw) {
+        for located in Records::of(&header, &raw) {
             let Record { lsn, time_ns: at_ns, .. } = located.map_err(damage)?.record;
             if at_ns <= time_ns {
                 found = Some(lsn);
@@ -362,7 +371,7 @@ impl History {
         if let Some(header) = header.filter(|header| header.first_lsn <= lsn && lsn <= header.last_lsn) {
             let mut raw = Vec::new();
             Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
-            for located in Records::new(&raw) {
+            for located in Records::of(&header, &raw) {
                 let record = located.map_err(damage)?.record;
                 if record.lsn == lsn {
                     return Ok(Moment { lsn, time_ns: record.time_ns });
@@ -382,7 +391,7 @@ impl History {
         let window = inner.window(&gaps);
         let mut bookmarks = Vec::new();
         let mut warnings = Vec::new();
-        for event in &inner.events {
+        for event in inner.events.iter() {
             let (lsn, time) = (event.at.lsn, rfc3339(event.at.time_ns));
             match &event.kind {
                 EventKind::Bookmark(name) => bookmarks.push(ShownBookmark { name: name.clone(), lsn, time }),
@@ -398,10 +407,15 @@ impl History {
                 _ => {}
             }
         }
+        let hidden = warnings.len().saturating_sub(MAX_SHOWN_NOTES);
+        if hidden > 0 {
+            warnings.drain(..hidden);
+            warnings.push(format!("{hidden} older failed writes and clock jumps are not listed"));
+        }
         if let Some((oldest, _)) = window {
             bookmarks.retain(|bookmark| bookmark.lsn >= oldest.lsn);
         } else {
-            warnings.push("no recovery point yet: the first synchronisation is not complete".into());
+            warnings.push(inner.why_no_point());
         }
         warnings.extend(inner.batches.values().filter_map(|slot| match slot {
             crate::history::Slot::Damaged(at) => {
@@ -409,6 +423,18 @@ impl History {
             }
             crate::history::Slot::Kept(_) => None,
         }));
+        if let Some(why) = &inner.damage {
+            let at = inner.received.lsn;
+            warnings
+                .push(format!("what was received above lsn {at} cannot be read, and holds no points: {why}"));
+        }
+        let forgotten = inner.events.forgotten();
+        if forgotten.bookmarks + forgotten.others > 0 {
+            warnings.push(format!(
+                "too many to keep: {} bookmarks, {} failed writes and clock jumps are not shown",
+                forgotten.bookmarks, forgotten.others
+            ));
+        }
         let shown = |gap: &Gap| ShownGap {
             from_lsn: gap.after.lsn,
             to_lsn: gap.until.map(|until| until.lsn),

@@ -27,7 +27,7 @@ const PACE_BYTES: u64 = 8 << 20;
 /// device (refuses a mounted one), flock for a file.
 #[derive(Debug)]
 pub struct ReplicaHold {
-    _file: fs::File,
+    file: fs::File,
 }
 
 impl ReplicaHold {
@@ -61,7 +61,7 @@ impl ReplicaHold {
                 Err(e) => return Err(Error::io(format!("lock {shown}"), e.into())),
             }
         }
-        Ok(ReplicaHold { _file: file })
+        Ok(ReplicaHold { file })
     }
 }
 
@@ -78,6 +78,14 @@ pub fn stamp(path: &Path) -> Option<(i64, u64)> {
     Some((i64::try_from(since.as_nanos()).ok()?, metadata.len()))
 }
 
+/// Whether a replica with the stamp `now` is what was left with the stamp `left`. Tools that move files may keep whole
+/// seconds only.
+pub fn is_same_stamp(left: (i64, u64), now: (i64, u64)) -> bool {
+    const SECOND_NS: i64 = 1_000_000_000;
+    let cut_to_seconds = now.0 % SECOND_NS == 0 && now.0 == left.0 - left.0 % SECOND_NS;
+    left.1 == now.1 && (left.0 == now.0 || cut_to_seconds)
+}
+
 /// An open replica.
 pub struct Replica {
     id: VolumeId,
@@ -87,7 +95,7 @@ pub struct Replica {
     file: Arc<dyn File>,
     is_device: bool,
     size_bytes: u64,
-    _hold: Option<ReplicaHold>,
+    hold: Option<ReplicaHold>,
 }
 
 impl Replica {
@@ -106,8 +114,12 @@ impl Replica {
                 let dir = path.parent().unwrap_or(Path::new("/"));
                 disk.create_dir(dir).map_err(|e| Error::replica(named("create directory of"), e))?;
                 let file = disk.create(&path).map_err(|e| Error::replica(named("create"), e))?;
-                disk.sync_dir(dir).map_err(|e| Error::sync(named("sync directory of"), e))?;
+                disk.sync_dir(dir).map_err(|e| Error::replica(named("sync directory of"), e))?;
                 file
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let step = "bring it back (is its disk mounted?), or put an empty file in its place to have it made anew: open";
+                return Err(Error::replica(named(step), e));
             }
             Err(e) => return Err(Error::replica(named("open"), e)),
         };
@@ -120,11 +132,15 @@ impl Replica {
             file,
             is_device,
             size_bytes: state.size_bytes,
-            _hold: hold,
+            hold,
         };
         let have = replica.file.size().map_err(|e| replica.error("size of", 0, e))?;
         if state.created && have < state.size_bytes {
-            let at = format!("{} has only {have} of {} bytes", named("found that"), state.size_bytes);
+            let at = format!(
+                "{} has only {have} of {} bytes; bring it back, or put an empty file in its place to have it made anew",
+                named("found that"),
+                state.size_bytes
+            );
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
         replica.grow(state.size_bytes)?;
@@ -136,7 +152,8 @@ impl Replica {
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`] naming the file.
     pub fn check_vacant(disk: &dyn Disk, path: &Path, name: &str) -> Result<()> {
-        if is_block_device(path) || disk.open_read(path).is_err() {
+        let is_empty = |file: Arc<dyn File>| file.size().is_ok_and(|size| size == 0);
+        if is_block_device(path) || disk.open_read(path).map_or(true, is_empty) {
             return Ok(());
         }
         let at = format!("replica of volume {name}: {} exists already; move it away", path.display());
@@ -283,10 +300,22 @@ impl Replica {
     /// fdatasync: what was written is durable when this returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`], which is final.
+    /// [`ErrorKind::ReplicaFailed`]. ⚠ What was written since the last sync may be lost, though it can still be read: all
+    /// of it must be written again before the next sync says anything. It ends this replica, not the receiver: ingest
+    /// has its own disk to answer for.
     pub fn sync(&self) -> Result<()> {
-        let named = || format!("replica of volume {}: sync {}", self.name, self.path.display());
-        self.file.sync().map_err(|e| Error::sync(named(), e))
+        self.file.sync().map_err(|e| self.error("sync", 0, e))
+    }
+
+    /// The stamp of what is on the disk now, for the next start; `None` where the replica is not held. Times are made
+    /// durable first: after fdatasync alone a power loss would bring back an older one, which looks like somebody's change.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn settled_stamp(&self) -> Result<Option<(i64, u64)>> {
+        let Some(hold) = &self.hold else { return Ok(None) };
+        hold.file.sync_all().map_err(|e| self.error("sync", 0, e))?;
+        Ok(stamp(&self.path))
     }
 }
 
@@ -304,6 +333,16 @@ mod tests {
             size_bytes: 1 << 20,
             created,
             stamp: None,
+        }
+    }
+
+    #[test]
+    fn a_stamp_cut_to_seconds_is_the_same_and_any_other_is_not() {
+        let left = (1_700_000_001_234_567_890, 4096);
+        assert!(is_same_stamp(left, left));
+        assert!(is_same_stamp(left, (1_700_000_001_000_000_000, 4096)));
+        for now in [(1_700_000_001_234_567_891, 4096), (1_700_000_000_000_000_000, 4096), (left.0, 4097)] {
+            assert!(!is_same_stamp(left, now), "{now:?}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a group durably is: owner, checkpoint, batches, replicas.
 //!
-//! Stored in `groups/NAME/group`, a two-slot control file; payload = version byte, then postcard of [`GroupState`].
+//! Stored in `groups/NAME/group`, a two-slot control file with slots of 32 KiB: room for 64 volumes; payload = version byte, then postcard of [`GroupState`].
 //! One owner writes it: the agent when it creates the group, from then on the applier.
 //!
 //! Invariants:
@@ -12,7 +12,7 @@
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use journal::control::TwoSlot;
+use journal::control::{TwoSlot, payload_bytes};
 use journal::io::Disk;
 use journal::{GroupId, Lineage, Lsn, Position, VolumeId, VolumeUuid};
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,13 @@ use crate::{Error, ErrorKind, Result};
 /// Name of the control file in a group's directory.
 pub const GROUP_FILE: &str = "group";
 const VERSION: u8 = 1;
+/// Size of its slots. A replica takes about 280 bytes in its default place.
+const SLOT_BYTES: usize = 32 << 10;
+/// Kept free when a replica is added, for what grows later: numbers, a reason, and of each replica a stamp.
+const RESERVE_BYTES: usize = 2048;
+const RESERVE_REPLICA_BYTES: usize = 40;
+/// Longest reason that is kept.
+const MAX_REASON_BYTES: usize = 1024;
 
 /// An lsn and the source's time of its record.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -130,6 +137,25 @@ impl GroupState {
         self.consistent_lsn == Some(self.checkpoint.lsn)
     }
 
+    /// Whether the control file holds this state, and what it will grow to without another replica.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`]: the replicas' paths are too long.
+    pub fn check_room(&self) -> Result<()> {
+        let bytes = self.encode()?.len() + RESERVE_BYTES + RESERVE_REPLICA_BYTES * self.replicas.len();
+        let most = payload_bytes(SLOT_BYTES);
+        if bytes > most {
+            let at = format!(
+                "group {}: its {} replicas take {bytes} bytes of the {most} that its control file holds: give them shorter \
+                 paths",
+                self.name,
+                self.replicas.len()
+            );
+            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+        }
+        Ok(())
+    }
+
     fn encode(&self) -> Result<Vec<u8>> {
         let malformed =
             |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
@@ -164,7 +190,7 @@ impl GroupStore {
         for dir in [group_dir.to_path_buf(), undo_dir(group_dir)] {
             disk.create_dir(&dir).map_err(|e| Error::io(format!("create {}", dir.display()), e))?;
         }
-        let slots = TwoSlot::create(&disk, &group_dir.join(GROUP_FILE), &state.encode()?)?;
+        let slots = TwoSlot::create_sized(&disk, &group_dir.join(GROUP_FILE), &state.encode()?, SLOT_BYTES)?;
         Ok(GroupStore { slots, state })
     }
 
@@ -195,9 +221,20 @@ impl GroupStore {
     /// Replaces the state; durable when it returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`], which is final, or what else the disk refuses; the old state then stands.
-    pub fn store(&mut self, state: GroupState) -> Result<()> {
-        self.slots.store(&state.encode()?)?;
+    /// [`ErrorKind::Sync`], which is final, [`ErrorKind::ReplicaFailed`] for more than the file holds, or what else the
+    /// disk refuses; the old state then stands.
+    pub fn store(&mut self, mut state: GroupState) -> Result<()> {
+        if let Some(why) = &mut state.needs_resync {
+            let end = (0..=why.len().min(MAX_REASON_BYTES)).rev().find(|at| why.is_char_boundary(*at));
+            why.truncate(end.unwrap_or(0));
+        }
+        let payload = state.encode()?;
+        let most = self.slots.max_payload_bytes();
+        if payload.len() > most {
+            let at = format!("group {}: its state of {} bytes is over {most}", state.name, payload.len());
+            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+        }
+        self.slots.store(&payload)?;
         self.state = state;
         Ok(())
     }

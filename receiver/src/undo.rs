@@ -170,18 +170,18 @@ impl<'a> UndoWriter<'a> {
             Run::Bytes(at, new) => {
                 let mut old = std::mem::take(&mut self.old);
                 read_sparse(replica, at, new.len(), &mut old)?;
-                let kept = self.keep_run(volume, at, &old, Some(new), &mut changes);
+                let kept = self.keep_run(volume, at, &old, new, &mut changes);
                 self.old = old;
                 kept
             }
             Run::Zeros(range) => {
                 let mut at = range.start;
                 while let Some(data) = replica.next_data(at..range.end)? {
-                    let end = data.end.min(data.start + MAX_RUN_BYTES);
+                    let end = range.end.min(data.start + MAX_RUN_BYTES);
                     let mut old = std::mem::take(&mut self.old);
-                    old.resize(usize::try_from(end - data.start).expect("at most 1 MiB"), 0);
-                    replica.read(&mut old, data.start)?;
-                    let kept = self.keep_run(volume, data.start, &old, None, &mut changes);
+                    let length = usize::try_from(end - data.start).expect("at most 1 MiB");
+                    read_sparse(replica, data.start, length, &mut old)?;
+                    let kept = self.keep_discarded(volume, data.start, &old, &mut changes);
                     self.old = old;
                     kept?;
                     at = end;
@@ -192,13 +192,38 @@ impl<'a> UndoWriter<'a> {
         Ok(changes)
     }
 
-    /// Keeps the blocks of one run that change; `new` is `None` for zeros.
+    /// Keeps what becomes zeros, in pieces as long as a record may be: zeros between two blocks are kept with them, so that
+    /// the index of a discarded volume stays small, however its content was scattered.
+    fn keep_discarded(
+        &mut self,
+        volume: VolumeId,
+        at: u64,
+        old: &[u8],
+        changes: &mut Vec<Range<u64>>,
+    ) -> Result<()> {
+        let mut offset = at;
+        for piece in old.chunks(MAX_PAYLOAD_BYTES) {
+            let block = usize::try_from(BLOCK_BYTES).expect("4 KiB");
+            let held = |block: &[u8]| !is_zero(block);
+            if let Some(first) = piece.chunks(block).position(held) {
+                let after = piece.chunks(block).rposition(held).map_or(0, |last| (last + 1) * block);
+                let (from, to) = (first * block, after.min(piece.len()));
+                let range = offset + from as u64..offset + to as u64;
+                push_range(changes, range.clone());
+                self.push(volume, range, Some(&piece[from..to]))?;
+            }
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Keeps the blocks of one run that change.
     fn keep_run(
         &mut self,
         volume: VolumeId,
         at: u64,
         old: &[u8],
-        new: Option<&[u8]>,
+        new: &[u8],
         changes: &mut Vec<Range<u64>>,
     ) -> Result<()> {
         #[derive(PartialEq, Clone, Copy)]
@@ -213,13 +238,9 @@ impl<'a> UndoWriter<'a> {
             // Blocks are aligned in the volume, so that runs cut elsewhere compare the same way.
             let to_next = BLOCK_BYTES - (at + from as u64) % BLOCK_BYTES;
             let to = old.len().min(from + usize::try_from(to_next).expect("at most a block"));
-            let block = match (&old[from..to], new) {
-                ([], _) => Block::Same,
-                (old, Some(new)) if *old == new[from..to] => Block::Same,
-                (old, _) if is_zero(old) => match new {
-                    Some(_) => Block::WasZeros,
-                    None => Block::Same,
-                },
+            let block = match &old[from..to] {
+                old if *old == new[from..to] => Block::Same,
+                old if is_zero(old) => Block::WasZeros,
                 _ => Block::WasBytes,
             };
             if block != open.0 || from == old.len() {
@@ -392,6 +413,11 @@ impl UndoSegment {
         }
         header.check_payload(&reading.stored).map_err(|e| corrupt(e.to_string()))?;
         reading.decoder.decode(&header, &reading.stored, &mut reading.raw).map_err(|e| corrupt(e.to_string()))
+    }
+
+    /// Memory that the index takes.
+    pub fn index_bytes(&self) -> u64 {
+        self.index.footer_bytes()
     }
 
     /// The file that damage is reported for.

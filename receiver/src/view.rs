@@ -47,7 +47,7 @@ pub(crate) fn replay(
             return Ok(());
         }
         decoder.decode(&header, &frame, &mut raw).map_err(damage)?;
-        for located in Records::new(&raw) {
+        for located in Records::of(&header, &raw) {
             let located = located.map_err(damage)?;
             if after < located.record.lsn && located.record.lsn <= until {
                 visit(&header, &located)?;
@@ -245,6 +245,7 @@ impl View {
             ))
         })?;
         Decoder::new()?.decode(&header, &frame, &mut raw).map_err(damage)?;
+        Records::check(&header, &raw).map_err(damage)?;
         Ok(raw)
     }
 }

@@ -1,8 +1,8 @@
 //! The apply thread of a group: owner of its applier.
 //!
 //! Woken by the bell when a batch is due; between batches it keeps house (heartbeats, retention). A replica that fails
-//! stops apply, never ingest: the applier is opened again after a while, and the reason is shown meanwhile. The thread
-//! yields to ingest and to the front of `up`, which share the machine.
+//! stops apply, never ingest nor retention: the applier is opened again after a while, whether or not anything waits, and
+//! the reason is shown meanwhile. The thread yields to ingest and to the front of `up`, which share the machine.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,6 +19,7 @@ use super::failure::Failure;
 use super::group::{Setup, lock};
 use super::heartbeats::Heartbeats;
 use super::progress::{Progress, Stall};
+use super::schedule::HASTE;
 use crate::apply::{Applier, ApplySettings, Expired};
 use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
@@ -52,8 +53,10 @@ pub(super) struct ApplyThread {
     settings: ApplySettings,
     policy: Policy,
     failure: Failure,
+    /// `None` while the group's own files cannot be opened.
     applier: Option<Applier>,
-    reopen_at: Instant,
+    /// The applier failed: it is opened again then.
+    reopen_at: Option<Instant>,
     shortened: bool,
 }
 
@@ -71,7 +74,7 @@ impl ApplyThread {
             failure: setup.failure.clone(),
             setup: setup.clone(),
             applier: None,
-            reopen_at: Instant::now(),
+            reopen_at: None,
             shortened: false,
         };
         thread.reopen()?;
@@ -96,6 +99,7 @@ impl ApplyThread {
                 self.batch()?;
             }
             if Instant::now() >= housekeeping {
+                self.reopen_if_due()?;
                 self.keep_house()?;
                 housekeeping = Instant::now() + HOUSEKEEPING;
             }
@@ -113,13 +117,12 @@ impl ApplyThread {
 
     /// Applies one batch, or notes why not.
     fn batch(&mut self) -> Result<()> {
-        if self.applier.is_none() && Instant::now() >= self.reopen_at {
-            self.reopen()?;
-        }
-        let Some(applier) = &mut self.applier else {
-            self.parts.bell.ring(|schedule| schedule.hold(self.reopen_at));
+        self.reopen_if_due()?;
+        if let Some(at) = self.reopen_at {
+            self.parts.bell.ring(|schedule| schedule.hold(at));
             return Ok(());
-        };
+        }
+        let Some(applier) = &mut self.applier else { return Ok(()) };
         let durable = self.parts.progress.borrow().durable;
         match applier.next_batch(&durable) {
             Ok(done) => {
@@ -128,10 +131,14 @@ impl ApplyThread {
                 let stall = state.needs_resync.clone().map(Stall::NeedsResync);
                 self.publish(checkpoint, stall);
                 let now = Instant::now();
+                let after_resync = self.setup.settings.apply.min_interval / HASTE;
                 self.parts.bell.ring(|schedule| {
                     schedule.applied(checkpoint, now);
-                    if done.is_none() {
-                        schedule.hold(now + RETRY);
+                    match done {
+                        None => schedule.hold(now + RETRY),
+                        // A source that resyncs over and over makes no more batches than one that asks for haste.
+                        Some(done) if done.ends_resync => schedule.hold(now + after_resync),
+                        Some(_) => {}
                     }
                 });
                 if let Some(done) = done {
@@ -144,38 +151,49 @@ impl ApplyThread {
     }
 
     /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
+    /// Until then the failed applier still keeps house.
     fn stalled(&mut self, error: Error) -> Result<()> {
-        let retry = match error.kind {
+        let now = Instant::now();
+        let retry_at = match error.kind {
             ErrorKind::Sync => return Err(error),
-            ErrorKind::NoSpace | ErrorKind::Io => RETRY,
-            _ => {
-                self.applier = None;
-                REOPEN
-            }
+            ErrorKind::NoSpace | ErrorKind::Io if self.applier.is_some() => now + RETRY,
+            _ => *self.reopen_at.insert(now + REOPEN),
         };
-        let why = match &error.source {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        };
+        let why = error.in_full();
         let stall = match error.kind {
             ErrorKind::ReplicaFailed | ErrorKind::Busy => Stall::ReplicaFailed(why),
             _ => Stall::Stopped(why),
         };
-        self.reopen_at = Instant::now() + retry;
-        self.parts.bell.ring(|schedule| schedule.hold(self.reopen_at));
+        self.parts.bell.ring(|schedule| schedule.hold(retry_at));
         self.publish(self.checkpoint(), Some(stall));
         Ok(())
     }
 
+    fn reopen_if_due(&mut self) -> Result<()> {
+        match self.reopen_at {
+            Some(at) if Instant::now() >= at => self.reopen(),
+            _ => Ok(()),
+        }
+    }
+
     fn reopen(&mut self) -> Result<()> {
+        // First let go of what is held: replicas are locked against everybody, also against ourselves.
+        (self.applier, self.reopen_at) = (None, None);
         let (disk, history) = (self.setup.disk.clone(), self.parts.history.clone());
         match Applier::open(disk, &self.dir, self.settings.clone(), history) {
             Ok(applier) => {
                 let state = applier.state();
+                let checkpoint = state.checkpoint.lsn;
                 let stall = state.needs_resync.clone().map(Stall::NeedsResync);
-                self.publish(state.checkpoint.lsn, stall);
+                let failure = applier.failure();
                 self.applier = Some(applier);
-                Ok(())
+                match failure {
+                    Some(error) => self.stalled(error),
+                    None => {
+                        self.publish(checkpoint, stall);
+                        Ok(())
+                    }
+                }
             }
             Err(error) => self.stalled(error),
         }

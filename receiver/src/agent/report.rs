@@ -21,14 +21,15 @@ pub(super) fn group(group: &Group) -> GroupStatus {
         (beats.newest(), beats.heard_at())
     };
     let received = progress.durable.lsn;
+    // Some of these come from a peer and from files: shown in their order, whatever they say.
+    let checkpoint = progress.checkpoint.min(received);
     let positions = Positions {
         captured_lsn: newest.map_or(received, |beat| beat.lsn.max(received)),
         journaled_lsn: received,
         received_lsn: received,
-        applied_lsn: progress.applied,
-        checkpoint_lsn: progress.checkpoint,
+        applied_lsn: progress.applied.clamp(checkpoint, received),
+        checkpoint_lsn: checkpoint,
     };
-    positions.assert_order();
     let peer = group.berth.peer();
     let points = group.history.points();
     let durable = group.history.state();

@@ -15,7 +15,7 @@ const MAX_CHUNKS: usize = 1024;
 
 /// By how much a request for haste may shorten the interval between batches: a source that keeps asking makes no more
 /// undo files than this many times the usual.
-const HASTE: u32 = 4;
+pub(super) const HASTE: u32 = 4;
 
 /// The pace, from the settings' `[apply]`.
 #[derive(Clone, Copy, Debug)]

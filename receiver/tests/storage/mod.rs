@@ -16,6 +16,7 @@ use journal::compress::{Compression, Encoder};
 use journal::frame::{Batch, FrameHeader, Stamp, chain_seed};
 use journal::io::Disk;
 use journal::record::{Op, Record, VolumeRecord};
+use journal::sim_disk::SimDisk;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Epoch, EpochId, Extent, GroupId, Lineage, Lsn, Position, VolumeId, VolumeUuid};
 use receiver::apply::{Applier, ApplySettings, BatchDone};
@@ -170,6 +171,117 @@ impl Source {
         }
     }
 
+    /// A record that the model does not follow, since no replica will.
+    pub fn push_unmodelled(&mut self, op: Op, volume: u32, offset: u64, payload: Vec<u8>) {
+        let len = if matches!(op, Op::Write | Op::SyncSlot) { payload.len() as u64 } else { 0 };
+        self.lsn += 1;
+        self.time_ns += 100_000_000;
+        let record = Record {
+            op,
+            flags: 0,
+            volume: VolumeId(volume),
+            lsn: Lsn(self.lsn),
+            time_ns: self.time_ns,
+            extent: Extent { offset, len },
+        };
+        self.batch.push(&record, &payload);
+    }
+
+    /// A volume record of another volume under a known id.
+    pub fn replace_volume(&mut self, id: u32, size_bytes: u64, uuid: u8) {
+        let uuid = VolumeUuid([uuid; 16]);
+        let record =
+            VolumeRecord { uuid, size_bytes, sector_bytes: 512, present: true, name: format!("v{id}") };
+        self.push_unmodelled(Op::Volume, id, 0, record.encode());
+    }
+
+    /// A frame in which something does not hold, under a CRC and a chain that do.
+    pub fn hostile_frame(&mut self, random: &mut Random) {
+        const OPS: [Op; 12] = [
+            Op::Write,
+            Op::Discard,
+            Op::WriteZeroes,
+            Op::Flush,
+            Op::Bookmark,
+            Op::Volume,
+            Op::Failed,
+            Op::SyncSlot,
+            Op::ResyncBegin,
+            Op::ResyncEnd,
+            Op::Void,
+            Op::ClockJump,
+        ];
+        let mut places = Vec::new();
+        for _ in 0..=random.below(6) {
+            places.push(192 + self.batch.raw().len());
+            let op = OPS[random.below(12) as usize];
+            let payload = match op {
+                Op::Volume if random.below(2) == 0 => {
+                    self.replace_volume(
+                        random.below(3) as u32,
+                        512 * random.below(2048),
+                        1 + random.below(3) as u8,
+                    );
+                    continue;
+                }
+                Op::Write | Op::SyncSlot => vec![random.next() as u8; 512 * random.below(9) as usize],
+                Op::Discard | Op::WriteZeroes => Vec::new(),
+                _ => (0..random.below(40)).map(|_| random.next() as u8).collect(),
+            };
+            let offset = [0, 4096, 60 << 10, 1 << 40, u64::MAX - 512][random.below(5) as usize];
+            self.push_unmodelled(op, random.below(3) as u32, offset, payload);
+        }
+        let place = places[random.below(places.len() as u64) as usize];
+        let lsn = self.lsn;
+        let last_lsn = match random.below(6) {
+            0 => lsn + 1 + random.below(1 << 40),
+            _ => lsn,
+        };
+        let (choice, value) = (random.below(9), random.next());
+        self.forge(|frame| {
+            frame[80..88].copy_from_slice(&last_lsn.to_le_bytes());
+            let mut word = |at: usize, value: u64| frame[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            match choice {
+                0 => word(place + 8, lsn.wrapping_sub(value % 8)),
+                1 => word(place + 8, lsn + value % 8),
+                2 => word(place + 8, 1 << 63),
+                3 => word(place + 16, value),
+                4 => word(place + 24, value >> (value % 64)),
+                5 => word(place + 32, value >> (value % 64)),
+                6 => frame[place] = value as u8,
+                7 => frame[112] = frame[112].wrapping_add(value as u8).max(1),
+                _ => frame[12] ^= 1,
+            }
+        });
+        self.lsn = last_lsn;
+    }
+
+    /// A frame that holds noise where its records should be.
+    pub fn garbage_frame(&mut self, flags: u16) {
+        self.push_unmodelled(Op::Flush, 0, 0, vec![0; 300]);
+        self.forge(|frame| {
+            frame[12..14].copy_from_slice(&flags.to_le_bytes());
+            frame[192..].fill(0xA7);
+        });
+    }
+
+    /// Closes the frame being gathered, stored raw, changes it, and makes CRCs and chain hold again.
+    fn forge(&mut self, change: impl FnOnce(&mut [u8])) {
+        let stamp = Stamp { group: GROUP, lineage: LINEAGE, epoch: self.epoch };
+        let encoded = self.encoder.encode(&self.batch, &stamp, None, Compression::Off, Vec::new()).unwrap();
+        let (mut bytes, _) = encoded.seal(self.chain);
+        change(&mut bytes);
+        let payload_crc = crc32fast::hash(&bytes[192..]);
+        bytes[184..188].copy_from_slice(&payload_crc.to_le_bytes());
+        self.chain = xxhash_rust::xxh3::xxh3_64(&[&bytes[..136], &bytes[144..188]].concat());
+        bytes[136..144].copy_from_slice(&self.chain.to_le_bytes());
+        let header_crc = crc32fast::hash(&bytes[..188]);
+        bytes[188..192].copy_from_slice(&header_crc.to_le_bytes());
+        let header = FrameHeader::parse(&bytes).unwrap();
+        self.frames.push((bytes, header));
+        self.batch.clear();
+    }
+
     /// Closes the frame being gathered.
     pub fn frame(&mut self) {
         if self.batch.records() == 0 {
@@ -228,6 +340,16 @@ impl Group {
         Group { disk, dir: dir.to_path_buf(), writer, appended: 0 }
     }
 
+    /// As the daemon creates one before any source has come: the journal begins with an empty segment of no epoch.
+    pub fn create_empty(disk: Arc<dyn Disk>, dir: &Path) -> Group {
+        let state = GroupState::new(GROUP, "g", [1; 32], LINEAGE);
+        GroupStore::create(Arc::clone(&disk), dir, state).unwrap();
+        let start = Position::epoch_start(LINEAGE, Epoch::default(), Lsn::ZERO);
+        let options = WriterOptions { group: GROUP, segment_bytes: 1 << 20 };
+        let writer = Writer::create(Arc::clone(&disk), &journal_dir(dir), options, start, 1).unwrap();
+        Group { disk, dir: dir.to_path_buf(), writer, appended: 0 }
+    }
+
     /// Appends and syncs the next `frames` of the source, telling the history.
     pub fn receive(&mut self, source: &Source, frames: usize, history: Option<&History>) -> Position {
         let from = self.appended;
@@ -245,6 +367,16 @@ impl Group {
             if let Some(history) = history {
                 history.note_frame(header, bytes, header.last_time_ns + 5).unwrap();
             }
+        }
+        durable
+    }
+
+    /// As `receive` of all frames, where the history may refuse to read some: ingest only logs that.
+    pub fn receive_raw(&mut self, source: &Source, history: &History) -> Position {
+        let from = self.appended;
+        let durable = self.receive(source, usize::MAX, None);
+        for (bytes, header) in &source.frames[from..] {
+            let _ = history.note_frame(header, bytes, header.last_time_ns + 5);
         }
         durable
     }
@@ -322,4 +454,17 @@ pub fn assert_same(found: &[u8], expected: &[u8], what: &str) {
     if let Some(at) = found.iter().zip(expected).position(|(a, b)| a != b) {
         panic!("{what}: byte {at} is {} instead of {}", found[at], expected[at]);
     }
+}
+
+/// Flips a bit of a frame where it lies in the journal.
+pub fn corrupt_frame(sim: &SimDisk, dir: &Path, frame: &[u8]) {
+    let journal = journal_dir(dir);
+    for name in sim.list(&journal).unwrap().iter().filter(|name| name.ends_with(".seg")) {
+        let path = journal.join(name);
+        let content = sim.contents(&path).unwrap();
+        if let Some(at) = content.windows(192).position(|window| *window == frame[..192]) {
+            return sim.corrupt(&path, at as u64 + 200, |byte| byte ^ 1);
+        }
+    }
+    panic!("no segment holds the frame");
 }
