@@ -271,10 +271,14 @@ impl TryFrom<RawPeer> for Peer {
 
 const HOUR: Duration = Duration::from_secs(3600);
 
+/// Volumes of one group, as the receiver bounds them too (`journal::record::MAX_VOLUMES`).
+const MAX_VOLUMES: usize = 64;
+
 fn volumes(raw: Vec<RawVolume>, dir: &Path) -> Result<Vec<Volume>, Refused> {
     if raw.is_empty() {
         return Err(Refused::missing("volume", "at least one [[volume]] with name and path is required"));
     }
+    require(raw.len() <= MAX_VOLUMES, "volume", &format!("a group may have {MAX_VOLUMES} volumes"))?;
     let (mut names, mut paths, mut sockets) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
     let mut volumes = Vec::with_capacity(raw.len());
     for (i, raw) in raw.into_iter().enumerate() {
