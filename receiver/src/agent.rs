@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use journal::io::{Disk, RealDisk};
 use tokio::sync::{oneshot, watch};
@@ -27,7 +27,7 @@ use tokio::task::JoinHandle;
 use wire::message::ErrorCode;
 use wire::{Fingerprint, Identity, Server, Tuning};
 
-pub(crate) use clock::now_ns;
+pub(crate) use clock::{ReceiptClock, Times, now_ns};
 use failure::Failure;
 use group::{Claim, Group, Setup, lock};
 
@@ -56,11 +56,35 @@ pub(crate) struct Shared {
     pub stopping: watch::Sender<bool>,
     setup: Setup,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
-    /// Groups that could not be opened, and why; tried again when their source says hello.
-    broken: Mutex<BTreeMap<String, String>>,
-    /// Held while a group is opened or created.
-    opening: tokio::sync::Mutex<()>,
+    /// Groups that could not be opened; tried again when their source says hello, not too often.
+    broken: Mutex<BTreeMap<String, Broken>>,
+    /// Held while the group of that name is opened or created. Names are those that the settings bind to sources.
+    opening: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
+
+/// Why a group could not be opened, and since when.
+struct Broken {
+    why: String,
+    code: ErrorCode,
+    at: Instant,
+}
+
+impl Broken {
+    fn of(error: &Error) -> Broken {
+        let code = match error.kind {
+            ErrorKind::Busy => ErrorCode::GroupBusy,
+            _ => ErrorCode::JournalFailed,
+        };
+        Broken { why: error.to_string(), code, at: Instant::now() }
+    }
+
+    fn refusal(&self, name: &str) -> Refusal {
+        Refusal::new(self.code, format!("group {name} cannot be opened: {}", self.why))
+    }
+}
+
+/// Pause before a group that could not be opened is tried again: it may mean to read all of its journal.
+const OPEN_AGAIN: Duration = Duration::from_secs(5);
 
 impl Receiver {
     /// Opens what is in the settings' directory and listens. On the current tokio runtime.
@@ -81,7 +105,7 @@ impl Receiver {
             setup,
             groups: Mutex::default(),
             broken: Mutex::default(),
-            opening: tokio::sync::Mutex::default(),
+            opening: Mutex::default(),
         });
         let opening = shared.clone();
         let identity = blocking("open", move || {
@@ -130,7 +154,7 @@ impl Shared {
                 Err(error) if error.kind == ErrorKind::Sync => return Err(error),
                 Err(error) => {
                     tracing::error!(group = name, %error, "cannot open the group");
-                    lock(&self.broken).insert(name, error.to_string());
+                    lock(&self.broken).insert(name, Broken::of(&error));
                 }
             }
         }
@@ -155,20 +179,27 @@ impl Shared {
         self: &Arc<Self>,
         claim: &Claim,
     ) -> std::result::Result<Arc<Group>, Refusal> {
-        let _turn = self.opening.lock().await;
         let open = self.group(&claim.name);
         let group = match open {
             Some(group) => group,
-            None => self.open_or_create(claim.clone()).await.map_err(|error| {
-                let code = match error.kind {
-                    ErrorKind::Busy => ErrorCode::GroupBusy,
-                    _ => ErrorCode::JournalFailed,
-                };
-                Refusal::new(code, format!("group {} cannot be opened: {error}", claim.name))
-            })?,
+            None => self.opened(claim).await?,
         };
         group.check(claim)?;
         Ok(group)
+    }
+
+    /// Opens or creates, one hello of that group at a time; hellos of others do not wait.
+    async fn opened(self: &Arc<Self>, claim: &Claim) -> std::result::Result<Arc<Group>, Refusal> {
+        let turn = lock(&self.opening).entry(claim.name.clone()).or_default().clone();
+        let _turn = turn.lock().await;
+        if let Some(group) = self.group(&claim.name) {
+            return Ok(group);
+        }
+        if let Some(known) = lock(&self.broken).get(&claim.name).filter(|b| b.at.elapsed() < OPEN_AGAIN) {
+            return Err(known.refusal(&claim.name));
+        }
+        let opened = self.open_or_create(claim.clone()).await;
+        opened.map_err(|error| Broken::of(&error).refusal(&claim.name))
     }
 
     async fn open_or_create(self: &Arc<Self>, claim: Claim) -> Result<Arc<Group>> {
@@ -186,7 +217,7 @@ impl Shared {
                 Ok(group)
             }
             Err(error) => {
-                lock(&self.broken).insert(name, error.to_string());
+                lock(&self.broken).insert(name, Broken::of(&error));
                 Err(error)
             }
         }
@@ -211,7 +242,7 @@ impl Handle {
     pub fn status(&self) -> Status {
         let mut groups: Vec<_> = self.shared.all().iter().map(|group| report::group(group)).collect();
         let broken = lock(&self.shared.broken);
-        groups.extend(broken.iter().map(|(name, why)| report::broken(name, why)));
+        groups.extend(broken.iter().map(|(name, broken)| report::broken(name, &broken.why)));
         groups.sort_by(|a, b| a.name.cmp(&b.name));
         Status { groups }
     }
@@ -244,8 +275,8 @@ impl Handle {
     /// [`ErrorKind::NotPossible`], at once where it cannot happen by itself, or when the time is over.
     pub async fn wait(&self, timeout: Duration) -> Result<()> {
         let refuse = |what: String| Err(Error::new(ErrorKind::NotPossible, what));
-        if let Some((name, why)) = lock(&self.shared.broken).first_key_value() {
-            return refuse(format!("group {name}: {why}"));
+        if let Some((name, broken)) = lock(&self.shared.broken).first_key_value() {
+            return refuse(format!("group {name}: {}", broken.why));
         }
         let deadline = tokio::time::Instant::now() + timeout;
         for group in self.shared.all() {
@@ -299,7 +330,7 @@ impl Handle {
 
     fn known(&self, group: &str) -> Result<Arc<Group>> {
         self.shared.group(group).ok_or_else(|| {
-            let why = lock(&self.shared.broken).get(group).cloned();
+            let why = lock(&self.shared.broken).get(group).map(|broken| broken.why.clone());
             let why = why.unwrap_or_else(|| format!("there is no group {group:?} here"));
             Error::new(ErrorKind::Usage, why)
         })

@@ -408,3 +408,38 @@ async fn a_damaged_group_is_shown_and_does_not_keep_others_from_working() {
     link.acknowledged(good.lsn).await;
     handle.shutdown().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_without_its_journal_is_refused_and_its_journal_makes_it_whole_again() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    source.begin_epoch();
+    source.write(10);
+    let handle = site.start(&[&source]).await;
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    handle.shutdown().await.unwrap();
+
+    let journal = site.dir.path().join("r/groups/g/journal");
+    let away = site.dir.path().join("away");
+    std::fs::rename(&journal, &away).unwrap();
+    let handle = site.start(&[&source]).await;
+    let why = handle.status().groups[0].why.clone().unwrap();
+    assert!(why.contains("the journal is missing"), "{why}");
+    let (code, _) = source.greet(handle.local_addr(), site.identity, &source.hello()).await.err().unwrap();
+    assert_eq!(code, ErrorCode::JournalFailed);
+    handle.shutdown().await.unwrap();
+    assert!(!journal.exists(), "no empty journal is made in its place");
+
+    std::fs::rename(&away, &journal).unwrap();
+    let handle = site.start(&[&source]).await;
+    source.write(5);
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    site.assert_replicas(&source);
+    handle.shutdown().await.unwrap();
+}

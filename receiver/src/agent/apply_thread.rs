@@ -129,9 +129,9 @@ impl ApplyThread {
                 let state = applier.state();
                 let checkpoint = state.checkpoint.lsn;
                 let stall = state.needs_resync.clone().map(Stall::NeedsResync);
-                self.publish(checkpoint, stall);
                 let now = Instant::now();
                 let after_resync = self.setup.settings.apply.min_interval / HASTE;
+                // Before the checkpoint is told: whoever waits for it sees nothing waiting below it any more.
                 self.parts.bell.ring(|schedule| {
                     schedule.applied(checkpoint, now);
                     match done {
@@ -141,6 +141,7 @@ impl ApplyThread {
                         Some(_) => {}
                     }
                 });
+                self.publish(checkpoint, stall);
                 if let Some(done) = done {
                     tracing::debug!(?done, "batch applied");
                 }

@@ -23,14 +23,15 @@ use wire::message::ErrorCode;
 use super::apply_thread::{ApplyThread, Parts};
 use super::attach::{Attached, Berth};
 use super::bell::Bell;
+use super::clock::ReceiptClock;
 use super::failure::{self, Failure};
 use super::heartbeats::Heartbeats;
 use super::progress::Progress;
 use super::schedule::Pace;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::history::History;
 use crate::ingest::queue::Ingest;
-use crate::ingest::thread::{Durable, Runner};
+use crate::ingest::thread::{Durable, Place, Runner};
 use crate::ingest::{IngestCore, Refusal};
 use crate::lock::GroupLock;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir};
@@ -122,7 +123,14 @@ impl Group {
         ring_for_backlog(&bell, &writer, state.checkpoint.lsn);
         let told = Told { bell: bell.clone(), history: history.clone(), segments: segments.clone() };
         let core = IngestCore::new(state.group, writer.appended())?;
-        let (ingest, runner) = Runner::new(core, writer, progress.clone(), told);
+        let place = Place {
+            disk: setup.disk.clone(),
+            dir: journal_dir(&dir),
+            // Undo of one batch, and the segment and its spare that a roll makes meanwhile.
+            reserve_bytes: setup.settings.apply.undo_bytes + 2 * setup.settings.journal.segment_bytes,
+            clock: ReceiptClock::after(history.newest_receipt_ns()),
+        };
+        let (ingest, runner) = Runner::new(core, writer, progress.clone(), told, place);
         // 2. Then the replica; whatever is wrong with it, ingest goes on.
         let heartbeats = Arc::new(Mutex::new(Heartbeats::new(state.heartbeat)));
         let parts = Parts {
@@ -230,7 +238,27 @@ fn open_journal(setup: &Setup, name: &str, state: &GroupState) -> Result<Writer>
         if let Some((offset, why)) = recovery.torn {
             tracing::info!(group = name, segment = recovery.segment, offset, why, "cut a torn tail");
         }
+        let (durable, applied) = (writer.durable(), &state.checkpoint);
+        if durable.order() < applied.order() {
+            return Err(Error::corrupt(format!(
+                "{}: the journal ends at lsn {} of epoch {}, the replica is at lsn {} of epoch {}: it was replaced or \
+                 rolled back; bring its own journal back, or remove the group's directory and synchronise again",
+                dir.display(),
+                durable.lsn,
+                durable.epoch.number,
+                applied.lsn,
+                applied.epoch.number
+            )));
+        }
         return Ok(writer);
+    }
+    if state.applied_batch > 0 {
+        return Err(Error::corrupt(format!(
+            "{}: the journal is missing, though batch {} of it is applied: bring it back, or remove the group's \
+             directory and synchronise again",
+            dir.display(),
+            state.applied_batch
+        )));
     }
     let start = Position::epoch_start(state.lineage, Epoch::default(), Lsn::ZERO);
     Ok(Writer::create(setup.disk.clone(), &dir, options, start, now_ns)?)
@@ -271,6 +299,10 @@ impl Durable for Told {
 
     fn received(&mut self, last: Lsn, raw_bytes: u64) {
         self.bell.ring(|schedule| schedule.received(last, raw_bytes, Instant::now()));
+    }
+
+    fn waiting(&mut self, received_ns: u64) {
+        self.history.note_waiting(received_ns);
     }
 
     fn segments(&mut self, segments: &[SegmentSummary]) {

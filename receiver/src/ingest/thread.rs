@@ -5,20 +5,27 @@
 //! ```
 //! Invariants: a position is published only after the fdatasync that covers it; a full disk stops acknowledging and
 //! overwrites nothing; a failed sync ends the receiver.
+//!
+//! While something waits to be applied ingest leaves a reserve on the disk. Otherwise redo could take the last byte that
+//! the undo of its own batch needs, and neither would ever move again.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use journal::Lsn;
 use journal::frame::{FLAG_EVENTS, FrameHeader};
+use journal::io::Disk;
 use journal::segment::SegmentSummary;
 use journal::writer::Writer;
-use journal::{Lsn, Position};
 use tokio::sync::watch;
+use wire::message::ErrorCode;
 
 use super::queue::{self, Ingest, Item, Queue, Session};
-use super::{IngestCore, Step};
-use crate::agent::now_ns;
+use super::{IngestCore, Refusal, Step};
 use crate::agent::progress::Progress;
+use crate::agent::{ReceiptClock, Times};
 use crate::error::{Error, Result};
 
 /// Bytes after which the journal is synced even though more is waiting.
@@ -27,6 +34,10 @@ const SYNC_BYTES: u64 = 4 << 20;
 const SYNC_DELAY: Duration = Duration::from_millis(5);
 /// Pause before a full disk is tried again.
 const FULL_RETRY: Duration = Duration::from_millis(200);
+/// Bytes after which the disk is asked for its room again.
+const ROOM_BYTES: u64 = 8 << 20;
+/// The reserve is at most this part of a file system: on a small one batches shrink instead.
+const RESERVE_PART: u64 = 16;
 
 /// Who hears of what became durable: history, before the position is published, and the apply thread, after it.
 pub trait Durable: Send {
@@ -34,8 +45,22 @@ pub trait Durable: Send {
     fn frame(&mut self, header: &FrameHeader, frame: &[u8], received_ns: u64);
     /// Everything up to `last` is durable, `raw_bytes` more than before.
     fn received(&mut self, last: Lsn, raw_bytes: u64);
+    /// A frame is here and waits for room.
+    fn waiting(&mut self, received_ns: u64);
     /// The journal has another first or last segment.
     fn segments(&mut self, segments: &[SegmentSummary]);
+}
+
+/// Where the journal lies, and the clock of receipts.
+pub struct Place {
+    /// The disk.
+    pub disk: Arc<dyn Disk>,
+    /// The journal's directory.
+    pub dir: PathBuf,
+    /// Bytes left to apply, while it has something to do.
+    pub reserve_bytes: u64,
+    /// Counts receipts.
+    pub clock: ReceiptClock,
 }
 
 /// The thread's own state.
@@ -45,8 +70,11 @@ pub struct Runner<D: Durable> {
     queue: Queue,
     progress: watch::Sender<Progress>,
     told: D,
-    /// An epoch that the writer has begun and whose first frame is not appended yet (the disk was full between).
-    begun: Option<Position>,
+    place: Place,
+    /// Newest record in the journal.
+    newest: Lsn,
+    /// Bytes that may be appended before the room is looked at again.
+    known_room_bytes: u64,
     unsynced: Unsynced,
     /// First and last segment told of.
     segments: Option<(u64, u64)>,
@@ -67,15 +95,20 @@ impl<D: Durable> Runner<D> {
         writer: Writer,
         progress: watch::Sender<Progress>,
         told: D,
+        place: Place,
     ) -> (Ingest, Runner<D>) {
         let (ingest, queue) = queue::new();
+        let filled = writer.segments().iter().rfind(|segment| segment.frames > 0);
+        let newest = filled.map_or(Lsn::ZERO, |segment| segment.last_lsn);
         let runner = Runner {
             writer,
             core,
             queue,
             progress,
             told,
-            begun: None,
+            place,
+            newest,
+            known_room_bytes: 0,
             unsynced: Unsynced::default(),
             segments: None,
         };
@@ -136,6 +169,7 @@ impl<D: Durable> Runner<D> {
             return Ok(());
         };
         self.core.taken(header);
+        self.newest = header.last_lsn;
         let unsynced = &mut self.unsynced;
         unsynced.bytes += frame.len() as u64;
         unsynced.raw_bytes += u64::from(header.raw_bytes);
@@ -149,21 +183,26 @@ impl<D: Durable> Runner<D> {
     fn append_when_room(
         &mut self,
         session: &Session,
-        step: Step,
+        mut step: Step,
         header: &FrameHeader,
         frame: &[u8],
     ) -> Result<Option<u64>> {
         loop {
-            let held_back = self.queue.held_back();
-            let full = match held_back {
+            let received_ns = self.place.clock.receipt_ns(Times::now());
+            let full = match self.queue.held_back().or_else(|| self.reserve_needed(frame.len() as u64)) {
                 Some(why) => why,
-                None => match self.append(step, header, frame) {
-                    Ok(received_ns) => {
+                None => match self.append(&mut step, header, frame, received_ns) {
+                    Ok(()) => {
                         self.publish_full(None);
                         return Ok(Some(received_ns));
                     }
                     Err(error) if error.kind == journal::ErrorKind::NoSpace => {
                         format!("no room for the journal: {error}")
+                    }
+                    Err(error) if error.kind == journal::ErrorKind::OutOfOrder => {
+                        // The journal is as it was: what does not fit it concerns this session only.
+                        session.refuse(Refusal::new(ErrorCode::OutOfOrder, error.to_string()));
+                        return Ok(None);
                     }
                     Err(error) => return Err(Error::from(error).during("append to the journal")),
                 },
@@ -171,6 +210,8 @@ impl<D: Durable> Runner<D> {
             // What is appended already is acknowledged before we wait: the source may drop it.
             self.sync()?;
             self.publish_full(Some(full));
+            // ⚠ It has been received, so history ages by it. Were it not to, what must go first could never go.
+            self.told.waiting(received_ns);
             if session.is_closed() || self.queue.is_stopping() {
                 return Ok(None);
             }
@@ -179,18 +220,42 @@ impl<D: Durable> Runner<D> {
         }
     }
 
-    fn append(&mut self, step: Step, header: &FrameHeader, frame: &[u8]) -> journal::Result<u64> {
-        let received_ns = now_ns();
-        match step {
-            Step::Begins(start) if self.begun != Some(start) => {
-                self.writer.begin_epoch(start, received_ns)?;
-                self.begun = Some(start);
-            }
-            _ => {}
+    fn append(
+        &mut self,
+        step: &mut Step,
+        header: &FrameHeader,
+        frame: &[u8],
+        received_ns: u64,
+    ) -> journal::Result<()> {
+        if let Step::Begins(start) = *step {
+            self.writer.begin_epoch(start, received_ns)?;
+            // From here on the journal is in the new epoch, also if the disk is full now and this session ends.
+            self.core.begun(start);
+            *step = Step::Follows;
         }
-        self.writer.append(frame, header, received_ns)?;
-        self.begun = None;
-        Ok(received_ns)
+        self.writer.append(frame, header, received_ns)
+    }
+
+    /// Why a frame must wait although it would fit: the room that is left is needed to apply what waits already.
+    fn reserve_needed(&mut self, frame_bytes: u64) -> Option<String> {
+        if let Some(left) = self.known_room_bytes.checked_sub(frame_bytes) {
+            self.known_room_bytes = left;
+            return None;
+        }
+        // Where the room cannot be known the disk itself will say that it is full.
+        let room = self.place.disk.room(&self.place.dir).ok().flatten()?;
+        let reserve_bytes = self.place.reserve_bytes.min(room.total_bytes / RESERVE_PART);
+        if room.free_bytes >= reserve_bytes {
+            self.known_room_bytes = ROOM_BYTES.min(room.free_bytes - reserve_bytes);
+            return None;
+        }
+        (self.newest > self.progress.borrow().checkpoint).then(|| {
+            format!(
+                "no room for the journal: the {} bytes that are free are left to applying what was received, \
+                 which takes up to {reserve_bytes}",
+                room.free_bytes
+            )
+        })
     }
 
     /// Makes what is appended durable, then says so.
@@ -266,27 +331,30 @@ mod tests {
     use super::super::tests::{GROUP, LINEAGE, frame, opening, stamp};
     use super::*;
     use crate::error::ErrorKind;
-    use journal::Epoch;
     use journal::record::Op;
     use journal::sim_disk::SimDisk;
     use journal::writer::WriterOptions;
+    use journal::{Epoch, Position};
     use std::path::Path;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::thread::JoinHandle;
     use tokio::time::timeout;
-    use wire::message::ErrorCode;
 
     /// Only a broken test waits this long.
     const PATIENCE: Duration = Duration::from_secs(20);
 
     #[derive(Clone, Default)]
-    struct Told(Arc<Mutex<Vec<(Lsn, bool)>>>);
+    struct Told(Arc<Mutex<Vec<(Lsn, bool)>>>, Arc<AtomicU64>);
 
     impl Durable for Told {
         fn frame(&mut self, header: &FrameHeader, frame: &[u8], _received_ns: u64) {
             self.0.lock().unwrap().push((header.last_lsn, !frame.is_empty()));
         }
         fn received(&mut self, _last: Lsn, _raw_bytes: u64) {}
+        fn waiting(&mut self, received_ns: u64) {
+            self.1.store(received_ns, Ordering::Relaxed);
+        }
         fn segments(&mut self, _segments: &[SegmentSummary]) {}
     }
 
@@ -294,6 +362,7 @@ mod tests {
         disk: SimDisk,
         ingest: Ingest,
         progress: watch::Receiver<Progress>,
+        applied: watch::Sender<Progress>,
         told: Told,
         thread: JoinHandle<Result<()>>,
         chain: u64,
@@ -311,9 +380,16 @@ mod tests {
             let core = IngestCore::new(GROUP, start).unwrap();
             let told = Told::default();
             let receiver = progress.subscribe();
-            let (ingest, runner) = Runner::new(core, writer, progress, told.clone());
+            let place = Place {
+                disk: Arc::new(disk.clone()),
+                dir: dir.to_path_buf(),
+                reserve_bytes: 1 << 20,
+                clock: ReceiptClock::after(0),
+            };
+            let applied = progress.clone();
+            let (ingest, runner) = Runner::new(core, writer, progress, told.clone(), place);
             let thread = std::thread::spawn(move || runner.run());
-            Bench { disk, ingest, progress: receiver, told, thread, chain: 0, lsn: 9 }
+            Bench { disk, ingest, progress: receiver, applied, told, thread, chain: 0, lsn: 9 }
         }
 
         /// The next frame of a stream that begins with an opening.
@@ -395,6 +471,34 @@ mod tests {
         let last = bench.lsn;
         let done = bench.until(|progress| progress.durable.lsn.0 == last).await;
         assert_eq!((done.full, done.durable.chain), (None, bench.chain));
+        bench.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_reserve_is_left_to_apply_while_it_has_something_to_do() {
+        let mut bench = Bench::new();
+        let session = Session::new();
+        let opening = bench.next();
+        bench.submit(&session, opening).await;
+        bench.ingest.settle().await.unwrap();
+        // 16 MiB in all, so the reserve is 1 MiB; half of that is free.
+        let used = bench.disk.used_bytes();
+        let rest = usize::try_from((16 << 20) - used - (1 << 19)).unwrap();
+        bench.disk.put(Path::new("/other/file"), vec![0; rest]);
+        bench.disk.set_capacity(Some(16 << 20));
+        for _ in 0..16 {
+            let next = bench.next();
+            bench.submit(&session, next).await;
+        }
+        let stuck = bench.until(|progress| progress.full.is_some()).await;
+        assert!(stuck.full.as_ref().unwrap().contains("left to applying"), "{stuck:?}");
+        // Once all is applied a frame is taken: nothing stands still for want of the reserve alone.
+        let (durable, last) = (stuck.durable.lsn, bench.lsn);
+        bench.applied.send_modify(|progress| progress.checkpoint = durable);
+        bench.until(|progress| progress.durable.lsn > durable).await;
+        bench.disk.set_capacity(None);
+        bench.until(|progress| progress.durable.lsn.0 == last).await;
+        assert!(bench.told.1.load(Ordering::Relaxed) > 0, "history heard of the frame that waited");
         bench.end().unwrap();
     }
 
