@@ -214,7 +214,7 @@ mod tests {
         list.add(event(10, EventKind::ResyncEnd));
         list.add(event(11, EventKind::ResyncEnd));
         list.add(event(12, volume(1024)));
-        let expected = vec![
+        let expected = [
             event(1, volume(512)),
             begin(1, "reason 9"),
             event(10, EventKind::ResyncEnd),
@@ -237,7 +237,7 @@ mod tests {
         assert!(list.len() <= MAX_NOTES + NOTES_STEP + 3, "{}", list.len());
         assert!(list[..4].iter().map(|event| event.at.lsn.0).eq(1..=4), "{:?}", &list[..4]);
         assert_eq!(list.forgotten().bookmarks, 0);
-        assert_eq!(list.forgotten().others as usize + list.len() - 4, 3 * MAX_NOTES);
+        assert_eq!(list.forgotten().others + (list.len() - 4) as u64, 3 * MAX_NOTES as u64);
         for lsn in 0..2 * MAX_NOTES as u64 {
             list.add(event((1 << 20) + lsn, EventKind::Bookmark(format!("b{lsn}"))));
         }

@@ -9,9 +9,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use journal::VolumeId;
 use journal::io::{Disk, File};
-use journal::record::VolumeRecord;
-use journal::{VolumeId, VolumeUuid};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -89,7 +88,6 @@ pub fn is_same_stamp(left: (i64, u64), now: (i64, u64)) -> bool {
 /// An open replica.
 pub struct Replica {
     id: VolumeId,
-    uuid: VolumeUuid,
     name: String,
     path: PathBuf,
     file: Arc<dyn File>,
@@ -126,7 +124,6 @@ impl Replica {
         let hold = if hold { Some(ReplicaHold::acquire(&path)?) } else { None };
         let mut replica = Replica {
             id: state.id,
-            uuid: state.uuid,
             name: state.name.clone(),
             path: path.clone(),
             file,
@@ -183,25 +180,6 @@ impl Replica {
     fn error(&self, step: &str, at: u64, source: std::io::Error) -> Error {
         let text = format!("replica of volume {}: {step} {} at byte {at}", self.name, self.path.display());
         Error::replica(text, source)
-    }
-
-    /// Checks a later volume record against what this replica is.
-    ///
-    /// # Errors
-    /// [`ErrorKind::ReplicaFailed`] for another volume under the same id, or a smaller size.
-    pub fn check(&self, record: &VolumeRecord) -> Result<()> {
-        let refuse = |what: String| {
-            let at = format!("replica of volume {}: {what}", self.name);
-            Err(Error::new(ErrorKind::ReplicaFailed, at))
-        };
-        if record.uuid != self.uuid {
-            return refuse(format!("the source now sends volume {} under its id {}", record.uuid, self.id));
-        }
-        if record.present && record.size_bytes < self.size_bytes {
-            let (from, to) = (self.size_bytes, record.size_bytes);
-            return refuse(format!("the source shrank from {from} to {to} bytes; a replica is never shrunk"));
-        }
-        Ok(())
     }
 
     /// Grows the replica to the volume's size, never shrinks it.
@@ -322,6 +300,7 @@ impl Replica {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use journal::VolumeUuid;
     use journal::io::RealDisk;
 
     fn state(path: &Path, created: bool) -> ReplicaState {
@@ -359,18 +338,6 @@ mod tests {
         replica.grow(2 << 20).unwrap();
         replica.grow(1 << 20).unwrap();
         assert_eq!(replica.size_bytes(), 2 << 20);
-        let mut record = VolumeRecord {
-            uuid: VolumeUuid([1; 16]),
-            size_bytes: 1 << 20,
-            sector_bytes: 512,
-            present: true,
-            name: "disk".into(),
-        };
-        assert_eq!(replica.check(&record).unwrap_err().kind, ErrorKind::ReplicaFailed);
-        record.size_bytes = 2 << 20;
-        replica.check(&record).unwrap();
-        record.uuid = VolumeUuid([2; 16]);
-        assert_eq!(replica.check(&record).unwrap_err().kind, ErrorKind::ReplicaFailed);
         drop(replica);
         assert!(stamp(&path).is_some());
         assert_eq!(
