@@ -141,15 +141,6 @@ impl Control {
         poll(what, limit, look).with_context(|| format!("the group, last: {last}"))
     }
 
-    /// Until the group is replicating and its volumes are served.
-    ///
-    /// # Errors
-    /// It does not come to that.
-    pub fn until_served(&self) -> Result<Group> {
-        let ready = |group: &Group| group.state() == "replicating" && group.is_served();
-        self.until("replicating and served", Duration::from_secs(60), ready)
-    }
-
     /// Runs an `afterimage` command against this daemon.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::control::poll;
+use crate::program::plain_environment;
 use crate::story::Home;
 
 /// A graceful stop drains into the receiver first.
@@ -41,7 +42,7 @@ impl Daemon {
                 .with_context(|| format!("open {}", path.display()))
         };
         let out = home.path("log").join(format!("{name}.out"));
-        let child = Command::new(program)
+        let child = plain_environment(&mut Command::new(program))
             .args(args)
             .stdin(Stdio::null())
             .stdout(append(&out)?)

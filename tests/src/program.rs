@@ -65,7 +65,17 @@ pub fn afterimage_path() -> Result<PathBuf> {
 /// # Errors
 /// It cannot be started.
 pub fn afterimage<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Result<Outcome> {
-    outcome(Command::new(afterimage_path()?).args(args))
+    outcome(plain_environment(&mut Command::new(afterimage_path()?)).args(args))
+}
+
+/// Takes the stories' own variables away: the daemons refuse settings that they do not know.
+pub fn plain_environment(command: &mut Command) -> &mut Command {
+    for (name, _) in env::vars_os() {
+        if name.to_string_lossy().starts_with("AFTERIMAGE_") && name != "AFTERIMAGE_LOG" {
+            command.env_remove(name);
+        }
+    }
+    command
 }
 
 /// Runs a command to its end, whatever its exit code.

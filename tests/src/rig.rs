@@ -6,13 +6,29 @@ use std::fs;
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::control::{Control, Group};
+use crate::control::{Control, Group, poll};
 use crate::daemon::Daemon;
 use crate::program::{afterimage, afterimage_path};
 use crate::story::Home;
+
+/// How long a start may take, with a synchronisation of everything.
+const START: Duration = Duration::from_secs(60);
+
+/// Until the group behind `control` is replicating and served; none of the daemons may end meanwhile.
+fn until_served(control: &Control, daemons: &mut [&mut Daemon]) -> Result<Group> {
+    let mut last = String::new();
+    let look = || {
+        daemons.iter_mut().try_for_each(|daemon| daemon.expect_alive())?;
+        let group = control.group();
+        last = group.as_ref().map_or_else(|error| format!("{error:#}"), |group| group.0.to_string());
+        Ok(group.ok().filter(|group| group.state() == "replicating" && group.is_served()))
+    };
+    poll("replicating and served", START, look).with_context(|| format!("the group, last: {last}"))
+}
 
 /// `afterimage up` on its own directory.
 pub struct Up<'a> {
@@ -45,7 +61,8 @@ impl<'a> Up<'a> {
         let dir = self.dir.to_string_lossy();
         let line = ["up", "--dir", &dir].into_iter().chain(args.iter().copied());
         self.daemon = Some(Daemon::start(self.home, "up", &afterimage_path()?, line)?);
-        self.control.until_served()
+        let control = self.control.clone();
+        until_served(&control, &mut [self.daemon()?])
     }
 
     /// Its directory.
@@ -133,7 +150,7 @@ impl<'a> Pair<'a> {
         let mut pair = Pair::prepare(home, spec)?;
         pair.start_receiver()?;
         pair.start_source()?;
-        pair.source.until_served()?;
+        pair.until_served()?;
         Ok(pair)
     }
 
@@ -152,7 +169,7 @@ impl<'a> Pair<'a> {
         let ring_dir =
             PathBuf::from("/dev/shm").join(home.path("").file_name().context("a directory has a name")?);
         let mut text = format!(
-            "group = \"{GROUP}\"\ndir = \"{}\"\nring_dir = \"{}\"\n[receiver]\naddress = \"127.0.0.1:{port}\"\nidentity = \"{theirs}\"\nreconnect_min = \"50ms\"\nreconnect_max = \"500ms\"\n",
+            "group = \"{GROUP}\"\ndir = \"{}\"\nring_dir = \"{}\"\n[receiver]\naddress = \"127.0.0.1:{port}\"\nidentity = \"{theirs}\"\nreconnect_min = \"50ms\"\nreconnect_max = \"500ms\"\nheartbeat = \"250ms\"\nidle_timeout = \"2s\"\n",
             source_dir.display(),
             ring_dir.display(),
         );
@@ -201,6 +218,16 @@ impl<'a> Pair<'a> {
     pub fn start_source(&mut self) -> Result<()> {
         self.source_daemon = Some(self.spawn("source", "replicate")?);
         Ok(())
+    }
+
+    /// Waits until the group is replicating and its volumes are served.
+    ///
+    /// # Errors
+    /// It does not come to that, or one of the two has ended.
+    pub fn until_served(&mut self) -> Result<Group> {
+        let source = self.source.clone();
+        let both = [&mut self.source_daemon, &mut self.receiver_daemon];
+        until_served(&source, &mut both.into_iter().flatten().collect::<Vec<_>>())
     }
 
     /// The receiver's process.

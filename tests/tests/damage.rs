@@ -59,18 +59,18 @@ impl Scene<'_> {
         afterimage(["journal".as_ref(), "verify".as_ref(), dir.as_os_str()])
     }
 
-    /// A copy of the group's directory, to be damaged.
+    /// A copy of the group's directory, to be damaged; the replica, which is only read, is the same.
     fn copy(&self) -> Result<PathBuf> {
-        // The directory's name is the group's.
         let parent = self.home.path("damaged");
         let _ = fs::remove_dir_all(&parent);
-        fs::create_dir_all(&parent)?;
-        // Where the replica lies is in the directory; it is only read.
+        let groups = parent.join("groups");
+        fs::create_dir_all(&groups)?;
+        std::os::unix::fs::symlink(self.home.path("receiver/replica"), parent.join("replica"))?;
         run(
             "cp",
-            ["-a".as_ref(), "--reflink=auto".as_ref(), self.group_dir.as_os_str(), parent.as_os_str()],
+            ["-a".as_ref(), "--reflink=auto".as_ref(), self.group_dir.as_os_str(), groups.as_os_str()],
         )?;
-        Ok(parent.join(GROUP))
+        Ok(groups.join(GROUP))
     }
 
     /// Damage must be told by `verify`, by file; and a restore either refuses, or is exactly right.
@@ -109,6 +109,10 @@ impl Scene<'_> {
 
 /// Segment files of a directory, in order.
 fn segments(dir: &Path) -> Result<Vec<PathBuf>> {
+    if !dir.exists() {
+        // The receiver makes it with the first frame.
+        return Ok(Vec::new());
+    }
     let mut all: Vec<PathBuf> = fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?;
     all.retain(|path| path.extension().is_some_and(|extension| extension == "seg"));
     all.sort();

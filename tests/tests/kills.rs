@@ -22,7 +22,7 @@ const LANE_BLOCKS: u32 = 1024;
 const VOLUMES: [(&str, u64); 2] = [("one", 32 << 20), ("two", 32 << 20)];
 /// Small segments and short batches: more of the moments that a kill may hit.
 const SOURCE: &str = "[journal]\nsegment_bytes = \"4MiB\"\nquota = \"4GiB\"\n[ring]\nbytes = \"16MiB\"\n";
-const RECEIVER: &str = "[journal]\nsegment_bytes = \"4MiB\"\n[apply]\nmin_interval = \"50ms\"\nidle = \"20ms\"\nbatch_bytes = \"4MiB\"\n";
+const RECEIVER: &str = "[journal]\nsegment_bytes = \"4MiB\"\n[history]\nquota = \"8GiB\"\n[apply]\nmin_interval = \"50ms\"\nidle = \"20ms\"\nbatch_bytes = \"4MiB\"\n";
 
 fn history(home: &Home) -> Arc<History> {
     let part = |lane: u32, volume| Area { volume, blocks: lane * LANE_BLOCKS..(lane + 1) * LANE_BLOCKS };
@@ -75,7 +75,7 @@ fn the_agent_is_killed_under_load() -> Result<()> {
             run_for(&mut random, &history, &pair)?;
             pair.source_daemon()?.kill()?;
             pair.start_source()?;
-            let group = pair.source.until_served().with_context(|| format!("after kill {kill}"))?;
+            let group = pair.until_served().with_context(|| format!("after kill {kill}"))?;
             ensure!(group.number("epoch") == epoch, "kill {kill} began a new epoch: {}", group.0);
             ensure!(!writers.has_failed(), "a writer failed by kill {kill}");
         }

@@ -45,7 +45,7 @@ fn a_clean_stop_and_start_needs_no_resync() -> Result<()> {
             if round != 1 {
                 pair.start_source()?;
             }
-            let group = pair.source.until_served()?;
+            let group = pair.until_served()?;
             ensure!(group.number("epoch") == epoch, "round {round} began a new epoch: {}", group.0);
             ensure!(group.number("captured_lsn") >= before, "lsns never run back");
             pair.assert_replica_equals_source()?;
@@ -155,9 +155,10 @@ fn up_is_its_own_manual() -> Result<()> {
     story("up", |home| {
         need(&["curl"])?;
         let mut up = Up::start(home, &["--size", "8MiB", "--size", "4MiB"])?;
-        let printed = up.daemon()?.printed()?;
-        let uris: Vec<&str> = printed.lines().collect();
-        ensure!(uris.len() == 2 && uris[0].starts_with("nbd+unix:///disk0?socket="), "printed: {printed:?}");
+        let printed = poll("two URIs", MINUTE, || {
+            Ok(Some(up.daemon()?.printed()?).filter(|printed| printed.lines().count() == 2))
+        })?;
+        ensure!(printed.starts_with("nbd+unix:///disk0?socket="), "printed: {printed:?}");
         let dir = up.dir().to_string_lossy().into_owned();
         // Twice on one directory.
         afterimage(["up", "--dir", &dir])?.expect_saying(1, "runs on")?;
@@ -169,7 +170,7 @@ fn up_is_its_own_manual() -> Result<()> {
             serde_json::from_str(&curl(&["http://x/v1/status"])?.expect(0)?.stdout)?;
         ensure!(status["groups"][0]["name"] == "default", "{status}");
         let json = "Content-Type: application/json";
-        let body = r#"{"group":"default","name":"by curl"}"#;
+        let body = r#"{"group":"default","name":"by-curl"}"#;
         let bookmark = curl(&["-H", json, "-d", body, "http://x/v1/bookmark"])?.expect(0)?;
         ensure!(bookmark.stdout.contains("\"lsn\":"), "{bookmark}");
         let code =
@@ -178,7 +179,7 @@ fn up_is_its_own_manual() -> Result<()> {
         // A directory of two volumes.
         up.control.wait()?;
         let to = home.path("restored");
-        up.control.restore("default", "bookmark:by curl", &to)?;
+        up.control.restore("default", "bookmark:by-curl", &to)?;
         for (name, bytes) in [("disk0.img", 8 << 20), ("disk1.img", 4 << 20)] {
             ensure!(to.join(name).metadata()?.len() == bytes, "{name}");
         }
