@@ -7,7 +7,7 @@
 
 use crate::compress::Decoder;
 use crate::control::TwoSlot;
-use crate::frame::FrameHeader;
+use crate::frame::{FrameHeader, FrameKind};
 use crate::index::{FrameEntry, IndexBuilder, SegmentIndex};
 use crate::io::Disk;
 use crate::record::Records;
@@ -338,6 +338,10 @@ fn resume(segment: &SegmentFile, index: Option<&SegmentIndex>, walk: &mut Walk<'
 
 fn unpack(decoder: &mut Decoder, header: &FrameHeader, frame: &[u8], raw: &mut Vec<u8>) -> Result<()> {
     decoder.decode(header, frame, raw)?;
+    if header.kind != FrameKind::Undo {
+        return Records::check(header, raw);
+    }
+    // Undo stands in the order of its offsets, all of it at the batch's last lsn.
     let mut records = 0_u32;
     for located in Records::new(raw) {
         let lsn = located?.record.lsn;
