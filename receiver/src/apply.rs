@@ -35,8 +35,9 @@ use crate::undo::{UndoOwner, UndoSummary, UndoWriter, file_name, file_number, re
 use crate::volumes::{self, VolumePlan};
 use crate::{Error, ErrorKind, Result};
 
-/// Smallest quota that is chosen by default: below it a handful of segments would be the whole history.
-const MIN_DEFAULT_QUOTA_BYTES: u64 = 1 << 30;
+/// The default quota is never below this (DESIGN: 4 × the used size): a small disk that is overwritten again and again within
+/// `history.min` would otherwise stop being acknowledged within minutes. As large as the source journal's own default.
+const MIN_DEFAULT_QUOTA_BYTES: u64 = 10 << 30;
 /// Length of the event log beyond which it is written anew: well above what the history keeps of it.
 const MAX_LOG_BYTES: u64 = 128 << 20;
 /// What must be won by writing the event log anew.
