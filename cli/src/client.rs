@@ -35,8 +35,11 @@ struct ErrorBody {
 impl Client {
     /// By `--control`, `--dir`, or the environment; a flag given is meant before a variable left over.
     pub fn find(target: &Target) -> Result<Client> {
-        let given =
-            target.dir.as_ref().map(|dir| dir.join("control.sock")).or_else(|| target.control.clone());
+        let given = (target.dir.as_ref().map(|dir| dir.join("control.sock")))
+            .or_else(|| target.control.clone())
+            .or_else(|| {
+                std::env::var_os("AFTERIMAGE_CONTROL").filter(|socket| !socket.is_empty()).map(PathBuf::from)
+            });
         let socket = given.ok_or_else(|| {
             Fault::usage(
                 "which daemon? Give --dir DIR (the directory of `up`), --control SOCKET, or set AFTERIMAGE_CONTROL",

@@ -95,3 +95,19 @@ fn settings_are_shown_with_their_sources() {
     std::fs::write(&file, "dri = \"/srv/afterimage\"\n").unwrap();
     fails(2, "dri", &["conf", "check", file.to_str().unwrap()]);
 }
+
+#[test]
+fn the_environment_names_the_daemon_and_a_flag_goes_before_it() {
+    let asked = |args: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_afterimage"))
+            .args(args)
+            .env("AFTERIMAGE_CONTROL", "/nowhere/by-environment.sock")
+            .output()
+            .unwrap();
+        (out.status.code(), String::from_utf8_lossy(&out.stderr).into_owned())
+    };
+    let (code, says) = asked(&["status"]);
+    assert!(code == Some(1) && says.contains("/nowhere/by-environment.sock"), "{code:?} {says}");
+    let (code, says) = asked(&["status", "--control", "/nowhere/by-flag.sock"]);
+    assert!(code == Some(1) && says.contains("/nowhere/by-flag.sock"), "{code:?} {says}");
+}

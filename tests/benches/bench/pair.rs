@@ -88,7 +88,7 @@ impl Pair {
     /// One of our commands against the source (`"source"`) or the receiver.
     pub fn command(&self, side: &str) -> Command {
         let mut command = Command::new(&self.binary);
-        command.arg("--control").arg(self.dir.join(side).join("control.sock"));
+        command.env("AFTERIMAGE_CONTROL", self.dir.join(side).join("control.sock"));
         command
     }
 
