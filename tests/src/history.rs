@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::stamp::BLOCK_BYTES;
+
 /// A run of blocks of one volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Area {
@@ -108,6 +110,15 @@ impl History {
     /// Operations begun, for each lane.
     pub fn begun(&self) -> Vec<usize> {
         (0..self.lanes.len()).map(|lane| self.lane(lane).operations.len()).collect()
+    }
+
+    /// Bytes written by what was answered.
+    pub fn answered_bytes(&self) -> u64 {
+        let written = |op: &&Operation| op.answered != u64::MAX && !op.is_zeros;
+        let blocks = |lane: Lane| {
+            lane.operations.iter().filter(written).map(|op| op.area.blocks.len() as u64).sum::<u64>()
+        };
+        self.snapshots().into_iter().map(blocks).sum::<u64>() * BLOCK_BYTES as u64
     }
 
     /// Ties the history to an lsn: `ask` tells the newest lsn captured.

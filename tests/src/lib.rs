@@ -9,9 +9,11 @@
 //! | [`program`] | programs that end: `afterimage` commands and the system's tools |
 //! | [`daemon`] | programs that stay: spawned, polled, killed |
 //! | [`control`] | a daemon's control socket |
-//! | [`rig`] | `up`; or `receive` and `replicate`, paired |
+//! | [`up`] | `up`, both sides in one process |
+//! | [`rig`] | `receive` and `replicate`, paired |
 //! | [`nbd`] | block devices: nbdfuse, loop device, mount |
 //! | [`tree`] | a real tree of files, and its hashes |
+//! | [`database`] | a database's shell, its commits, its restored moments |
 //! | [`image`] | files compared and looked into |
 //! | [`nbd_client`], [`stamp`], [`history`], [`writer`] | a client that writes blocks which say who wrote them, and remembers |
 //! | [`oracle`] | what an image may hold |
@@ -22,6 +24,7 @@
 
 pub mod control;
 pub mod daemon;
+pub mod database;
 pub mod history;
 pub mod image;
 pub mod nbd;
@@ -32,6 +35,7 @@ pub mod rig;
 pub mod stamp;
 pub mod story;
 pub mod tree;
+pub mod up;
 pub mod writer;
 
 pub use story::{Home, story};

@@ -1,11 +1,10 @@
-//! Sites under test: `up`, one process; or `receive` and `replicate` with generated settings, paired by hand.
+//! `receive` and `replicate` with generated settings and identities, paired by hand.
 //!
-//! Invariant: every child is gone, and every ring removed from memory, when the value is dropped.
+//! Invariant: both children are gone, and the ring is removed from memory, when the value is dropped.
 
 use std::fs;
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -19,7 +18,7 @@ use crate::story::Home;
 const START: Duration = Duration::from_secs(60);
 
 /// Until the group behind `control` is replicating and served; none of the daemons may end meanwhile.
-fn until_served(control: &Control, daemons: &mut [&mut Daemon]) -> Result<Group> {
+pub(crate) fn until_served(control: &Control, daemons: &mut [&mut Daemon]) -> Result<Group> {
     let mut last = String::new();
     let look = || {
         daemons.iter_mut().try_for_each(|daemon| daemon.expect_alive())?;
@@ -28,87 +27,6 @@ fn until_served(control: &Control, daemons: &mut [&mut Daemon]) -> Result<Group>
         Ok(group.ok().filter(|group| group.state() == "replicating" && group.is_served()))
     };
     poll("replicating and served", START, look).with_context(|| format!("the group, last: {last}"))
-}
-
-/// `afterimage up` on its own directory.
-pub struct Up<'a> {
-    home: &'a Home,
-    dir: PathBuf,
-    daemon: Option<Daemon>,
-    rings: Vec<PathBuf>,
-    /// Its control socket.
-    pub control: Control,
-}
-
-impl<'a> Up<'a> {
-    /// Starts `up --dir DIR ARGS…` and waits until its volumes are served.
-    ///
-    /// # Errors
-    /// It does not come up.
-    pub fn start(home: &'a Home, args: &[&str]) -> Result<Up<'a>> {
-        let dir = home.path("up");
-        let control = Control::new(dir.join("control.sock"));
-        let mut up = Up { home, dir, daemon: None, rings: Vec::new(), control };
-        up.again(args)?;
-        Ok(up)
-    }
-
-    /// Starts it again on the same directory.
-    ///
-    /// # Errors
-    /// It does not come up.
-    pub fn again(&mut self, args: &[&str]) -> Result<Group> {
-        let dir = self.dir.to_string_lossy();
-        let line = ["up", "--dir", &dir].into_iter().chain(args.iter().copied());
-        self.daemon = Some(Daemon::start(self.home, "up", &afterimage_path()?, line)?);
-        let control = self.control.clone();
-        until_served(&control, &mut [self.daemon()?])
-    }
-
-    /// Its directory.
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// The process.
-    ///
-    /// # Errors
-    /// It does not run.
-    pub fn daemon(&mut self) -> Result<&mut Daemon> {
-        self.daemon.as_mut().context("`up` does not run")
-    }
-
-    /// SIGTERM and its end.
-    ///
-    /// # Errors
-    /// It does not end.
-    pub fn stop(&mut self) -> Result<ExitStatus> {
-        let ended = self.daemon()?.stop()?;
-        self.daemon = None;
-        Ok(ended)
-    }
-
-    /// `kill -9`.
-    ///
-    /// # Errors
-    /// It had ended before.
-    pub fn kill(&mut self) -> Result<()> {
-        self.rings = self.daemon()?.rings();
-        self.daemon()?.kill()?;
-        self.daemon = None;
-        Ok(())
-    }
-}
-
-impl Drop for Up<'_> {
-    fn drop(&mut self) {
-        if let Some(daemon) = self.daemon.take() {
-            self.rings.extend(daemon.rings());
-        }
-        for ring in &self.rings {
-            let _ = fs::remove_dir_all(ring);
-        }
-    }
 }
 
 /// What a [`Pair`] is made of.
@@ -244,6 +162,14 @@ impl<'a> Pair<'a> {
     /// It does not run.
     pub fn source_daemon(&mut self) -> Result<&mut Daemon> {
         self.source_daemon.as_mut().context("the source does not run")
+    }
+
+    /// Takes the ring away, as a reboot does. The source must not run.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn lose_ring(&self) -> Result<()> {
+        fs::remove_dir_all(&self.ring_dir).with_context(|| format!("remove {}", self.ring_dir.display()))
     }
 
     /// Where a volume lies at the source.

@@ -9,32 +9,35 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
-/// Where real files come from.
-const SOURCE: &str = "/usr/share";
+/// Where real files come from; the second where a slim system has too few in the first.
+const SOURCES: [&str; 2] = ["/usr/share", "/usr/lib"];
 
-/// Directories of `/usr/share` that hold at least `least` bytes together and not much more, the largest that fit first.
+/// Directories of a system that hold at least `least` bytes together and not much more, the largest that fit first, and
+/// how many bytes they hold.
 ///
 /// # Errors
 /// There is not that much.
-pub fn real_trees(least: u64) -> Result<Vec<PathBuf>> {
-    let mut sized = Vec::new();
-    for entry in fs::read_dir(SOURCE)? {
-        let path = entry?.path();
-        if path.is_dir() && !path.is_symlink() {
-            sized.push((bytes_below(&path)?, path));
-        }
-    }
-    sized.sort_by(|a, b| b.cmp(a));
+pub fn real_trees(least: u64) -> Result<(Vec<PathBuf>, u64)> {
     let mut chosen = Vec::new();
     let mut total = 0;
-    for (bytes, path) in sized {
-        if total < least && total + bytes <= least + least / 4 {
-            total += bytes;
-            chosen.push(path);
+    for source in SOURCES {
+        let mut sized = Vec::new();
+        for entry in fs::read_dir(source)? {
+            let path = entry?.path();
+            if path.is_dir() && !path.is_symlink() {
+                sized.push((bytes_below(&path)?, path));
+            }
+        }
+        sized.sort_by(|a, b| b.cmp(a));
+        for (bytes, path) in sized {
+            if total < least && total + bytes <= least + least / 4 {
+                total += bytes;
+                chosen.push(path);
+            }
         }
     }
-    ensure!(total >= least, "{SOURCE} holds directories of {total} bytes that fit, {least} are needed");
-    Ok(chosen)
+    ensure!(total >= least, "directories of {total} bytes in {SOURCES:?} fit, {least} are needed");
+    Ok((chosen, total))
 }
 
 fn bytes_below(folder: &Path) -> Result<u64> {

@@ -10,8 +10,8 @@ use tests::control::Control;
 use tests::image::assert_equal;
 use tests::nbd::{FuseDisk, Loop, Mount};
 use tests::program::{need, outcome, run};
-use tests::rig::Up;
 use tests::tree::{Manifest, real_trees};
+use tests::up::Up;
 use tests::{Home, nbd, story};
 
 const GROUP: &str = "default";
@@ -109,7 +109,7 @@ fn tell(home: &Home, kind: &Kind) -> Result<()> {
 
 /// Uses the disk; each bookmark with what was there.
 fn live(home: &Home, control: &Control, device: &Loop) -> Result<Vec<(&'static str, Manifest)>> {
-    let trees = real_trees(CONTENT_BYTES)?;
+    let (trees, bytes) = real_trees(CONTENT_BYTES)?;
     let mount = Mount::on(&home.path("live"), device.path(), "noatime")?;
     let root = mount.path();
     let mut bookmarks = Vec::new();
@@ -143,7 +143,7 @@ fn live(home: &Home, control: &Control, device: &Loop) -> Result<Vec<(&'static s
         fs::write(file, "after the trim\n")?;
     }
     bookmark("trimmed")?;
-    home.figure(format!("{} files from {trees:?}", files.len()));
+    home.figure(format!("{} files, {bytes} bytes, from {trees:?}", files.len()));
     mount.unmount()?;
     Ok(bookmarks)
 }

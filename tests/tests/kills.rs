@@ -103,7 +103,10 @@ fn finish(home: &Home, pair: &Pair<'_>, history: &History, first: u64) -> Result
     let source = Images::open(&pair.backings())?;
     let held = assert_prefix_consistent(history, &source, &history.bounds_now()).context("the source")?;
     ensure!(held == history.answered(), "the source holds {held:?}");
-    home.figure(format!("source holds all that was answered, replica equal; lsn {first} to {last}"));
+    let bytes = history.answered_bytes();
+    home.figure(format!(
+        "source holds all {bytes} bytes that were answered, replica equal; lsn {first} to {last}"
+    ));
     let mut random = home.rng();
     for _ in 0..POINTS {
         let lsn = random.random_range(first..=last);

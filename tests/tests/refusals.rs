@@ -5,8 +5,8 @@ use std::fs::{self, File};
 use anyhow::{Result, ensure};
 use tests::nbd::{self, Loop, Mount};
 use tests::program::{Outcome, afterimage, need, run};
-use tests::rig::Up;
 use tests::story;
+use tests::up::Up;
 
 const GROUP: &str = "default";
 

@@ -14,8 +14,9 @@ use tests::image::{Images, assert_equal};
 use tests::nbd_client::NbdClient;
 use tests::oracle::assert_prefix_consistent;
 use tests::program::{afterimage, need, outcome};
-use tests::rig::{GROUP, Pair, PairSpec, Up};
+use tests::rig::{GROUP, Pair, PairSpec};
 use tests::story;
+use tests::up::Up;
 use tests::writer::{Pace, Writers};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -84,6 +85,7 @@ fn a_bare_directory_is_enough_to_restore() -> Result<()> {
         }
         drop(client);
         up.control.wait()?;
+        let epoch = up.control.group()?.number("epoch");
         up.kill()?;
         let to = home.path("restored.img");
         let (to_text, up_text) = (to.to_string_lossy(), up.dir().to_string_lossy().into_owned());
@@ -99,7 +101,8 @@ fn a_bare_directory_is_enough_to_restore() -> Result<()> {
             }
         }
         // While the daemon runs the directory is its own.
-        up.again(&[])?;
+        let group = up.again(&[])?;
+        ensure!(group.number("epoch") == epoch, "a kill is no gap: {}", group.0);
         let line =
             ["restore", "default", "--at", "latest", "--to", &to_text, "--force", "--journal", &up_text];
         let refused = afterimage(line)?;

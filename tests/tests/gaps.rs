@@ -1,0 +1,116 @@
+//! When capture was broken: never silent, repaired by a synchronisation, and no point is promised inside the gap.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rand::Rng;
+use tests::control::{Group, poll};
+use tests::history::{Area, History};
+use tests::image::Images;
+use tests::oracle::assert_prefix_consistent;
+use tests::rig::{GROUP, Pair, PairSpec};
+use tests::writer::{Pace, Writers};
+use tests::{Home, story};
+
+const MINUTE: Duration = Duration::from_secs(60);
+const POINTS: usize = 10;
+
+fn pair(home: &Home) -> Result<Pair<'_>> {
+    Pair::start(home, &PairSpec { volumes: &[("disk", 16 << 20)], ..PairSpec::default() })
+}
+
+/// `wanted` more writes by a new writer; the lsns before and after.
+fn write(history: &Arc<History>, pair: &Pair<'_>, wanted: usize, seed: u64) -> Result<(u64, u64)> {
+    let first = history.mark(|| pair.source.captured())?;
+    let wanted = history.answered()[0] + wanted;
+    let writers = Writers::start(history, &pair.sockets(), Pace::default(), seed);
+    poll("writes", MINUTE, || {
+        history.mark(|| pair.source.captured())?;
+        Ok((history.answered()[0] >= wanted).then_some(()))
+    })?;
+    writers.stop()?;
+    Ok((first, history.mark(|| pair.source.captured())?))
+}
+
+#[test]
+fn a_lost_ring_is_a_gap_with_a_reason() -> Result<()> {
+    story("ring lost", |home| {
+        let mut pair = pair(home)?;
+        let history = Arc::new(History::new(home.seed(), vec![vec![Area { volume: 0, blocks: 0..2048 }]]));
+        let before = write(&history, &pair, 400, 1)?;
+        pair.assert_replica_equals_source()?;
+        let epoch = pair.source.group()?.number("epoch");
+        pair.source_daemon()?.kill()?;
+        pair.lose_ring()?;
+        pair.start_source()?;
+        let group = pair.until_served()?;
+        ensure!(group.number("epoch") > epoch, "what the ring held is unknown: {}", group.0);
+        ensure!(group.number("captured_lsn") > before.1, "no lsn is used twice: {}", group.0);
+        pair.assert_replica_equals_source()?;
+        let after = write(&history, &pair, 400, 2)?;
+        pair.assert_replica_equals_source()?;
+
+        let points = pair.receiver.points(GROUP)?;
+        let gap =
+            points["gaps"].as_array().and_then(|gaps| gaps.first()).with_context(|| points.to_string())?;
+        ensure!(gap["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{points}");
+        home.figure(format!("gap: {gap}"));
+        let bound = |key: &str| gap[key].as_u64().with_context(|| gap.to_string());
+        let inside = bound("from_lsn")?.midpoint(bound("to_lsn")?).to_string();
+        let to = home.path("restored.img");
+        let line = ["restore", GROUP, "--at", &format!("lsn:{inside}"), "--to", &to.to_string_lossy()];
+        pair.receiver.command(&line)?.expect(3)?;
+        let mut random = home.rng();
+        for window in [before, after] {
+            for _ in 0..POINTS {
+                let lsn = random.random_range(window.0..=window.1);
+                let images = Images::open(&pair.restore(&format!("lsn:{lsn}"), &to)?)?;
+                assert_prefix_consistent(&history, &images, &history.bounds_at(lsn))
+                    .with_context(|| format!("lsn {lsn}"))?;
+            }
+        }
+        home.figure(format!("{POINTS} random lsns on each side of the gap agree with the oracle"));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_replica_that_others_changed_is_not_built_upon() -> Result<()> {
+    story("replica changed", |home| {
+        let mut pair = pair(home)?;
+        let history = Arc::new(History::new(home.seed(), vec![vec![Area { volume: 0, blocks: 0..2048 }]]));
+        write(&history, &pair, 200, 1)?;
+        pair.assert_replica_equals_source()?;
+        ensure!(pair.receiver_daemon()?.stop()?.success(), "the receiver stops cleanly");
+        let replica = File::options().write(true).open(pair.replica("disk"))?;
+        replica.write_all_at(b"somebody used the replica", 5 << 20)?;
+        replica.sync_all()?;
+        drop(replica);
+        pair.start_receiver()?;
+        let needs = |group: &Group| group.state() == "needs-resync";
+        let group = pair.source.until("needs-resync", MINUTE, needs)?;
+        home.figure(format!("the source says: {}", group.why()));
+        ensure!(group.why().contains("changed"), "the reason is told: {}", group.why());
+        pair.source.command(&["wait", "--timeout", "30s"])?.expect_saying(3, "changed")?;
+        // The source's disk goes on; the next start repairs.
+        write(&history, &pair, 200, 2)?;
+        ensure!(pair.source_daemon()?.stop()?.success(), "the source stops cleanly");
+        pair.start_source()?;
+        pair.until_served()?;
+        pair.assert_replica_equals_source()?;
+        let window = write(&history, &pair, 200, 3)?;
+        pair.assert_replica_equals_source()?;
+        let mut random = home.rng();
+        for _ in 0..POINTS {
+            let lsn = random.random_range(window.0..=window.1);
+            let images = Images::open(&pair.restore(&format!("lsn:{lsn}"), &home.path("restored.img"))?)?;
+            assert_prefix_consistent(&history, &images, &history.bounds_at(lsn))
+                .with_context(|| format!("lsn {lsn}"))?;
+        }
+        home.figure("repaired by a restart of the source");
+        Ok(())
+    })
+}
