@@ -517,10 +517,14 @@ impl Handle {
             left += server.shutdown(STOP_DEADLINE).await;
         }
         let volumes = self.agent.volumes.clone();
-        let closed = on_thread("af-stop", move || {
-            volumes.iter().fold(true, |closed, volume| volume.close(STOP_DEADLINE) && closed)
-        })
-        .await?;
+        let closing = move || {
+            let mut closed = true;
+            for volume in &volumes {
+                closed &= volume.close(STOP_DEADLINE);
+            }
+            closed
+        };
+        let closed = on_thread("af-stop", closing).await?;
         self.upkeep.abort();
         // It ends as cancelled; until then it holds the agent, and with it the backings.
         let _ = (&mut self.upkeep).await;

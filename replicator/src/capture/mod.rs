@@ -3,3 +3,4 @@
 pub mod durability;
 pub mod in_flight;
 pub mod nbd;
+pub mod pace;

@@ -9,7 +9,7 @@
 //!    a bit would be overwritten);
 //! 5. answer the client.
 //!
-//! Nothing here waits for the journal, the link or the receiver.
+//! Nothing here waits for the link or the receiver; for the journal only by milliseconds, while it drains (`pace`).
 //!
 //! A failed write is repaired in the stream. A failed fdatasync cannot be: nobody knows which of the writes answered
 //! since the last one are lost. It is final: the whole volume is dirty, the gap is remembered, every later FLUSH and
@@ -26,6 +26,7 @@ use uuid::Uuid;
 use crate::SharedRing;
 use crate::capture::durability::{Durability, NotDurable};
 use crate::capture::in_flight::InFlight;
+use crate::capture::pace::Pacer;
 use crate::clock::now_ns;
 use crate::status::{Board, State};
 
@@ -52,6 +53,7 @@ pub struct CapturedVolume {
     pub board: Arc<Board>,
     in_flight: InFlight,
     durability: Durability,
+    pacer: Pacer,
     on_gap: OnGap,
 }
 
@@ -67,8 +69,8 @@ impl CapturedVolume {
         board: Arc<Board>,
         on_gap: OnGap,
     ) -> CapturedVolume {
-        let (in_flight, durability) = (InFlight::default(), Durability::default());
-        CapturedVolume { id, name, uuid, backing, ring, board, in_flight, durability, on_gap }
+        let (in_flight, durability, pacer) = (InFlight::default(), Durability::default(), Pacer::new());
+        CapturedVolume { id, name, uuid, backing, ring, board, in_flight, durability, pacer, on_gap }
     }
 
     /// Ends capture: from now on changes fail with `ESHUTDOWN`, before they reach ring or backing. True: none is in
@@ -90,6 +92,7 @@ impl CapturedVolume {
         capture: impl FnOnce() -> Result<Captured<Token>, Refused>,
         write: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
+        self.pacer.pace(&self.ring);
         let _turn = self.in_flight.enter(offset..offset + length)?;
         let captured = capture().map_err(|refused| {
             io::Error::new(io::ErrorKind::InvalidInput, format!("the ring refused the write: {refused:?}"))

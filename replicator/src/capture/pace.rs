@@ -1,0 +1,106 @@
+//! Clients of the NBD front are held to the pace of the journal, for milliseconds, before the ring overflows.
+//!
+//! The front answers from the page cache, at a speed that no journal on the same cores keeps up with. Left alone, a burst of a
+//! tenth of a second would fill the ring and cost the group its protection until the next synchronisation. So a write that
+//! finds the ring nearly full waits a moment, as it would for a busy disk (decision 0008).
+//!
+//! Bounds, which keep promise 1: at most [`MAX_WAIT`] a write, and only while room is really being given back. A journal that
+//! hangs, or is slower than that, holds nobody up: the ring fills and writes become bits.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::SharedRing;
+
+/// Above this fill writes are paced; the rest of the ring is for what waits do not hold back.
+const HIGH: f64 = 0.75;
+/// The longest that one write waits.
+const MAX_WAIT: Duration = Duration::from_millis(10);
+/// One look at the ring to the next.
+const STEP: Duration = Duration::from_micros(200);
+/// A ring that has given back nothing for this long is not being drained.
+const STALLED: Duration = Duration::from_millis(50);
+
+/// What a volume's writers know of the ring's progress.
+#[derive(Debug)]
+pub struct Pacer {
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug)]
+struct Seen {
+    first_held_lsn: u64,
+    at: Instant,
+}
+
+impl Pacer {
+    /// Nothing seen yet.
+    pub fn new() -> Pacer {
+        Pacer { seen: Mutex::new(Seen { first_held_lsn: 0, at: Instant::now() }) }
+    }
+
+    /// Before a write is captured. Costs two loads while the ring has room.
+    #[inline]
+    pub fn pace(&self, ring: &SharedRing) {
+        if ring.fill_ratio() >= HIGH {
+            self.wait(|| ring.fill_ratio() >= HIGH, || ring.first_held_lsn());
+        }
+    }
+
+    #[cold]
+    fn wait(&self, nearly_full: impl Fn() -> bool, first_held_lsn: impl Fn() -> u64) {
+        let started = Instant::now();
+        while nearly_full() && started.elapsed() < MAX_WAIT && self.is_draining(first_held_lsn()) {
+            std::thread::sleep(STEP);
+        }
+    }
+
+    fn is_draining(&self, first_held_lsn: u64) -> bool {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if seen.first_held_lsn != first_held_lsn {
+            *seen = Seen { first_held_lsn, at: Instant::now() };
+        }
+        seen.at.elapsed() < STALLED
+    }
+}
+
+impl Default for Pacer {
+    fn default() -> Pacer {
+        Pacer::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn a_write_waits_for_a_journal_that_drains_and_not_for_one_that_hangs() {
+        let pacer = Pacer::new();
+        let looks = Cell::new(0);
+        let look = || {
+            looks.set(looks.get() + 1);
+            looks.get()
+        };
+        pacer.wait(|| looks.get() < 3, look);
+        assert_eq!(looks.get(), 3, "waited until there was room");
+
+        let started = Instant::now();
+        pacer.wait(|| true, look);
+        assert!(started.elapsed() >= MAX_WAIT, "draining, and yet full: the whole wait, then on");
+
+        let hung = looks.get();
+        pacer.wait(|| true, || hung);
+        std::thread::sleep(STALLED);
+        let looked = Cell::new(0);
+        pacer.wait(
+            || true,
+            || {
+                looked.set(looked.get() + 1);
+                hung
+            },
+        );
+        assert_eq!(looked.get(), 1, "nothing moves: no wait at all");
+    }
+}
