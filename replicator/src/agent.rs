@@ -19,27 +19,24 @@ use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
 use journal::frame::Stamp;
-use journal::io::RealDisk;
 use journal::writer::Writer;
-use journal::{Lsn, Position, Positions};
-use kfilter::{Captured, Entry, Mode, Op};
+use journal::{Lsn, Position};
+use kfilter::{Captured, Entry, Op};
 use tokio::sync::{mpsc, watch};
 
-use crate::SharedRing;
-use crate::buffered_disk::BufferedDisk;
 use crate::capture::nbd::{CapturedVolume, OnGap};
 use crate::clock::{JumpWatch, now_ns};
 use crate::error::{Error, ErrorKind, Result};
 use crate::link::{Link, LinkSettings};
 use crate::pipeline::{BatchSettings, Pipeline, Shared};
 use crate::progress::Progress;
-use crate::resync::{self, Halt};
+use crate::resync::Halt;
 use crate::start::{self, Repair, Started};
 use crate::state::{Gap, StateFile};
-use crate::status::{Board, GroupStatus, State, Status, VolumeStatus};
+use crate::status::{Board, State, Status};
 
 /// How long a stop waits for clients' requests in flight.
-const STOP_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// How often clocks and lease are looked at.
 const UPKEEP: Duration = Duration::from_secs(1);
 
@@ -48,13 +45,13 @@ pub struct Replicator;
 
 /// A running source. Dropping it without [`Handle::shutdown`] is like a kill: the next start takes over.
 pub struct Handle {
-    agent: Arc<Agent>,
-    pipeline: Option<thread::JoinHandle<Option<(Position, bool)>>>,
-    serve: Option<thread::JoinHandle<Option<()>>>,
-    link: tokio::task::JoinHandle<()>,
-    upkeep: tokio::task::JoinHandle<()>,
-    stop_link: watch::Sender<bool>,
-    ring_dir: std::path::PathBuf,
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) pipeline: Option<thread::JoinHandle<Option<(Position, bool)>>>,
+    pub(crate) serve: Option<thread::JoinHandle<Option<()>>>,
+    pub(crate) link: tokio::task::JoinHandle<()>,
+    pub(crate) upkeep: tokio::task::JoinHandle<()>,
+    pub(crate) stop_link: watch::Sender<bool>,
+    pub(crate) ring_dir: std::path::PathBuf,
     _lock: File,
 }
 
@@ -65,9 +62,9 @@ pub(crate) struct Agent {
     pub(crate) volumes: Vec<Arc<CapturedVolume>>,
     /// Lsns that `wait` wants applied soon.
     pub(crate) apply_now: mpsc::Sender<Lsn>,
-    servers: Mutex<Vec<nbd::Server>>,
-    serving: AtomicBool,
-    halt: Halt,
+    pub(crate) servers: Mutex<Vec<nbd::Server>>,
+    pub(crate) serving: AtomicBool,
+    pub(crate) halt: Halt,
     failure: watch::Sender<Option<Arc<Error>>>,
 }
 
@@ -184,7 +181,10 @@ impl Replicator {
 }
 
 /// Runs blocking work on a named thread and awaits it.
-async fn on_thread<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+pub(crate) async fn on_thread<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
     let (done, result) = tokio::sync::oneshot::channel();
     thread::Builder::new()
         .name(name.to_owned())
@@ -262,119 +262,8 @@ impl Agent {
         self.failure.send_replace(Some(Arc::new(error)));
     }
 
-    /// Repairs what is to be repaired; nothing is served meanwhile.
-    fn synchronise(&self, repair: &Repair, cause: String, first: bool) -> Result<()> {
-        match repair {
-            Repair::None => Ok(()),
-            Repair::Dirty(ranges) => {
-                let ranges_of = |volume: &CapturedVolume| {
-                    let found = ranges.iter().find(|(id, _)| id.0 == volume.id);
-                    found.map(|(_, ranges)| ranges.clone()).unwrap_or_default()
-                };
-                self.emit(State::Resyncing, cause, ranges_of)
-            }
-            Repair::Everything => {
-                let gap = self.state().get().needs_resync.clone();
-                self.announce_volumes()?;
-                let state = if first { State::Syncing } else { State::Resyncing };
-                self.emit(state, cause, |volume| once(0..nbd::Export::size_bytes(volume)).collect())?;
-                // Only the gap that this synchronisation began with: a newer one is not repaired by it.
-                self.state().update(|state| {
-                    if state.needs_resync == gap {
-                        state.needs_resync = None;
-                    }
-                })
-            }
-        }
-    }
-
-    /// Opens the front whatever became of the synchronisation: a protected disk is served also when its journal or its
-    /// receiver is not to be had. What was not synchronised stays remembered, and the group says so.
-    fn serve_after(&self, synchronised: Result<()>) -> Result<()> {
-        if let Err(error) = synchronised {
-            if self.halt.stop.load(Ordering::Acquire) {
-                return Ok(());
-            }
-            let cause = match std::error::Error::source(&error) {
-                Some(source) => format!("{error}: {source}"),
-                None => error.to_string(),
-            };
-            tracing::error!(%cause, "not synchronised; the disk is served without protection");
-            self.shared.ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
-            let why = format!(
-                "not synchronised: {cause}; writes are not recorded, restart the agent to synchronise"
-            );
-            self.shared.board.change(State::Degraded, why);
-        }
-        self.shared.may_wait.store(false, Ordering::Release);
-        self.serve()
-    }
-
-    /// Every epoch states its volumes before anything else.
-    fn announce_volumes(&self) -> Result<()> {
-        let known = self.state().get().volumes.clone();
-        for volume in &known {
-            let mut entry = Entry::event(Op::Volume, volume.id.0, 0);
-            let payload = start::volume_record(volume);
-            entry.payload_len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-            resync::put(&self.shared.ring, entry, &payload, &self.halt)?;
-        }
-        Ok(())
-    }
-
-    /// Begin, content, end; returns when the end is journaled.
-    fn emit(
-        &self,
-        state: State,
-        cause: String,
-        ranges: impl Fn(&CapturedVolume) -> Vec<std::ops::Range<u64>>,
-    ) -> Result<()> {
-        let ring = &self.shared.ring;
-        let volumes = self.volumes.iter().map(|volume| (volume.as_ref(), ranges(volume))).collect();
-        let work = resync::Work { volumes, state, cause };
-        resync::until_room("begin", &self.halt, || ring.begin_resync(now_ns()))?;
-        let started = Instant::now();
-        let sent = resync::emit(&work, ring, &self.shared.board, &self.halt)?;
-        let end = resync::until_room("end", &self.halt, || ring.end_resync(now_ns()))?;
-        let mut at = self.shared.progress.position();
-        while at.lsn.0 < end {
-            self.halt.check()?;
-            self.shared.progress.wait_beyond(&at, Duration::from_millis(100));
-            at = self.shared.progress.position();
-        }
-        let seconds = started.elapsed().as_secs_f64();
-        tracing::info!(cause = %work.cause, content_bytes = sent, seconds, "synchronised");
-        Ok(())
-    }
-
-    /// Opens the NBD sockets.
-    fn serve(&self) -> Result<()> {
-        let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.halt.stop.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
-            let mut listen = vec![nbd::Listen::Unix { path: settings.nbd.clone(), mode: 0o600 }];
-            listen.extend(settings.nbd_tcp.map(nbd::Listen::Tcp));
-            let limits = nbd::Settings {
-                max_connections: usize::try_from(self.settings.nbd.max_connections).unwrap_or(16),
-                max_connections_per_export: usize::try_from(self.settings.nbd.max_connections).unwrap_or(16),
-                pool_threads: usize::try_from(self.settings.nbd.threads).unwrap_or(4),
-                ..nbd::Settings::default()
-            };
-            let server = nbd::Server::start(&listen, vec![volume.clone()], limits).map_err(|error| {
-                Error::because(ErrorKind::Settings, format!("serve volume {} over NBD", volume.name), error)
-            })?;
-            servers.push(server);
-        }
-        self.serving.store(true, Ordering::Release);
-        drop(servers);
-        self.shared.board.change(State::Replicating, "");
-        Ok(())
-    }
-
     /// Whether the journal ends where capture does, and nothing is owed to the replica but its frames.
-    fn is_whole(&self, journaled: &Position) -> bool {
+    pub(crate) fn is_whole(&self, journaled: &Position) -> bool {
         let ring = &self.shared.ring;
         journaled.lsn.0 == ring.captured_lsn()
             && ring.loss().is_none()
@@ -500,169 +389,4 @@ impl Handle {
             Err(_) => Arc::new(Error::new(ErrorKind::Stopped, "the agent is gone")),
         }
     }
-
-    /// Stops cleanly: requests in flight are answered, everything captured is journaled and synced, and a clean mark
-    /// lets the next start go on without a synchronisation.
-    ///
-    /// # Errors
-    /// The clean mark could not be written: the next start takes the ring over, or synchronises.
-    pub async fn shutdown(mut self) -> Result<()> {
-        self.agent.halt.stop.store(true, Ordering::Release);
-        if let Some(serve) = self.serve.take() {
-            on_thread("af-stop", move || drop(serve.join())).await?;
-        }
-        let servers = std::mem::take(&mut *self.agent.servers.lock().unwrap_or_else(PoisonError::into_inner));
-        let mut left = 0;
-        for server in servers {
-            left += server.shutdown(STOP_DEADLINE).await;
-        }
-        let volumes = self.agent.volumes.clone();
-        let closing = move || {
-            let mut closed = true;
-            for volume in &volumes {
-                closed &= volume.close(STOP_DEADLINE);
-            }
-            closed
-        };
-        let closed = on_thread("af-stop", closing).await?;
-        self.upkeep.abort();
-        // It ends as cancelled; until then it holds the agent, and with it the backings.
-        let _ = (&mut self.upkeep).await;
-        self.agent.shared.stop.store(true, Ordering::Release);
-        self.agent.shared.ring.wake_consumer();
-        let pipeline = self.pipeline.take();
-        let ended =
-            on_thread("af-stop", move || pipeline.and_then(|thread| thread.join().ok().flatten())).await?;
-        self.stop_link.send_replace(true);
-        self.agent.shared.progress.close();
-        // The link says goodbye by itself, within its own limits; a task that panicked has nothing to say.
-        if tokio::time::timeout(STOP_DEADLINE, &mut self.link).await.is_err() {
-            self.link.abort();
-        }
-        let served = self.agent.serving.load(Ordering::Acquire);
-        match ended {
-            Some((position, true)) if served && left == 0 && closed && self.agent.is_whole(&position) => {
-                on_thread("af-stop", move || self.mark_clean(&position)).await?
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' stamps, 3 the ring goes (it holds
-    /// nothing).
-    fn mark_clean(&self, last: &Position) -> Result<()> {
-        let dir = self.agent.settings.dir.join("journal");
-        BufferedDisk::settle(&RealDisk, &dir)
-            .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
-        for volume in &self.agent.volumes {
-            nbd::Export::sync(volume.as_ref()).map_err(|error| {
-                Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
-            })?;
-        }
-        for volume in &self.agent.settings.volume {
-            // Its times, too: the stamp is read from them, and must be what a crash leaves.
-            File::open(&volume.path).and_then(|file| file.sync_all()).map_err(|error| {
-                Error::because(ErrorKind::Io, format!("sync {}", volume.path.display()), error)
-            })?;
-        }
-        let paths: Vec<_> =
-            self.agent.settings.volume.iter().map(|volume| (&volume.name, &volume.path)).collect();
-        self.agent.state().update(|state| {
-            for known in &mut state.volumes {
-                let path = paths.iter().find(|(name, _)| **name == known.name);
-                known.stamp = path.and_then(|(_, path)| start::stamp(path));
-            }
-            state.clean = Some(last.lsn);
-        })?;
-        if let Err(error) = std::fs::remove_file(self.ring_dir.join("ring")) {
-            tracing::warn!(%error, "the empty ring could not be removed");
-        }
-        Ok(())
-    }
-}
-
-impl Agent {
-    pub(crate) fn status(&self) -> GroupStatus {
-        self.notice_overflow();
-        let shared = &self.shared;
-        // Downstream first: what is read later can only be further.
-        let peer = shared.progress.peer();
-        let journaled = shared.progress.position();
-        let epoch = self.state().get().epoch.number;
-        let captured = Lsn(shared.ring.captured_lsn());
-        // A receiver may hold more than this source ever captured (one of them was rolled back): that is trouble, told
-        // elsewhere, and no position of ours.
-        let held = |lsn: Lsn| lsn.min(captured);
-        let positions = Positions {
-            captured_lsn: captured,
-            journaled_lsn: journaled.lsn.min(captured),
-            received_lsn: held(peer.received),
-            applied_lsn: held(peer.applied),
-            checkpoint_lsn: held(peer.checkpoint),
-        };
-        positions.assert_order();
-        let (backlog_bytes, oldest_ns) = shared.progress.backlog();
-        let lost_ns = shared.ring.loss().map(|loss| loss.since_ns);
-        let oldest_ns = if peer.received >= captured { None } else { oldest_ns };
-        let behind_since = lost_ns.into_iter().chain(oldest_ns).min();
-        let lag_ns = behind_since.map_or(0, |since| now_ns().saturating_sub(since));
-        let (state, why) = shared.board.state();
-        let why = match (why.is_empty(), peer.trouble.is_empty()) {
-            (true, _) => peer.trouble.clone(),
-            (false, true) => why,
-            (false, false) => format!("{why}; {}", peer.trouble),
-        };
-        let serving = self.serving.load(Ordering::Acquire);
-        GroupStatus {
-            name: self.settings.group.clone(),
-            state,
-            why,
-            epoch,
-            positions,
-            rpo_ms: lag_ns / 1_000_000,
-            backlog_bytes,
-            journal_bytes: shared.journal_bytes.load(Ordering::Relaxed),
-            ring_percent: percent(&shared.ring),
-            connected: peer.connected.is_some(),
-            peer: peer.connected.unwrap_or_else(|| self.settings.receiver.address.clone()),
-            volumes: self
-                .volumes
-                .iter()
-                .zip(&self.settings.volume)
-                .map(|(volume, settings)| VolumeStatus {
-                    name: volume.name.clone(),
-                    state: shared.board.volume(&volume.name),
-                    size_bytes: nbd::Export::size_bytes(volume.as_ref()),
-                    nbd_uri: serving
-                        .then(|| format!("nbd+unix:///{}?socket={}", volume.name, uri_path(&settings.nbd))),
-                    replica: None,
-                    source: Some(settings.path.display().to_string()),
-                })
-                .collect(),
-        }
-    }
-
-    /// Whether the ring takes records.
-    pub(crate) fn is_recording(&self) -> bool {
-        self.shared.ring.mode() == Mode::Ring
-    }
-}
-
-/// A path as the value of a URI's query: all but letters, digits and `/-_.~` percent-encoded (RFC 3986).
-fn uri_path(path: &Path) -> String {
-    use std::os::unix::ffi::OsStrExt as _;
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(byte);
-    path.as_os_str().as_bytes().iter().fold(String::new(), |mut out, byte| {
-        if plain(byte) {
-            out.push(char::from(*byte));
-        } else {
-            out.push_str(&format!("%{byte:02X}"));
-        }
-        out
-    })
-}
-
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
-fn percent(ring: &SharedRing) -> u8 {
-    (ring.fill_ratio() * 100.0).clamp(0.0, 100.0) as u8
 }

@@ -19,11 +19,14 @@ pub mod error;
 pub mod link;
 pub mod pipeline;
 pub mod progress;
+mod report;
 pub mod resync;
+mod serve;
 pub mod ship;
 pub mod start;
 pub mod state;
 pub mod status;
+mod stop;
 pub mod wait;
 
 pub use agent::{Handle, Replicator};

@@ -1,0 +1,98 @@
+//! The group's status, put together from what each part knows.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use journal::{Lsn, Positions};
+use kfilter::Mode;
+
+use crate::SharedRing;
+use crate::agent::Agent;
+use crate::clock::now_ns;
+use crate::status::{GroupStatus, VolumeStatus};
+
+impl Agent {
+    pub(crate) fn status(&self) -> GroupStatus {
+        self.notice_overflow();
+        let shared = &self.shared;
+        // Downstream first: what is read later can only be further.
+        let peer = shared.progress.peer();
+        let journaled = shared.progress.position();
+        let epoch = self.state().get().epoch.number;
+        let captured = Lsn(shared.ring.captured_lsn());
+        // A receiver may hold more than this source ever captured (one of them was rolled back): that is trouble, told
+        // elsewhere, and no position of ours.
+        let held = |lsn: Lsn| lsn.min(captured);
+        let positions = Positions {
+            captured_lsn: captured,
+            journaled_lsn: journaled.lsn.min(captured),
+            received_lsn: held(peer.received),
+            applied_lsn: held(peer.applied),
+            checkpoint_lsn: held(peer.checkpoint),
+        };
+        positions.assert_order();
+        let (backlog_bytes, oldest_ns) = shared.progress.backlog();
+        let lost_ns = shared.ring.loss().map(|loss| loss.since_ns);
+        let oldest_ns = if peer.received >= captured { None } else { oldest_ns };
+        let behind_since = lost_ns.into_iter().chain(oldest_ns).min();
+        let lag_ns = behind_since.map_or(0, |since| now_ns().saturating_sub(since));
+        let (state, why) = shared.board.state();
+        let why = match (why.is_empty(), peer.trouble.is_empty()) {
+            (true, _) => peer.trouble.clone(),
+            (false, true) => why,
+            (false, false) => format!("{why}; {}", peer.trouble),
+        };
+        let serving = self.serving.load(Ordering::Acquire);
+        GroupStatus {
+            name: self.settings.group.clone(),
+            state,
+            why,
+            epoch,
+            positions,
+            rpo_ms: lag_ns / 1_000_000,
+            backlog_bytes,
+            journal_bytes: shared.journal_bytes.load(Ordering::Relaxed),
+            ring_percent: percent(&shared.ring),
+            connected: peer.connected.is_some(),
+            peer: peer.connected.unwrap_or_else(|| self.settings.receiver.address.clone()),
+            volumes: self
+                .volumes
+                .iter()
+                .zip(&self.settings.volume)
+                .map(|(volume, settings)| VolumeStatus {
+                    name: volume.name.clone(),
+                    state: shared.board.volume(&volume.name),
+                    size_bytes: nbd::Export::size_bytes(volume.as_ref()),
+                    nbd_uri: serving
+                        .then(|| format!("nbd+unix:///{}?socket={}", volume.name, uri_path(&settings.nbd))),
+                    replica: None,
+                    source: Some(settings.path.display().to_string()),
+                })
+                .collect(),
+        }
+    }
+
+    /// Whether the ring takes records.
+    pub(crate) fn is_recording(&self) -> bool {
+        self.shared.ring.mode() == Mode::Ring
+    }
+}
+
+/// A path as the value of a URI's query: all but letters, digits and `/-_.~` percent-encoded (RFC 3986).
+fn uri_path(path: &Path) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(byte);
+    path.as_os_str().as_bytes().iter().fold(String::new(), |mut out, byte| {
+        if plain(byte) {
+            out.push(char::from(*byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+        out
+    })
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+fn percent(ring: &SharedRing) -> u8 {
+    (ring.fill_ratio() * 100.0).clamp(0.0, 100.0) as u8
+}

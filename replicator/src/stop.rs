@@ -1,0 +1,94 @@
+//! How a run ends: clients first, then the volumes, then the journal, and a clean mark only when nothing is owed.
+
+use std::fs::File;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use journal::Position;
+use journal::io::RealDisk;
+
+use crate::agent::{Handle, STOP_DEADLINE, on_thread};
+use crate::buffered_disk::BufferedDisk;
+use crate::error::{Error, ErrorKind, Result};
+use crate::start;
+
+impl Handle {
+    /// Stops cleanly: requests in flight are answered, everything captured is journaled and synced, and a clean mark
+    /// lets the next start go on without a synchronisation.
+    ///
+    /// # Errors
+    /// The clean mark could not be written: the next start takes the ring over, or synchronises.
+    pub async fn shutdown(mut self) -> Result<()> {
+        self.agent.halt.stop.store(true, Ordering::Release);
+        if let Some(serve) = self.serve.take() {
+            on_thread("af-stop", move || drop(serve.join())).await?;
+        }
+        let servers = std::mem::take(&mut *self.agent.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut left = 0;
+        for server in servers {
+            left += server.shutdown(STOP_DEADLINE).await;
+        }
+        let volumes = self.agent.volumes.clone();
+        let closing = move || {
+            let mut closed = true;
+            for volume in &volumes {
+                closed &= volume.close(STOP_DEADLINE);
+            }
+            closed
+        };
+        let closed = on_thread("af-stop", closing).await?;
+        self.upkeep.abort();
+        // It ends as cancelled; until then it holds the agent, and with it the backings.
+        let _ = (&mut self.upkeep).await;
+        self.agent.shared.stop.store(true, Ordering::Release);
+        self.agent.shared.ring.wake_consumer();
+        let pipeline = self.pipeline.take();
+        let ended =
+            on_thread("af-stop", move || pipeline.and_then(|thread| thread.join().ok().flatten())).await?;
+        self.stop_link.send_replace(true);
+        self.agent.shared.progress.close();
+        // The link says goodbye by itself, within its own limits; a task that panicked has nothing to say.
+        if tokio::time::timeout(STOP_DEADLINE, &mut self.link).await.is_err() {
+            self.link.abort();
+        }
+        let served = self.agent.serving.load(Ordering::Acquire);
+        match ended {
+            Some((position, true)) if served && left == 0 && closed && self.agent.is_whole(&position) => {
+                on_thread("af-stop", move || self.mark_clean(&position)).await?
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' stamps, 3 the ring goes (it holds
+    /// nothing).
+    fn mark_clean(&self, last: &Position) -> Result<()> {
+        let dir = self.agent.settings.dir.join("journal");
+        BufferedDisk::settle(&RealDisk, &dir)
+            .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
+        for volume in &self.agent.volumes {
+            nbd::Export::sync(volume.as_ref()).map_err(|error| {
+                Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
+            })?;
+        }
+        for volume in &self.agent.settings.volume {
+            // Its times, too: the stamp is read from them, and must be what a crash leaves.
+            File::open(&volume.path).and_then(|file| file.sync_all()).map_err(|error| {
+                Error::because(ErrorKind::Io, format!("sync {}", volume.path.display()), error)
+            })?;
+        }
+        let paths: Vec<_> =
+            self.agent.settings.volume.iter().map(|volume| (&volume.name, &volume.path)).collect();
+        self.agent.state().update(|state| {
+            for known in &mut state.volumes {
+                let path = paths.iter().find(|(name, _)| **name == known.name);
+                known.stamp = path.and_then(|(_, path)| start::stamp(path));
+            }
+            state.clean = Some(last.lsn);
+        })?;
+        if let Err(error) = std::fs::remove_file(self.ring_dir.join("ring")) {
+            tracing::warn!(%error, "the empty ring could not be removed");
+        }
+        Ok(())
+    }
+}
