@@ -46,7 +46,8 @@ pub enum Op {
     Bookmark = 5,
     /// A volume appears, grows, shrinks or leaves; payload: [`VolumeRecord`].
     Volume = 6,
-    /// The write with the lsn in `offset` failed at the source: inexact until repaired.
+    /// A recorded write of the extent failed at the source: inexact until repaired; payload: that write's lsn, u64 little
+    /// endian.
     Failed = 7,
     /// Content read from the source during synchronisation; payload written at the extent.
     SyncSlot = 8,

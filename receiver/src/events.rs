@@ -77,14 +77,8 @@ impl Event {
             Op::Bookmark => EventKind::Bookmark(text(located.payload)),
             Op::ResyncBegin => EventKind::ResyncBegin { reason: text(located.payload), after },
             Op::ResyncEnd => EventKind::ResyncEnd,
-            Op::Failed => EventKind::Failed(Lsn(record.extent.offset)),
-            Op::ClockJump => {
-                let bytes = located.payload.try_into().map_err(|_| {
-                    let at = format!("lsn {}: a clock jump of {} bytes", record.lsn, located.payload.len());
-                    Error::new(ErrorKind::Malformed, at)
-                })?;
-                EventKind::ClockJump(i64::from_le_bytes(bytes))
-            }
+            Op::Failed => EventKind::Failed(Lsn(u64::from_le_bytes(eight_bytes(located)?))),
+            Op::ClockJump => EventKind::ClockJump(i64::from_le_bytes(eight_bytes(located)?)),
             _ => return Ok(None),
         };
         Ok(Some(Event { at: Moment { lsn: record.lsn, time_ns: record.time_ns }, kind }))
@@ -95,6 +89,13 @@ impl Event {
         let at = Moment { lsn: header.first_lsn, time_ns: header.first_time_ns };
         Event { at, kind: EventKind::Epoch { epoch: header.epoch, after } }
     }
+}
+
+fn eight_bytes(located: &Located<'_>) -> Result<[u8; 8]> {
+    located.payload.try_into().map_err(|_| {
+        let (record, bytes) = (&located.record, located.payload.len());
+        Error::new(ErrorKind::Malformed, format!("lsn {}: {:?} with {bytes} bytes of payload", record.lsn, record.op))
+    })
 }
 
 /// A peer's text, held to what an event may carry.

@@ -182,7 +182,7 @@ fn events_beyond_number_leave_gaps_and_volumes_alone() {
         let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(16 << 20)).unwrap();
         for at in 0..70_000_u64 {
             let payload = match op {
-                Op::ClockJump => at.to_le_bytes().to_vec(),
+                Op::ClockJump | Op::Failed => at.to_le_bytes().to_vec(),
                 _ => b"x".to_vec(),
             };
             source.push(op, 0, 0, 0, payload);
