@@ -264,9 +264,9 @@ impl Pipeline {
         let (bytes, _) = frame.seal(self.journaled.chain);
         let header = FrameHeader::parse(&bytes)?;
         if !self.make_room(bytes.len() as u64)? {
-            let gib = self.settings.quota_bytes as f64 / f64::from(1 << 30);
+            let quota = conf::units::format_bytes(self.settings.quota_bytes);
             let why = format!(
-                "the source journal's quota of {gib:.1} GiB is used up by frames the receiver has not acknowledged"
+                "the source journal's quota of {quota} is used up by frames the receiver has not acknowledged"
             );
             return self.give_up(&why);
         }

@@ -37,10 +37,11 @@ impl Agent {
         let behind_since = lost_ns.into_iter().chain(oldest_ns).min();
         let lag_ns = behind_since.map_or(0, |since| now_ns().saturating_sub(since));
         let (state, why) = shared.board.state();
-        let why = match (why.is_empty(), peer.trouble.is_empty()) {
-            (true, _) => peer.trouble.clone(),
-            (false, true) => why,
-            (false, false) => format!("{why}; {}", peer.trouble),
+        // The receiver's complaint may be the very cause of the state.
+        let why = if why.is_empty() || why.contains(peer.trouble.trim_start_matches("receiver: ")) {
+            [why, peer.trouble.clone()].into_iter().find(|text| !text.is_empty()).unwrap_or_default()
+        } else {
+            format!("{why}; {}", peer.trouble)
         };
         let serving = self.serving.load(Ordering::Acquire);
         GroupStatus {
