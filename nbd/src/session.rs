@@ -210,7 +210,10 @@ impl Session {
         payload.remaining -= taken;
         let last = payload.remaining == 0;
         let (cookie, offset, fua) = (payload.cookie, payload.offset, payload.fua);
-        payload.offset += u64::from(taken);
+        if payload.refusal.is_none() {
+            // Within the export, so it cannot overflow; the offset of a refused WRITE may be anything.
+            payload.offset += u64::from(taken);
+        }
         let event = match &payload.refusal {
             Some(refusal) if last => Event::Refused { cookie, refusal: refusal.clone() },
             Some(_) => Event::Incomplete { wanted: 1 },
@@ -350,6 +353,23 @@ mod tests {
             Event::Request(_) | Event::Write(_) => None,
             event => panic!("{event:?}"),
         }
+    }
+
+    /// Found by the fuzzer.
+    #[test]
+    fn a_refused_write_at_the_end_of_all_offsets_is_skipped() {
+        let selection = Selection { export: 0, structured: false, allocation: false };
+        let mut session = Session::new(selection, false, MAX_PAYLOAD_BYTES);
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        bytes.extend_from_slice(&[0, 0, 0, 1]);
+        bytes.extend_from_slice(&7_u64.to_be_bytes());
+        bytes.extend_from_slice(&u64::MAX.to_be_bytes());
+        bytes.extend_from_slice(&512_u32.to_be_bytes());
+        bytes.extend_from_slice(&[0; 512]);
+        let (consumed, event) = session.handle_bytes(&bytes, 1 << 20).unwrap();
+        assert!(matches!(event, Event::Refused { cookie: 7, .. }), "{event:?}");
+        assert_eq!(consumed, bytes.len());
     }
 
     #[test]
