@@ -94,7 +94,10 @@ impl Event {
 fn eight_bytes(located: &Located<'_>) -> Result<[u8; 8]> {
     located.payload.try_into().map_err(|_| {
         let (record, bytes) = (&located.record, located.payload.len());
-        Error::new(ErrorKind::Malformed, format!("lsn {}: {:?} with {bytes} bytes of payload", record.lsn, record.op))
+        Error::new(
+            ErrorKind::Malformed,
+            format!("lsn {}: {:?} with {bytes} bytes of payload", record.lsn, record.op),
+        )
     })
 }
 
