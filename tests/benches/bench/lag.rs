@@ -110,6 +110,8 @@ pub fn measure(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
         ),
     )?;
     let receiver = Command::new(binary)
+        .env_remove("AFTERIMAGE_BIN")
+        .env_remove("AFTERIMAGE_TEST_DIR")
         .args(["receive", "--config"])
         .arg(&file)
         .stdin(Stdio::null())

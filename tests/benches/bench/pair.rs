@@ -60,6 +60,8 @@ impl Pair {
         let start = |role: &str, file: &Path| -> Result<Child> {
             let log = File::create(dir.join(format!("{role}.log")))?;
             let mut command = Command::new(binary);
+            // A daemon refuses variables of our prefix that it does not know.
+            command.env_remove("AFTERIMAGE_BIN").env_remove("AFTERIMAGE_TEST_DIR");
             command
                 .args([role, "--config"])
                 .arg(file)
