@@ -98,7 +98,7 @@ impl Replicator {
         let epoch_start = Position::epoch_start(known.lineage, known.epoch, known.epoch_start);
         let progress = match &writer {
             Ok(writer) => {
-                let segments = writer.segments().iter();
+                let segments = writer.segments().iter().filter(|segment| segment.frames > 0);
                 let backlog = segments.map(|s| ((s.epoch.number, s.last_lsn), s.first_time_ns, s.bytes));
                 Progress::new(writer.appended(), backlog)
             }

@@ -13,8 +13,8 @@ use crate::report::{Report, Row, Target};
 
 const SIZE: u64 = 4 << 30;
 const ROUNDS: usize = 3;
-/// Batches of about 1 MiB of redo, so that a thousand of them are made in a minute.
-const RECEIVER: &str = "[history]\nquota = \"200GiB\"\n[apply]\nbatch_bytes = \"1MiB\"\nmin_interval = \"1ms\"\nidle = \"1ms\"\n";
+/// Batches of about 2 MiB of redo, so that a thousand of them are made in a minute.
+const RECEIVER: &str = "[history]\nquota = \"200GiB\"\n[apply]\nbatch_bytes = \"2MiB\"\nmin_interval = \"1ms\"\nidle = \"1ms\"\n";
 const BATCHES: u32 = 1000;
 
 fn drop_caches() -> Result<()> {
@@ -49,7 +49,7 @@ pub fn compare(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
     let bookmark = pair.command("source").args(["bookmark", "bench", "filled"]).output()?;
     anyhow::ensure!(bookmark.status.success(), "bookmark: {}", String::from_utf8_lossy(&bookmark.stderr));
     for _ in 0..4 {
-        random_writes(&pair.uri(), SIZE, "4k", 16, Amount::Mib(BATCHES / 3))?;
+        random_writes(&pair.uri(), SIZE, "4k", 16, Amount::Mib(BATCHES * 2 / 4 + 20))?;
         pair.wait_applied()?;
     }
     let target = dir.join("restored.img");
