@@ -230,7 +230,7 @@ impl Pipeline {
         Ok(())
     }
 
-    /// As the ring fills (25, 50, 75 %) level → −5 → raw, so that only the disk's own speed can overflow it.
+    /// As the ring fills: from 25 % on −5, from 50 % on raw; from 75 % on clients are paced (`capture/pace`).
     fn compression(&self) -> Compression {
         let fill = self.shared.ring.fill_ratio();
         match self.settings.compression {
