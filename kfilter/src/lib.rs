@@ -32,6 +32,7 @@ pub mod consumer;
 pub mod dirty;
 pub mod entry;
 pub mod error;
+pub mod ioctl;
 pub mod memory;
 pub mod recovery;
 pub mod region;

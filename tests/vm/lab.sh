@@ -1,0 +1,105 @@
+#!/bin/bash
+# The laboratory in which the kernel module is built and tried: a trixie tree with the compiler that Debian's kernel was
+# built with, the kernel's Rust metadata, the stock kernel itself, a guest's root file system, and QEMU.
+#
+#   lab.sh            makes what is missing; every step is done once
+#   lab.sh path       prints where the laboratory lies
+#   lab.sh sh CMD     runs CMD inside the toolchain tree
+#
+# It lies outside the repository, in $AFTERIMAGE_LAB (default: ~/.cache/afterimage/lab), takes 6 GB and seven minutes on
+# two cores. Everything comes from the mirror that this machine's apt uses. docs/operations.md says how a user's machine
+# gets the same metadata.
+set -euo pipefail
+
+LAB=${AFTERIMAGE_LAB:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/afterimage/lab}
+KERNEL=${AFTERIMAGE_KERNEL:-7.3.4+deb13-cloud-amd64}
+RELEASE=${KERNEL%%+*}
+SOURCE=linux-source-${RELEASE%.*}
+ROOT=$LAB/root
+# LOCALVERSION makes the version string that the stock kernel checks; the compiler's name is part of its configuration.
+MAKE="make ARCH=x86 CROSS_COMPILE=x86_64-linux-gnu- CC=x86_64-linux-gnu-gcc-14 LOCALVERSION=+${KERNEL#*+}"
+
+die() { echo "lab: $*" >&2; exit 1; }
+
+in_root() {
+    unshare -m -p -f --kill-child --mount-proc="$ROOT/proc" chroot "$ROOT" /bin/bash -c \
+        "export HOME=/root LC_ALL=C PATH=/usr/sbin:/usr/bin:/sbin:/bin; $*"
+}
+
+mirror() {
+    local uri
+    uri=$(sed -n 's/^URIs:[[:space:]]*\([^[:space:]]*\).*/\1/p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n1)
+    [ -n "$uri" ] || uri=$(awk '$1 == "deb" { for (i = 2; i <= NF; i++) if ($i ~ /^https?:/) { print $i; exit } }' \
+        /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null)
+    [ -n "$uri" ] || die "no Debian mirror found in /etc/apt: add one to sources.list.d/debian.sources"
+    echo "$uri"
+}
+
+bootstrap() { # SUITE-TREE PACKAGES SUITES...
+    local tree=$1 packages=$2 uri
+    uri=$(mirror)
+    rm -rf "$tree"
+    mmdebstrap --quiet --variant=minbase --mode=root --include="$packages" \
+        --aptopt='Acquire::Check-Valid-Until "false"' --aptopt='APT::Install-Recommends "false"' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='force-unsafe-io' \
+        trixie "$tree" "deb $uri trixie main" "deb $uri trixie-backports main"
+}
+
+host_tools() {
+    command -v mmdebstrap mke2fs zstd unshare timeout > /dev/null && return
+    [ "$(id -u)" = 0 ] || die "mmdebstrap, e2fsprogs and zstd are needed: install them, or run as root"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mmdebstrap e2fsprogs zstd kmod > /dev/null
+}
+
+# trixie's rustc 1.85.1, not the backport's: symbol names hold the compiler's version.
+toolchain() {
+    bootstrap "$ROOT" "rustc,rust-src,rust-clippy,rustfmt,bindgen,clang-19,llvm-19,lld-19,libclang-19-dev,libclang1-19,gcc-14,gcc,make,bc,flex,bison,libelf-dev,libssl-dev,pahole,kmod,cpio,xz-utils,zstd,rsync,perl,python3-minimal,binutils,ca-certificates,qemu-system-x86,linux-headers-$KERNEL,$SOURCE"
+}
+
+source_tree() {
+    tar -C "$ROOT/usr/src" -xf "$ROOT/usr/src/$SOURCE.tar.xz"
+    rm "$ROOT/usr/src/$SOURCE.tar.xz"
+}
+
+# The packages lack the compiled `core` and `kernel` crates: built again from the same source, with the same compiler and
+# configuration, every name that the stock kernel exports comes out the same; that is checked.
+metadata() {
+    in_root "set -e; H=/usr/src/linux-headers-$KERNEL; cd /usr/src/$SOURCE
+        cp \$H/.config .config; cp \$H/Module.symvers Module.symvers
+        $MAKE olddefconfig; cmp .config \$H/.config; $MAKE -j$(nproc) prepare modules_prepare
+        comm -13 <(nm rust/{core,kernel,bindings}.o | awk '\$2~/[TDRB]/{print \$3}' | sort -u) \
+            <(awk '\$2~/^_R/{print \$2}' Module.symvers | sort -u) > /tmp/missing
+        if [ -s /tmp/missing ]; then echo 'these Rust symbols of the stock kernel do not come out of its source:'; head /tmp/missing; exit 1; fi" \
+        > "$LAB/metadata.log" 2>&1 || { tail -n 20 "$LAB/metadata.log" >&2; die "building the kernel's Rust metadata failed"; }
+}
+
+# What boots: Debian's kernel and modules as they come, with the tools that the tests use.
+guest() {
+    bootstrap "$ROOT/guest" "linux-binary-$KERNEL,linux-modules-$KERNEL,fio,xfsprogs,btrfs-progs,e2fsprogs,lvm2,dmsetup,drbd-utils,kmod,procps,iproute2,jq,util-linux,udev,curl,systemd-sysv,xxd"
+    mv "$ROOT/guest/usr/lib/modules/$KERNEL/vmlinuz" "$ROOT/vmlinuz"
+    chroot "$ROOT/guest" depmod "$KERNEL"
+    rm -rf "$ROOT/guest/var/cache/apt" "$ROOT/guest/var/lib/apt/lists"
+    truncate -s 1200M "$ROOT/guest.img"
+    mke2fs -q -F -t ext4 -d "$ROOT/guest" "$ROOT/guest.img"
+}
+
+once() {
+    [ -e "$LAB/.done-$1" ] && return
+    local from=$SECONDS
+    "$1"
+    touch "$LAB/.done-$1"
+    printf 'lab: %-12s %4d s\n' "$1" $((SECONDS - from))
+}
+
+case ${1:-make} in
+    make)
+        host_tools
+        mkdir -p "$LAB"
+        exec 9> "$LAB/lock"; flock 9
+        for step in toolchain source_tree metadata guest; do once $step; done ;;
+    path) echo "$LAB" ;;
+    kernel) echo "$KERNEL" ;;
+    sh) shift; in_root "$*" ;;
+    *) die "usage: lab.sh [make|path|kernel|sh CMD]" ;;
+esac
