@@ -126,6 +126,20 @@ impl<H: Host> Ring<H> {
         })
     }
 
+    /// What is current becomes pending, without a record and without a change of mode: for ranges whose writes
+    /// failed while everything else is recorded. The newest lsn given out before it; the caller owes a barrier.
+    pub fn fence(&self) -> Result<u64, Refused> {
+        self.host.locked(|reserver| {
+            if reserver.mode == Mode::Bitmap {
+                return Err(Refused::BitmapMode);
+            }
+            for volume in reserver.volumes() {
+                self.make_pending(volume);
+            }
+            Ok(reserver.next_lsn - 1)
+        })
+    }
+
     /// Ends a resync in one step under the lock: reserves `ResyncEnd`, whose lsn is returned; refused unless
     /// writes go into the ring, no bit is set, and there is room.
     pub fn end_resync(&self, now_ns: u64) -> Result<u64, Refused> {
@@ -407,6 +421,18 @@ mod tests {
         assert_eq!(consumer.release(u64::MAX), Ok(3));
         assert_eq!((ring.end_resync(9), ring.loss()), (Ok(3), None));
         assert_eq!(consumer.peek().unwrap().unwrap().op(), Op::ResyncEnd);
+    }
+
+    #[test]
+    fn a_fence_moves_bits_and_nothing_else() {
+        let ring = heap_ring(1024, 1);
+        ring.mark_dirty(7, 0..1);
+        assert_eq!((ring.fence(), ring.mode(), ring.captured_lsn()), (Ok(0), Mode::Ring, 0));
+        ring.mark_dirty(7, GRANULE..GRANULE + 1);
+        ring.clear_dirty(7, 0..2 * GRANULE);
+        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(GRANULE..2 * GRANULE)), "set after the fence");
+        ring.set_mode_bitmap(CAUSE_AGENT, 1);
+        assert_eq!(ring.fence(), Err(Refused::BitmapMode));
     }
 
     #[test]

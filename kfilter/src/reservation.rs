@@ -81,6 +81,16 @@ impl<H: Host> Reservation<'_, H> {
         token
     }
 
+    /// Keeps the records from the consumer until it is known whether their write is started at all. Less payload
+    /// than was reserved aborts. Everything behind them waits too.
+    pub fn withhold(mut self) -> Withheld {
+        while self.payload_left == 0 && self.enter_next() {}
+        assert!(self.payload_left == 0, "less payload than was reserved");
+        self.filled = true;
+        let Self { from, to, first_lsn, last_lsn, done, .. } = self;
+        Withheld { from, to, first_lsn, last_lsn, done }
+    }
+
     /// Steps to the next record; false at the end.
     fn enter_next(&mut self) -> bool {
         if self.at == self.to {
@@ -114,6 +124,24 @@ impl<H: Host> Drop for Reservation<'_, H> {
     }
 }
 
+/// Filled records that wait for `Ring::settle`. Plain numbers: dropped, the records stay unpublished for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Withheld {
+    from: u64,
+    to: u64,
+    first_lsn: u64,
+    last_lsn: u64,
+    done: u32,
+}
+
+impl Withheld {
+    /// Lsn of the first piece.
+    pub fn first_lsn(&self) -> u64 {
+        self.first_lsn
+    }
+}
+
 /// A published write that may not be done yet: give it to `mark_done` when it is in the backing store. Until
 /// then it holds its room in the ring, and a new owner writes it to the backing store again.
 #[derive(Debug, PartialEq, Eq)]
@@ -139,6 +167,25 @@ impl Token {
 }
 
 impl<H: Host> Ring<H> {
+    /// Shows withheld records: as they are, because their write was started, or as void, because it never was.
+    pub fn settle(&self, withheld: Withheld, started: bool) {
+        let Withheld { from, to, first_lsn, last_lsn, done } = withheld;
+        let records = Reservation {
+            ring: self,
+            from,
+            to,
+            first_lsn,
+            last_lsn,
+            done,
+            at: to,
+            payload_at: 0,
+            payload_left: 0,
+            filled: true,
+        };
+        records.settle(if started { state::PUBLISHED } else { state::VOID });
+        self.host.published();
+    }
+
     /// Says that a published write is in the backing store, so that its room can be released.
     pub fn mark_done(&self, token: Token) {
         let Token { from, to, needs_done, .. } = token;

@@ -466,6 +466,24 @@ mod tests {
     }
 
     #[test]
+    fn withheld_records_hold_back_what_is_behind_them() {
+        for (started, shown) in [(true, abi::Op::Write), (false, abi::Op::Void)] {
+            let ring = heap_ring(4096, 1);
+            let Ok(Captured::Ring(mut reservation)) = ring.reserve_many(Entry::write(7, 0, 512, 0), 1) else {
+                panic!("there is room")
+            };
+            reservation.fill(&[1; 512]);
+            let withheld = reservation.withhold();
+            let _ = crate::testing::write(&ring, 7, 512, &[2; 512], 1);
+            let consumer = Consumer::new(&ring).unwrap();
+            assert_eq!(consumer.peek(), Ok(None));
+            ring.settle(withheld, started);
+            assert_eq!(consumer.peek().unwrap().unwrap().op(), shown);
+            assert!(consumer.advance().unwrap() && consumer.advance().unwrap());
+        }
+    }
+
+    #[test]
     #[should_panic(expected = "less payload than was reserved")]
     fn a_half_filled_record_is_never_published() {
         let ring = heap_ring(1024, 1);
