@@ -12,9 +12,9 @@
 //! Invariants: tail ≤ cursor ≤ head; the anchor is stored before the tail, so that it is right whenever the
 //! ring is empty; nothing is released before it was consumed *and* is done.
 
-use super::abi::{self, Op, RecordHeader, control_at, state};
+use super::abi::{self, Layout, Op, RecordHeader, control_at, state};
 use super::memory::{Host, Memory};
-use super::ring::{Refused, Ring};
+use super::ring::{Refused, Ring, header_at};
 use core::cell::Cell;
 use core::marker::PhantomData;
 use core::ops::Deref;
@@ -78,36 +78,96 @@ pub(super) enum Place<'r> {
     Record { record: RecordRef<'r>, next: u64, done: bool },
 }
 
+/// Reads one place without trusting its lengths.
+pub(super) fn place_at<'m, M: Memory>(
+    memory: &'m M,
+    layout: &Layout,
+    position: u64,
+    head: u64,
+) -> Result<Place<'m>, Malformed> {
+    let malformed = Malformed { position };
+    let at = layout.offset_of(position);
+    // Acquire: the payload was copied before the state was stored.
+    let word = memory.load32(at, Acquire);
+    let state = word & state::MASK;
+    if state == state::RESERVED {
+        return Ok(Place::Unpublished);
+    }
+    let header = header_at(memory, layout, position).ok_or(malformed)?;
+    if !header.is_sound(layout.to_end(position), head - position) {
+        return Err(malformed);
+    }
+    let next = position + u64::from(header.total_bytes);
+    let done = word & state::DONE != 0 || state == state::VOID;
+    let void = match state {
+        state::PUBLISHED => false,
+        state::VOID => true,
+        _ => return Err(malformed),
+    };
+    if header.op == Op::Pad {
+        return Ok(Place::Pad { next });
+    }
+    let payload_len = if void { 0 } else { u64::from(header.payload_len) };
+    // SAFETY: a published payload is not written until it is released, which a live `RecordRef` forbids: see
+    // `Consumer::release` and `TakeOver`. Its length fits the room to the ring's end (`is_sound`).
+    let payload = unsafe { memory.bytes(at + abi::LINE, payload_len) };
+    Ok(Place::Record { record: RecordRef { header, void, payload, position }, next, done })
+}
+
 impl<H: Host> Ring<H> {
     /// Reads one place without trusting its lengths.
     pub(super) fn place_at(&self, position: u64, head: u64) -> Result<Place<'_>, Malformed> {
-        let malformed = Malformed { position };
-        let at = self.layout.offset_of(position);
-        // Acquire: the payload was copied before the state was stored.
-        let word = self.memory().load32(at, Acquire);
-        let state = word & state::MASK;
-        if state == state::RESERVED {
-            return Ok(Place::Unpublished);
+        place_at(self.memory(), &self.layout, position, head)
+    }
+}
+
+/// Where a consumer stands, in its own memory.
+#[derive(Debug)]
+pub(super) struct Cursor {
+    position: Cell<u64>,
+    head_seen: Cell<u64>,
+}
+
+impl Cursor {
+    pub(super) fn at(position: u64) -> Self {
+        Self { position: Cell::new(position), head_seen: Cell::new(position) }
+    }
+
+    pub(super) fn position(&self) -> u64 {
+        self.position.get()
+    }
+
+    /// The record at the cursor; `None` when it is not published yet.
+    pub(super) fn peek<'m, M: Memory>(
+        &self,
+        memory: &'m M,
+        layout: &Layout,
+    ) -> Result<Option<RecordRef<'m>>, Malformed> {
+        loop {
+            let position = self.position.get();
+            if position == self.head_seen.get() {
+                self.head_seen.set(memory.load64(control_at::HEAD, Acquire));
+                let ahead = self.head_seen.get().wrapping_sub(position);
+                if ahead == 0 {
+                    return Ok(None);
+                }
+                if ahead > layout.ring_bytes {
+                    return Err(Malformed { position });
+                }
+            }
+            match place_at(memory, layout, position, self.head_seen.get())? {
+                Place::Pad { next } => self.position.set(next),
+                Place::Unpublished => return Ok(None),
+                Place::Record { record, .. } => return Ok(Some(record)),
+            }
         }
-        let header = self.header_at(position).ok_or(malformed)?;
-        if !header.is_sound(self.layout.to_end(position), head - position) {
-            return Err(malformed);
-        }
-        let next = position + u64::from(header.total_bytes);
-        let done = word & state::DONE != 0 || state == state::VOID;
-        let void = match state {
-            state::PUBLISHED => false,
-            state::VOID => true,
-            _ => return Err(malformed),
-        };
-        if header.op == Op::Pad {
-            return Ok(Place::Pad { next });
-        }
-        let payload_len = if void { 0 } else { u64::from(header.payload_len) };
-        // SAFETY: a published payload is not written until it is released, which a live `RecordRef` forbids:
-        // see `Consumer::release` and `TakeOver`. Its length fits the room to the ring's end (`is_sound`).
-        let payload = unsafe { self.memory().bytes(at + abi::LINE, payload_len) };
-        Ok(Place::Record { record: RecordRef { header, void, payload, position }, next, done })
+    }
+
+    /// Moves behind the record at the cursor; false when there is none.
+    pub(super) fn advance<M: Memory>(&self, memory: &M, layout: &Layout) -> Result<bool, Malformed> {
+        let Some(record) = self.peek(memory, layout)? else { return Ok(false) };
+        self.position.set(record.position + u64::from(record.header.total_bytes));
+        Ok(true)
     }
 }
 
@@ -115,8 +175,7 @@ impl<H: Host> Ring<H> {
 #[derive(Debug)]
 pub struct Consumer<H: Host, R: Deref<Target = Ring<H>>> {
     ring: R,
-    cursor: Cell<u64>,
-    head_seen: Cell<u64>,
+    cursor: Cursor,
     tail: u64,
     host: PhantomData<fn() -> H>,
 }
@@ -129,7 +188,7 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
             return Err(Refused::ConsumerTaken);
         }
         let tail = ring.memory().load64(control_at::TAIL, Acquire);
-        Ok(Self { ring, cursor: Cell::new(tail), head_seen: Cell::new(tail), tail, host: PhantomData })
+        Ok(Self { ring, cursor: Cursor::at(tail), tail, host: PhantomData })
     }
 
     /// The ring.
@@ -139,32 +198,13 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
 
     /// The record at the cursor; `None` when it is not published yet.
     pub fn peek(&self) -> Result<Option<RecordRef<'_>>, Malformed> {
-        loop {
-            let position = self.cursor.get();
-            if position == self.head_seen.get() {
-                self.head_seen.set(self.ring.memory().load64(control_at::HEAD, Acquire));
-                let ahead = self.head_seen.get().wrapping_sub(position);
-                if ahead == 0 {
-                    return Ok(None);
-                }
-                if ahead > self.ring.layout.ring_bytes {
-                    return Err(Malformed { position });
-                }
-            }
-            match self.ring.place_at(position, self.head_seen.get())? {
-                Place::Pad { next } => self.cursor.set(next),
-                Place::Unpublished => return Ok(None),
-                Place::Record { record, .. } => return Ok(Some(record)),
-            }
-        }
+        self.cursor.peek(self.ring.memory(), &self.ring.layout)
     }
 
     /// Moves the cursor behind the record at it; false when there is none. Records taken before stay readable
     /// until they are released.
     pub fn advance(&self) -> Result<bool, Malformed> {
-        let Some(record) = self.peek()? else { return Ok(false) };
-        self.cursor.set(record.position + u64::from(record.header.total_bytes));
-        Ok(true)
+        self.cursor.advance(self.ring.memory(), &self.ring.layout)
     }
 
     /// Gives back the room of the consumed records up to this lsn, as far as they are done. Returns how far
@@ -174,8 +214,8 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
         let mut anchor_lsn = memory.load64(control_at::ANCHOR_LSN, Relaxed);
         let mut anchor_time = None;
         let mut tail = self.tail;
-        while tail < self.cursor.get() {
-            match self.ring.place_at(tail, self.cursor.get())? {
+        while tail < self.cursor.position() {
+            match self.ring.place_at(tail, self.cursor.position())? {
                 Place::Record { record, next, done: true } if record.lsn() <= up_to_lsn => {
                     anchor_lsn = record.lsn() + 1;
                     anchor_time = Some(record.time_ns());

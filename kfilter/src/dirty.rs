@@ -81,9 +81,9 @@ impl<H: Host> Ring<H> {
 
     /// The dirty ranges of a volume, current and pending, ascending and merged, in whole granules cut at its
     /// size. Nothing for a volume that the ring does not have.
-    pub fn dirty_extents(&self, volume: u32) -> DirtyExtents<'_, H> {
+    pub fn dirty_extents(&self, volume: u32) -> DirtyExtents<'_, H::Memory> {
         let found = self.host.locked(|reserver| reserver.volume(volume).copied());
-        DirtyExtents { ring: self, volume: found, granule: 0 }
+        DirtyExtents::of(self.memory(), found)
     }
 
     /// Clears the pending bits of the granules that lie wholly in the range (the last one of the volume
@@ -234,8 +234,8 @@ impl<H: Host> Ring<H> {
         }
     }
 
-    fn extents_of(&self, volume: Volume) -> DirtyExtents<'_, H> {
-        DirtyExtents { ring: self, volume: Some(volume), granule: 0 }
+    fn extents_of(&self, volume: Volume) -> DirtyExtents<'_, H::Memory> {
+        DirtyExtents::of(self.memory(), Some(volume))
     }
 }
 
@@ -263,23 +263,26 @@ fn for_words(bits: Range<u64>, mut each: impl FnMut(u64, u64)) {
 
 /// Dirty ranges of one volume, ascending, merged.
 #[derive(Debug)]
-pub struct DirtyExtents<'r, H> {
-    ring: &'r Ring<H>,
+pub struct DirtyExtents<'r, M> {
+    memory: &'r M,
     volume: Option<Volume>,
     /// Next granule to look at.
     granule: u64,
 }
 
-impl<H: Host> DirtyExtents<'_, H> {
+impl<'r, M: Memory> DirtyExtents<'r, M> {
+    pub(super) fn of(memory: &'r M, volume: Option<Volume>) -> Self {
+        Self { memory, volume, granule: 0 }
+    }
+
     /// First granule at or after the cursor whose bit is `set`; the bitmap's end when there is none.
     fn seek(&self, volume: &Volume, set: bool) -> u64 {
         let end = volume.bitmap_bytes * 8;
         let mut granule = self.granule;
         while granule < end {
             let at = granule / 64 * 8;
-            let memory = self.ring.memory();
-            let word = memory.load64(volume.bitmap_at + at, Relaxed)
-                | memory.load64(volume.pending_at() + at, Relaxed);
+            let word = self.memory.load64(volume.bitmap_at + at, Relaxed)
+                | self.memory.load64(volume.pending_at() + at, Relaxed);
             let found = (if set { word } else { !word }) >> (granule % 64);
             if found != 0 {
                 return granule + u64::from(found.trailing_zeros());
@@ -290,13 +293,12 @@ impl<H: Host> DirtyExtents<'_, H> {
     }
 
     fn tail_dirty(&self, volume: &Volume) -> bool {
-        let memory = self.ring.memory();
-        memory.load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0
-            || memory.load32(volume.slot + slot_at::PENDING_TAIL_DIRTY, Relaxed) != 0
+        self.memory.load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0
+            || self.memory.load32(volume.slot + slot_at::PENDING_TAIL_DIRTY, Relaxed) != 0
     }
 }
 
-impl<H: Host> Iterator for DirtyExtents<'_, H> {
+impl<M: Memory> Iterator for DirtyExtents<'_, M> {
     type Item = Range<u64>;
 
     fn next(&mut self) -> Option<Range<u64>> {

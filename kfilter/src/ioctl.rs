@@ -43,6 +43,10 @@ const WRITE: u32 = 1;
 const BOTH: u32 = 3;
 
 /// Linux's encoding of an ioctl number on x86-64 and arm64: direction, size, type, number.
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "arguments are smaller than 16 KiB, as ioctl numbers demand"
+)]
 const fn number<T>(direction: u32, nr: u32) -> u32 {
     direction << 30 | (core::mem::size_of::<T>() as u32) << 16 | TYPE << 8 | nr
 }

@@ -133,7 +133,7 @@ impl<'t, H: Host> Iterator for Undone<'t, H> {
 }
 
 /// Step 1: whose ring it is, and its layout as far as it can be known without the volumes.
-fn check_identity(memory: &impl Memory, expected: &Identity) -> Result<(Layout, usize), Lost> {
+pub(super) fn check_identity(memory: &impl Memory, expected: &Identity) -> Result<(Layout, usize), Lost> {
     if memory.len() < abi::BITMAPS_AT {
         return Err(Lost::Layout);
     }

@@ -393,11 +393,16 @@ impl<H: Host> Ring<H> {
 
     /// The header at a position in [tail, head).
     pub(super) fn header_at(&self, position: u64) -> Option<RecordHeader> {
-        let mut bytes = [0; 60];
-        // SAFETY: headers in [tail, head) do not change, but for the state word, which is not read here.
-        bytes.copy_from_slice(unsafe { self.memory().bytes(self.layout.offset_of(position) + 4, 60) });
-        RecordHeader::decode(&bytes)
+        header_at(self.memory(), &self.layout, position)
     }
+}
+
+/// The header at a position in [tail, head).
+pub(super) fn header_at<M: Memory>(memory: &M, layout: &Layout, position: u64) -> Option<RecordHeader> {
+    let mut bytes = [0; 60];
+    // SAFETY: headers in [tail, head) do not change, but for the state word, which is not read here.
+    bytes.copy_from_slice(unsafe { memory.bytes(layout.offset_of(position) + 4, 60) });
+    RecordHeader::decode(&bytes)
 }
 
 /// Length of one record, or of the room at the ring's end that one record does not fit in.
