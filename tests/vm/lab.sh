@@ -3,8 +3,10 @@
 # built with, the kernel's Rust metadata, the stock kernel itself, a guest's root file system, and QEMU.
 #
 #   lab.sh            makes what is missing; every step is done once
+#   lab.sh ready      fails, and says so, when something is missing
 #   lab.sh path       prints where the laboratory lies
 #   lab.sh sh CMD     runs CMD inside the toolchain tree
+#   lab.sh make-line  prints the make command, as it is in there, that builds against the kernel's source
 #
 # It lies outside the repository, in $AFTERIMAGE_LAB (default: ~/.cache/afterimage/lab), takes 6 GB and seven minutes on
 # two cores. Everything comes from the mirror that this machine's apt uses. docs/operations.md says how a user's machine
@@ -80,15 +82,41 @@ guest() {
     mv "$ROOT/guest/usr/lib/modules/$KERNEL/vmlinuz" "$ROOT/vmlinuz"
     chroot "$ROOT/guest" depmod "$KERNEL"
     rm -rf "$ROOT/guest/var/cache/apt" "$ROOT/guest/var/lib/apt/lists"
-    truncate -s 1200M "$ROOT/guest.img"
-    mke2fs -q -F -t ext4 -d "$ROOT/guest" "$ROOT/guest.img"
+}
+
+# One partition in an image: NVMe namespaces are named in the order in which they answer, but a partition has an identity.
+image() {
+    local size=1200
+    rm -f "$ROOT/guest.img"
+    truncate -s $((size + 1))M "$ROOT/guest.img"
+    mke2fs -q -F -t ext4 -E offset=1048576 -d "$ROOT/guest" "$ROOT/guest.img" ${size}M
+    # The master boot record: identity af7e12a9, one Linux partition at 1 MiB.
+    { printf '\xa9\x12\x7e\xaf\0\0'; printf '\0\xfe\xff\xff\x83\xfe\xff\xff\0\x08\0\0'; le32 $((size * 2048)); } |
+        dd of="$ROOT/guest.img" bs=1 seek=440 conv=notrunc status=none
+    printf '\x55\xaa' | dd of="$ROOT/guest.img" bs=1 seek=510 conv=notrunc status=none
+}
+
+le32() { printf "$(printf '\\x%02x' $(($1 & 255)) $(($1 >> 8 & 255)) $(($1 >> 16 & 255)) $(($1 >> 24 & 255)))"; }
+
+STEPS="toolchain source_tree metadata guest image"
+
+# A step's mark carries a hash of what it and those before it do: a changed laboratory is made again.
+mark() {
+    local step text=$KERNEL
+    for step in $STEPS; do
+        text+=$(declare -f "$step")
+        [ "$step" != "$1" ] || break
+    done
+    echo "$LAB/.done-$1-$(cksum <<< "$text" | cut -d' ' -f1)"
 }
 
 once() {
-    [ -e "$LAB/.done-$1" ] && return
-    local from=$SECONDS
+    local done from=$SECONDS
+    done=$(mark "$1")
+    [ ! -e "$done" ] || return 0
+    rm -f "$LAB/.done-$1"*
     "$1"
-    touch "$LAB/.done-$1"
+    touch "$done"
     printf 'lab: %-12s %4d s\n' "$1" $((SECONDS - from))
 }
 
@@ -97,9 +125,11 @@ case ${1:-make} in
         host_tools
         mkdir -p "$LAB"
         exec 9> "$LAB/lock"; flock 9
-        for step in toolchain source_tree metadata guest; do once $step; done ;;
+        for step in $STEPS; do once $step; done ;;
+    ready) [ -e "$(mark image)" ] || die "there is no laboratory, or one of an older make: tests/vm/lab.sh makes it" ;;
     path) echo "$LAB" ;;
     kernel) echo "$KERNEL" ;;
+    make-line) echo "$MAKE -C /usr/src/$SOURCE" ;;
     sh) shift; in_root "$*" ;;
-    *) die "usage: lab.sh [make|path|kernel|sh CMD]" ;;
+    *) die "usage: lab.sh [make|ready|path|kernel|make-line|sh CMD]" ;;
 esac
