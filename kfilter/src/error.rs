@@ -3,13 +3,13 @@
 use super::recovery::Lost;
 use std::path::PathBuf;
 
-/// What went wrong with a ring's file.
+/// What went wrong with a ring's file, or with the kernel's device.
 #[derive(Debug, thiserror::Error)]
 #[error("{kind}: {}", at.display())]
 pub struct Error {
     /// What the operator must do.
     pub kind: ErrorKind,
-    /// The file or directory.
+    /// The file, directory or device.
     pub at: PathBuf,
     /// What the system said.
     pub source: Option<std::io::Error>,
@@ -31,6 +31,26 @@ pub enum ErrorKind {
     Lost(Lost),
     /// Correct the ring's size (a power of two), or the volumes' sizes, number or ids.
     Invalid,
+    /// Install and load the kernel module, or use the NBD front.
+    NoModule,
+    /// Install the module and the program of one version, and load that module.
+    OtherAbi,
+    /// Run as root, or with CAP_SYS_ADMIN.
+    NotPermitted,
+    /// Give the module more memory (its parameter), or choose a smaller ring.
+    NoMemory,
+    /// Nothing yet: it takes longer; ask again.
+    TimedOut,
+    /// Nothing: writes only set bits now, until a resync begins.
+    BitmapMode,
+    /// Nothing: bits are set that a resync has to clear first.
+    Dirty,
+    /// The device is captured already, by this group or another.
+    Attached,
+    /// The device is of a kind that cannot be captured exactly: zoned, DAX, or part of an array.
+    Unsuitable,
+    /// The device is larger than the volume was when the group was made: a new group is needed.
+    TooLarge,
     /// See what the system said.
     Io,
 }
@@ -46,7 +66,28 @@ impl std::fmt::Display for ErrorKind {
             Self::Absent => f.write_str("there is no ring"),
             Self::Lost(lost) => write!(f, "the ring is lost, {lost}"),
             Self::Invalid => f.write_str("no ring can be made of these sizes, volumes and first lsn"),
-            Self::Io => f.write_str("use the ring's file"),
+            Self::NoModule => f.write_str(
+                "the kernel module kfilter is not loaded: `modprobe kfilter` (install it with DKMS for this kernel), or \
+                 choose capture = \"nbd\"",
+            ),
+            Self::OtherAbi => f.write_str(
+                "the loaded kernel module kfilter is of another version: install the module of this program, \
+                 `rmmod kfilter && modprobe kfilter`",
+            ),
+            Self::NotPermitted => f.write_str("only root (CAP_SYS_ADMIN) may capture devices"),
+            Self::NoMemory => f.write_str(
+                "the module's memory limit forbids it: raise its parameter memory_limit_mib, or choose a smaller ring",
+            ),
+            Self::TimedOut => f.write_str("some write has not come back from the device yet"),
+            Self::BitmapMode => f.write_str("writes only set dirty bits now"),
+            Self::Dirty => f.write_str("dirty bits are set"),
+            Self::Attached => f.write_str("captured already: detach it where it is, first"),
+            Self::Unsuitable => f.write_str(
+                "a device that cannot be captured exactly (zoned, DAX, or part of an array): capture what lies above it, \
+                 or choose capture = \"nbd\"",
+            ),
+            Self::TooLarge => f.write_str("larger than its volume was when capture began"),
+            Self::Io => f.write_str("use the ring"),
         }
     }
 }

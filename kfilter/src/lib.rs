@@ -13,6 +13,9 @@
 //! consumer     the one consumer: peek, advance, release                              no_std │ (rustc 1.85)
 //! dirty        dirty bitmaps and the two steps of a resync under the ring lock       no_std │
 //! recovery     a new owner takes over what a dead one left                           no_std ┘
+//! ioctl        the calls of /dev/kfilter                                             both sides
+//! device       the user side of /dev/kfilter: groups that the kernel owns, read through a mapping
+//! calls        its ioctls, typed, and what their errors ask of the operator
 //! region       the user side's home of a ring: a locked, preallocated file in tmpfs
 //! waker        lets the consumer sleep without missing a publish
 //! error        the user side's errors, by what the operator must do
@@ -28,7 +31,9 @@ extern crate std;
 compile_error!("the ring's positions and bytes are 64-bit and little-endian");
 
 pub mod abi;
+pub mod calls;
 pub mod consumer;
+pub mod device;
 pub mod dirty;
 pub mod entry;
 pub mod error;
@@ -45,6 +50,7 @@ mod testing;
 
 pub use abi::{Identity, Layout, Op, VolumeSpec};
 pub use consumer::{Consumer, RecordRef};
+pub use device::{Device, Group, KernelConsumer};
 pub use dirty::{DirtyExtents, Loss};
 pub use entry::Entry;
 pub use error::{Error, ErrorKind};
