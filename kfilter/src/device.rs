@@ -482,7 +482,7 @@ fn milliseconds(time: Duration) -> u32 {
 /// The kernel's `new_encode_dev` form of a device number: minor bits 0–7, major, minor bits 8–19.
 pub fn device_number(rdev: u64) -> Option<u32> {
     let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
-    (major < 1 << 12 && minor < 1 << 20).then(|| minor & 0xff | major << 8 | (minor & !0xff) << 12)
+    (major < 1 << 12 && minor < 1 << 20).then_some(minor & 0xff | major << 8 | (minor & !0xff) << 12)
 }
 
 #[cfg(all(test, not(loom)))]
@@ -494,12 +494,12 @@ mod tests {
 
     /// A mapping of a ring's file that is only read, beside the owner who writes it: what the kernel's mapping is.
     fn view(dir: &Path) -> (View, Layout) {
-        let file = std::fs::File::open(dir.join("ring")).unwrap();
-        let bytes = file.metadata().unwrap().len();
-        let map = MmapOptions::new().map_raw_read_only(&file).unwrap();
-        let view = View::over(map, bytes).unwrap();
+        let file = std::fs::File::open(dir.join("ring")).expect("a ring");
+        let bytes = file.metadata().expect("its length").len();
+        let map = MmapOptions::new().map_raw_read_only(&file).expect("a mapping");
+        let view = View::over(map, bytes).expect("an address");
         let (layout, count) =
-            check_identity(&view, &Identity { boot_id: view.boot_id(), ..IDENTITY }).unwrap();
+            check_identity(&view, &Identity { boot_id: view.boot_id(), ..IDENTITY }).expect("a ring");
         assert_eq!(count, VOLUMES.len());
         (view, layout)
     }
