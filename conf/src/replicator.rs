@@ -27,6 +27,8 @@ pub struct Replicator {
     pub identity_dir: PathBuf,
     /// The receiving side.
     pub receiver: Peer,
+    /// What captures the group's writes.
+    pub capture: Capture,
     /// The volumes of the group, at least one.
     pub volume: Vec<Volume>,
     /// The NBD front.
@@ -35,8 +37,23 @@ pub struct Replicator {
     pub ring: Ring,
     /// The source journal.
     pub journal: Journal,
+    /// Synchronisation.
+    pub resync: Resync,
+    /// Capture by the kernel module.
+    pub kfilter: Kfilter,
     /// The wire.
     pub quic: Quic,
+}
+
+/// `capture`: what sees the writes. One for a group, since its volumes share one ring.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", try_from = "String")]
+pub enum Capture {
+    /// The NBD front: clients connect to the agent, which serves a file or device.
+    #[default]
+    Nbd,
+    /// The kernel module: a device in use, without its users noticing.
+    Kfilter,
 }
 
 /// `[receiver]`: where frames go, and how patiently.
@@ -69,8 +86,10 @@ pub struct Peer {
 pub struct Volume {
     /// Its name, unique in the group; also its NBD export name.
     pub name: String,
-    /// The file or block device that holds it.
+    /// The file or block device that holds it; the device where the kernel module captures.
     pub path: PathBuf,
+    /// The block device that the kernel module captures; only with `capture = "kfilter"`.
+    pub device: Option<PathBuf>,
     /// When `path` does not exist, a sparse file of this many bytes is made.
     #[serde(with = "units::bytes_option")]
     pub size: Option<u64>,
@@ -127,6 +146,61 @@ pub struct Journal {
     pub adaptive: bool,
 }
 
+/// `[resync]`: how content is copied, at first and after gaps.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Resync {
+    /// Bits per second read for it at most; 0, written "none", is no limit.
+    #[serde(with = "units::rate_or_none")]
+    pub rate: u64,
+}
+
+/// `[kfilter]`: capture by the kernel module.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Kfilter {
+    /// What a clean stop does with captured devices.
+    pub on_stop: OnStop,
+}
+
+/// `kfilter.on_stop`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", try_from = "String")]
+pub enum OnStop {
+    /// Detach when the machine shuts down and nobody uses the device any more, else keep.
+    #[default]
+    Auto,
+    /// The kernel captures on; the next start takes over.
+    Keep,
+    /// Detach, with a clean mark: whoever writes to the device until the next start is not noticed.
+    Detach,
+}
+
+impl TryFrom<String> for Capture {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, &'static str> {
+        match text.as_str() {
+            "nbd" => Ok(Capture::Nbd),
+            "kfilter" => Ok(Capture::Kfilter),
+            _ => Err("\"nbd\" or \"kfilter\" is allowed"),
+        }
+    }
+}
+
+impl TryFrom<String> for OnStop {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, &'static str> {
+        match text.as_str() {
+            "auto" => Ok(OnStop::Auto),
+            "keep" => Ok(OnStop::Keep),
+            "detach" => Ok(OnStop::Detach),
+            _ => Err("\"auto\", \"keep\" or \"detach\" is allowed"),
+        }
+    }
+}
+
 impl Default for Nbd {
     fn default() -> Self {
         Nbd { max_connections: 16, threads: 4 }
@@ -165,11 +239,14 @@ pub(crate) struct Raw {
     ring_dir: Option<PathBuf>,
     control: Option<PathBuf>,
     identity_dir: Option<PathBuf>,
+    capture: Capture,
     receiver: RawPeer,
     volume: Vec<RawVolume>,
     nbd: Nbd,
     ring: Ring,
     journal: Journal,
+    resync: Resync,
+    kfilter: Kfilter,
     quic: Quic,
 }
 
@@ -195,6 +272,7 @@ struct RawPeer {
 struct RawVolume {
     name: Option<String>,
     path: Option<PathBuf>,
+    device: Option<PathBuf>,
     #[serde(with = "units::bytes_option")]
     size: Option<u64>,
     nbd: Option<PathBuf>,
@@ -230,11 +308,14 @@ impl TryFrom<Raw> for Replicator {
             control: names::path_or("control", raw.control, &dir, "control.sock")?,
             identity_dir: names::path_or("identity_dir", raw.identity_dir, &dir, "identity")?,
             receiver: raw.receiver.try_into()?,
-            volume: volumes(raw.volume, &dir)?,
+            capture: raw.capture,
+            volume: volumes(raw.volume, raw.capture, &dir)?,
             dir,
             nbd: raw.nbd,
             ring: raw.ring,
             journal: raw.journal,
+            resync: raw.resync,
+            kfilter: raw.kfilter,
             quic: raw.quic,
         })
     }
@@ -274,7 +355,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// Volumes of one group, as the receiver bounds them too (`journal::record::MAX_VOLUMES`).
 const MAX_VOLUMES: usize = 64;
 
-fn volumes(raw: Vec<RawVolume>, dir: &Path) -> Result<Vec<Volume>, Refused> {
+fn volumes(raw: Vec<RawVolume>, capture: Capture, dir: &Path) -> Result<Vec<Volume>, Refused> {
     if raw.is_empty() {
         return Err(Refused::missing("volume", "at least one [[volume]] with name and path is required"));
     }
@@ -283,23 +364,49 @@ fn volumes(raw: Vec<RawVolume>, dir: &Path) -> Result<Vec<Volume>, Refused> {
     let mut volumes = Vec::with_capacity(raw.len());
     for (i, raw) in raw.into_iter().enumerate() {
         let key = |field| format!("volume[{i}].{field}");
-        let name = names::name(&key("name"), raw.name)?;
+        let name = names::name(&key("name"), raw.name.clone())?;
+        let path = disk(&key, &raw, capture)?;
         let nbd_tcp = raw.nbd_tcp.map(|text| names::ip_port(&key("nbd_tcp"), &text)).transpose()?;
         let volume = Volume {
-            path: names::required_path(&key("path"), raw.path)?,
+            path,
+            device: raw.device,
             size: raw.size,
             nbd: names::path_or(&key("nbd"), raw.nbd, dir, &format!("{name}.nbd.sock"))?,
             nbd_tcp,
             name,
         };
         require(names.insert(volume.name.clone()), &key("name"), "each volume needs its own name")?;
-        require(paths.insert(volume.path.clone()), &key("path"), "each volume needs its own path")?;
+        let own = if volume.device.is_some() { "device" } else { "path" };
+        require(paths.insert(volume.path.clone()), &key(own), "each volume needs its own disk")?;
         require(sockets.insert(volume.nbd.clone()), &key("nbd"), "each volume needs its own socket")?;
         let sectors = volume.size.is_none_or(|size| size > 0 && size.is_multiple_of(512));
         require(sectors, &key("size"), "a multiple of 512 bytes above 0 is allowed")?;
         volumes.push(volume);
     }
     Ok(volumes)
+}
+
+/// Where a volume lies: `path` behind the NBD front, `device` under the kernel module, never both.
+fn disk(
+    key: &impl Fn(&'static str) -> String,
+    raw: &RawVolume,
+    capture: Capture,
+) -> Result<PathBuf, Refused> {
+    match capture {
+        Capture::Nbd => {
+            let why = "only with capture = \"kfilter\"; the NBD front serves a `path`";
+            require(raw.device.is_none(), &key("device"), why)?;
+            names::required_path(&key("path"), raw.path.clone())
+        }
+        Capture::Kfilter => {
+            let why = "only with capture = \"nbd\"; the kernel module captures a `device`";
+            require(raw.path.is_none(), &key("path"), why)?;
+            require(raw.size.is_none(), &key("size"), why)?;
+            require(raw.nbd.is_none(), &key("nbd"), why)?;
+            require(raw.nbd_tcp.is_none(), &key("nbd_tcp"), why)?;
+            names::required_path(&key("device"), raw.device.clone())
+        }
+    }
 }
 
 impl Nbd {
@@ -398,6 +505,33 @@ mod tests {
         assert_eq!(embedded(&[("v", "/a"), ("v", "/b")]).unwrap_err().at.key, "volume[1].name");
         assert_eq!(embedded(&[("v", "/a"), ("w", "/a")]).unwrap_err().at.key, "volume[1].path");
         assert!(embedded(&[("v", "/a"), ("w", "/b")]).is_ok());
+    }
+
+    #[test]
+    fn a_volume_has_a_path_or_a_device_as_its_capture_wants() {
+        let refused = |capture, path: Option<&str>, device: Option<&str>, nbd: Option<&str>| {
+            let raw = RawVolume {
+                name: Some("v".into()),
+                path: path.map(Into::into),
+                device: device.map(Into::into),
+                nbd: nbd.map(Into::into),
+                ..RawVolume::default()
+            };
+            volumes(vec![raw], capture, Path::new("/d"))
+                .map_err(|refused| refused.key)
+                .map(|mut all| all.remove(0).path)
+        };
+        assert_eq!(refused(Capture::Nbd, Some("/a"), None, None), Ok("/a".into()));
+        assert_eq!(refused(Capture::Kfilter, None, Some("/dev/a"), None), Ok("/dev/a".into()));
+        for (capture, path, device, nbd, key) in [
+            (Capture::Nbd, Some("/a"), Some("/dev/a"), None, "volume[0].device"),
+            (Capture::Nbd, None, None, None, "volume[0].path"),
+            (Capture::Kfilter, Some("/a"), None, None, "volume[0].path"),
+            (Capture::Kfilter, None, None, None, "volume[0].device"),
+            (Capture::Kfilter, None, Some("/dev/a"), Some("/s"), "volume[0].nbd"),
+        ] {
+            assert_eq!(refused(capture, path, device, nbd), Err(key.to_owned()));
+        }
     }
 
     #[test]

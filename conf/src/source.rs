@@ -79,7 +79,10 @@ pub fn load_receiver(path: &Path) -> Result<Loaded<Receiver>, Error> {
 /// As [`load_replicator`].
 pub fn check(path: &Path) -> Result<Checked, Error> {
     let keys = config::Source::collect(&read_file(path)?).map_err(|e| syntax(path, e))?;
-    if ["group", "receiver", "volume", "nbd", "ring", "ring_dir"].iter().any(|key| keys.contains_key(*key)) {
+    if ["group", "receiver", "volume", "capture", "nbd", "ring", "ring_dir", "resync", "kfilter"]
+        .iter()
+        .any(|key| keys.contains_key(*key))
+    {
         let effective = load_replicator(path)?.effective;
         Ok(Checked { daemon: Daemon::Replicator, effective })
     } else {
@@ -261,6 +264,8 @@ mod tests {
             ("ring", "bytes = 4194304.0", "ring.bytes", "4194304", "a size is"),
             ("journal", "max_batch_delay = 20", "journal.max_batch_delay", "20", "unit"),
             ("journal", "compression = \"lz4\"", "journal.compression", "lz4", "zstd:N"),
+            ("resync", "rate = 100", "resync.rate", "100", "a unit of bits per second"),
+            ("kfilter", "on_stop = \"leave\"", "kfilter.on_stop", "leave", "detach"),
             ("journal", "adaptive = 1", "journal.adaptive", "1", "true or false"),
         ] {
             let (kind, at, text) = wrong(section, line);
@@ -325,11 +330,16 @@ mod tests {
 
     #[test]
     fn the_replicator_sample_shows_every_key_and_its_default() {
-        let sample = file(&uncommented(crate::REPLICATOR_SAMPLE));
+        // A volume has a path or a device, never both.
+        let text = uncommented(crate::REPLICATOR_SAMPLE).replace("\ndevice = ", "\n# device = ");
+        let sample = file(&text);
         let Loaded { mut settings, .. } =
             load::<replicator::Raw, Replicator>(sample.path(), std::iter::empty()).unwrap();
-        let given: BTreeSet<String> =
+        let mut given: BTreeSet<String> =
             flatten(&read_file(sample.path()).unwrap(), sample.path()).into_keys().collect();
+        assert!(
+            crate::REPLICATOR_SAMPLE.contains("\n#device = ") && given.insert("volume[0].device".to_owned())
+        );
         assert_eq!(given, keys(&settings), "the sample and the settings have different keys");
         // The example's own: what has no default.
         let volume = [("root".to_owned(), PathBuf::from("/dev/vdb"), Some(100 << 30))];

@@ -199,6 +199,22 @@ pub(crate) mod bytes_option {
     }
 }
 
+/// `with` for a rate in bits per second, where 0, written "none", is no limit.
+pub(crate) mod rate_or_none {
+    use super::*;
+    use serde::Serializer;
+
+    pub fn serialize<S: Serializer>(rate: &u64, s: S) -> Result<S::Ok, S::Error> {
+        if *rate == 0 { s.serialize_str("none") } else { s.serialize_str(&format_rate(*rate)) }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
+        const RULE: &str = "\"none\", or a number with a unit of bits per second: 500kbit, 100Mbit, 2.5Gbit";
+        let parse = |text: &str| if matches!(text, "none" | "0") { Some(0) } else { parse_rate(text).ok() };
+        d.deserialize_any(Strict(RULE, parse, PhantomData))
+    }
+}
+
 /// `serialize_with` for 32 bytes as hex.
 pub(crate) fn hex32<S: serde::Serializer>(bytes: &[u8; 32], s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str(&format_hex32(bytes))
