@@ -40,6 +40,17 @@ pub struct Device {
 /// How long writes in flight may take to come back when an old group is forgotten.
 const DETACH: Duration = Duration::from_secs(10);
 
+/// What a barrier answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Every write submitted before is over.
+    Yes,
+    /// Some write is still on its way: ask again.
+    NotYet,
+    /// The group's device-mapper devices must be suspended, without `noflush`, and resumed; then ask again.
+    MustDrain,
+}
+
 /// What a new group is made of.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupSpec<'a> {
@@ -305,12 +316,16 @@ impl Group {
         self.calls.begin(&mut begin).map(|()| begin.lsn)
     }
 
-    /// Whether every write submitted before the last begin has come back, within a time.
-    pub fn barrier(&self, timeout: Duration) -> Result<bool, Error> {
-        let mut barrier = abi::Barrier { timeout_ms: milliseconds(timeout), zero: 0 };
+    /// Whether every write submitted before the last begin has come back, within a time. `drained`: the caller did, since
+    /// the call that answered `MustDrain`, what that asks for.
+    pub fn barrier(&self, timeout: Duration, drained: bool) -> Result<Passed, Error> {
+        let flags = if drained { abi::BARRIER_DRAINED } else { 0 };
+        let mut barrier = abi::Barrier { timeout_ms: milliseconds(timeout), flags };
         match self.calls.barrier(&mut barrier) {
-            Err(error) if error.kind == ErrorKind::TimedOut => Ok(false),
-            passed => passed.map(|()| true),
+            Ok(()) => Ok(Passed::Yes),
+            Err(error) if error.kind == ErrorKind::TimedOut => Ok(Passed::NotYet),
+            Err(error) if error.is(Errno::UCLEAN) => Ok(Passed::MustDrain),
+            Err(error) => Err(error),
         }
     }
 

@@ -185,15 +185,15 @@ pub struct Open {
 }
 
 /// `attach` flag: the replica is known to equal the device: no bit is set. Without it all bits of the volume are set, and
-/// the group's mode becomes bitmap, until a resync.
+/// a resync is due; the mode stays what it is.
 pub const ATTACH_CLEAN: u32 = 1;
-/// `attach` answer: requests go straight to the device's driver (device mapper). After the call, and before anything is
-/// read for a synchronisation, the device must be suspended without `noflush` and resumed.
+/// `attach` answer: bios go straight to the device's driver (device mapper): `BARRIER` will ask for a suspend and resume.
 pub const ATTACHED_BIO_BASED: u32 = 1;
 
 /// A device becomes a volume. From its return on every write is captured; writes submitted before it may still be on
 /// their way: `BARRIER`. `ENXIO` no such device; `EBUSY` attached already; `EMEDIUMTYPE` a kind that cannot be captured
-/// exactly (zoned, DAX, part of an md array, …); `EFBIG` larger than the volume's bitmap; `EINVAL` sizes do not match.
+/// exactly (zoned, DAX, part of an md array, …); `EINVAL` smaller than the volume. A device that has
+/// grown states its new size in the stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Attach {
@@ -354,7 +354,7 @@ pub struct Slots {
 pub const BEGIN_FENCE: u32 = 1;
 
 /// What is current becomes pending; writes go into the ring (again). `ENOSPC` no room for the record; `ESTALE` a fence in
-/// bitmap mode.
+/// bitmap mode; `EAGAIN` the barrier of the last begin was not passed: call `BARRIER` first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Begin {
@@ -366,14 +366,19 @@ pub struct Begin {
     pub lsn: u64,
 }
 
-/// `ETIMEDOUT`: some write is still on its way; the call can be repeated.
+/// `barrier` flag: the agent has suspended (without `noflush`) and resumed the group's device-mapper devices since the
+/// call that answered `EUCLEAN`.
+pub const BARRIER_DRAINED: u32 = 1;
+
+/// `ETIMEDOUT`: some write is still on its way; the call can be repeated. `EUCLEAN`: a device without requests (device
+/// mapper) must be suspended and resumed now, then the call repeated with `BARRIER_DRAINED`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Barrier {
     /// How long to wait.
     pub timeout_ms: u32,
-    /// Zero.
-    pub zero: u32,
+    /// `BARRIER_*`.
+    pub flags: u32,
 }
 
 /// A range of a volume.
@@ -390,7 +395,7 @@ pub struct Range {
     pub end: u64,
 }
 
-/// `ENOTEMPTY` a bit is set; `ESTALE` bitmap mode; `ENOSPC` no room.
+/// `ENOTEMPTY` a bit is set; `EAGAIN` the barrier was not passed; `ESTALE` bitmap mode; `ENOSPC` no room.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct End {

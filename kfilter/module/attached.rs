@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A device from its attach to its detach: what it covers, its writes in flight, its probes.
+//!
+//! # Invariants
+//!
+//! * The device is open (which pins its disk) and a reference to the module is held as long as the value lives.
+//! * `in_flight[g]` counts followed bios whose choice between ring and bits was made while the group's generation was
+//!   `g`, and maybe a few later ones. So when it is zero after the generation has left `g`, none is under way.
+
+use crate::abi::Op;
+use crate::bio::{Bio, SECTOR_SHIFT};
+use crate::entry::Entry;
+use crate::group::{Group, Tracepoint};
+use crate::{hook, ioctl, sys};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use kernel::bindings;
+use kernel::error::{from_err_ptr, to_result};
+use kernel::prelude::*;
+use kernel::sync::Arc;
+
+/// Longest that one try to drain a queue may stop its applications.
+const DRAIN_ATTEMPT_MS: u32 = 250;
+
+/// What part of a bio is a volume's.
+pub(crate) struct Part {
+    /// Byte offset in the volume.
+    pub(crate) offset: u64,
+    /// Bytes.
+    pub(crate) length: u64,
+    /// Bytes of the bio before it.
+    pub(crate) skip: u64,
+}
+
+/// A device that is captured as a volume.
+pub(crate) struct Attached {
+    group: Arc<Group>,
+    volume: u32,
+    file: *mut bindings::file,
+    bdev: *mut bindings::block_device,
+    disk: *mut bindings::gendisk,
+    is_partition: bool,
+    is_bio_based: bool,
+    /// The volume's end as the ring knows it.
+    known_end: AtomicU64,
+    in_flight: [AtomicU64; 2],
+    /// Bios without a context, whose end is not seen.
+    untracked: [AtomicU32; 2],
+    /// Bios submitted before the attach may be under way.
+    unsettled: AtomicBool,
+    /// Probes are registered.
+    is_hooked: AtomicBool,
+}
+
+// SAFETY: the pointers are to objects that `file` pins; the rest is atomic.
+unsafe impl Send for Attached {}
+// SAFETY: as above.
+unsafe impl Sync for Attached {}
+
+impl Attached {
+    /// Opens a device; nothing is captured yet.
+    pub(crate) fn open(group: Arc<Group>, volume: u32, device: u32) -> Result<Self> {
+        // SAFETY: plain arguments; no holder, for reading: others are not kept out.
+        let file = from_err_ptr(unsafe {
+            bindings::bdev_file_open_by_dev(
+                sys::kf_decode_device(device),
+                sys::OPEN_READ,
+                core::ptr::null_mut(),
+                core::ptr::null(),
+            )
+        })?;
+        // SAFETY: an open block device.
+        let bdev = unsafe { bindings::file_bdev(file) };
+        let has_module = sys::kf_module_get();
+        // SAFETY: the device is open.
+        let (disk, is_partition, is_bio_based, refused) = unsafe {
+            let disk = (*bdev).bd_disk;
+            (disk, (*disk).part0 != bdev, sys::kf_is_bio_based(disk), sys::kf_refuse(bdev))
+        };
+        if !has_module || refused != sys::FINE {
+            // SAFETY: opened above; the module's reference was got above.
+            unsafe {
+                bindings::bdev_fput(file);
+                if has_module {
+                    sys::kf_module_put();
+                }
+            }
+            return Err(if has_module { EMEDIUMTYPE } else { ENODEV });
+        }
+        // INVARIANT: open, with a reference to the module.
+        Ok(Self {
+            group,
+            volume,
+            file,
+            bdev,
+            disk,
+            is_partition,
+            is_bio_based,
+            known_end: AtomicU64::new(0),
+            in_flight: [const { AtomicU64::new(0) }; 2],
+            untracked: [const { AtomicU32::new(0) }; 2],
+            unsettled: AtomicBool::new(true),
+            is_hooked: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn group(&self) -> &Group {
+        &self.group
+    }
+
+    pub(crate) fn volume(&self) -> u32 {
+        self.volume
+    }
+
+    pub(crate) fn disk(&self) -> *mut bindings::gendisk {
+        self.disk
+    }
+
+    pub(crate) fn is_bio_based(&self) -> bool {
+        self.is_bio_based
+    }
+
+    /// Device number in user space's form.
+    pub(crate) fn number(&self) -> u32 {
+        // SAFETY: the device is open.
+        unsafe { sys::kf_device_number(self.bdev) }
+    }
+
+    /// Size now.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        // SAFETY: the device is open; the kernel's own readers take no lock on 64 bits either.
+        unsafe { core::ptr::read_volatile(&raw const (*self.bdev).bd_nr_sectors) << SECTOR_SHIFT }
+    }
+
+    pub(crate) fn is_gone(&self) -> bool {
+        // SAFETY: the device is open.
+        unsafe { sys::kf_is_gone(self.disk) }
+    }
+
+    pub(crate) fn is_unsettled(&self) -> bool {
+        self.unsettled.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn in_flight(&self) -> u64 {
+        self.in_flight.iter().map(|count| count.load(Ordering::Relaxed)).fold(0, u64::wrapping_add)
+    }
+
+    /// What of the bio is this volume's; `None` when nothing is.
+    #[inline]
+    pub(crate) fn part_of(&self, bio: Bio) -> Option<Part> {
+        let (sector, bytes) = bio.place();
+        let start = sector.wrapping_shl(SECTOR_SHIFT);
+        if bytes == 0 {
+            return None;
+        }
+        if !self.is_partition {
+            return Some(Part { offset: start, length: bytes, skip: 0 });
+        }
+        // SAFETY: the device is open.
+        let first = unsafe { (*self.bdev).bd_start_sect } << SECTOR_SHIFT;
+        let from = start.max(first);
+        let to = start.saturating_add(bytes).min(first.saturating_add(self.size_bytes()));
+        (from < to).then(|| Part {
+            offset: from.wrapping_sub(first),
+            length: to.wrapping_sub(from),
+            skip: from.wrapping_sub(start),
+        })
+    }
+
+    /// Counts a bio in flight; the generation to give back to `leave`.
+    ///
+    /// The generation flips after the ring has changed its mode. A bio counted in the new one makes its choice after
+    /// that; one counted in the old one is waited for, whatever it chose. Read again, because a count that is raised
+    /// after the waiter has looked would be seen by nobody.
+    #[inline]
+    pub(crate) fn enter(&self) -> u32 {
+        loop {
+            let generation = self.group.generation();
+            self.count(generation).fetch_add(1, Ordering::SeqCst);
+            if self.group.generation() == generation {
+                return generation;
+            }
+            self.leave(generation);
+        }
+    }
+
+    /// ⚠ The value may be gone when this returns, but for the grace period that `detach` waits for.
+    #[inline]
+    pub(crate) fn leave(&self, generation: u32) {
+        let before = self.count(generation).fetch_sub(1, Ordering::SeqCst);
+        if before == 1 && self.group.is_waiting() {
+            self.group.wake_waiters();
+        }
+    }
+
+    fn count(&self, generation: u32) -> &AtomicU64 {
+        let [even, odd] = &self.in_flight;
+        if generation & 1 == 0 { even } else { odd }
+    }
+
+    fn untracked(&self, generation: u32) -> &AtomicU32 {
+        let [even, odd] = &self.untracked;
+        if generation & 1 == 0 { even } else { odd }
+    }
+
+    /// A bio of this generation goes its way unseen.
+    pub(crate) fn lose_track(&self, generation: u32) {
+        self.untracked(generation).store(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn mark_dirty(&self, offset: u64, length: u64) {
+        self.group.ring.mark_dirty(self.volume, offset..offset.saturating_add(length));
+    }
+
+    pub(crate) fn note_flush(&self) {
+        // A mark for the curious: where the ring takes none, nothing is lost.
+        let flush = core::iter::once(Entry::event(Op::Flush, self.volume, 0));
+        let _ = self.group.ring.capture(flush, &[], sys::kf_realtime_ns());
+    }
+
+    /// Before a write that ends there: when the device has grown, that is in the stream first.
+    #[inline]
+    pub(crate) fn see_end(&self, end: u64) {
+        if end > self.known_end.load(Ordering::Acquire) {
+            self.grow();
+        }
+    }
+
+    /// States the size that the device has now. The agent knows the volume's name, and puts in what this leaves out.
+    #[cold]
+    pub(crate) fn grow(&self) {
+        let size_bytes = self.size_bytes();
+        let record = size_bytes.to_le_bytes();
+        // Refused when another task was first.
+        let _ = self.group.ring.grow(self.volume, size_bytes, &record, sys::kf_realtime_ns());
+        self.known_end.fetch_max(size_bytes, Ordering::Release);
+    }
+
+    /// From its return on every write is captured.
+    pub(crate) fn hook(self: &Arc<Self>) -> Result {
+        let known = self.group.ring.size_bytes(self.volume).ok_or(ENOENT)?;
+        self.known_end.store(known, Ordering::Release);
+        if self.size_bytes() > known {
+            self.grow();
+        }
+        for (at, tracepoint) in self.tracepoints().iter().enumerate() {
+            if let Err(error) = tracepoint.register(self.data()) {
+                for done in self.tracepoints().iter().take(at) {
+                    done.unregister(self.data());
+                }
+                sys::kf_tracepoint_sync();
+                return Err(error);
+            }
+        }
+        self.is_hooked.store(true, Ordering::Release);
+        sys::kf_tracepoint_sync();
+        Ok(())
+    }
+
+    /// From its return on no write is captured; followed ones may still be under way.
+    pub(crate) fn unhook(&self) {
+        if self.is_hooked.swap(false, Ordering::AcqRel) {
+            for tracepoint in self.tracepoints() {
+                tracepoint.unregister(self.data());
+            }
+            sys::kf_tracepoint_sync();
+        }
+    }
+
+    /// Bios of drivers without requests pass the first only.
+    fn tracepoints(&self) -> &'static [Tracepoint] {
+        let all = Tracepoint::all();
+        if self.is_bio_based { all.get(..1).unwrap_or(all) } else { all }
+    }
+
+    fn data(&self) -> *mut kernel::ffi::c_void {
+        core::ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// Waits until no bio of a generation is in flight: 0 never fails for want of time alone.
+    pub(crate) fn wait_for(&self, generation: u32, timeout_ms: u32) -> Result {
+        self.group.wait_zero(self.count(generation), timeout_ms)
+    }
+
+    pub(crate) fn is_quiet(&self, generation: u32) -> bool {
+        self.count(generation).load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether the count says all about this generation.
+    pub(crate) fn is_exact(&self, generation: u32) -> bool {
+        !self.is_unsettled() && self.untracked(generation).load(Ordering::SeqCst) == 0
+    }
+
+    /// Waits, by draining the queue, for what no count knows. `drained`: the agent has done so for a driver without
+    /// requests. `EUCLEAN` asks it to.
+    pub(crate) fn drain(&self, generation: u32, drained: bool, timeout_ms: u32) -> Result {
+        let ends = sys::kf_monotonic_ns().saturating_add(u64::from(timeout_ms).saturating_mul(1_000_000));
+        if self.is_bio_based {
+            if !drained {
+                to_result(sys::kf_tasks_settle(timeout_ms))?;
+                return Err(EUCLEAN);
+            }
+        } else {
+            let mut pause_ms = 10;
+            loop {
+                let mut stalled_ns = 0;
+                // SAFETY: the disk is pinned by the open device.
+                let done = unsafe { sys::kf_drain(self.disk, DRAIN_ATTEMPT_MS, &raw mut stalled_ns) };
+                self.group.counters.freeze_ns_max.fetch_max(stalled_ns, Ordering::Relaxed);
+                if done == 0 {
+                    break;
+                }
+                // Something hangs in the queue: others must not stand still for all of that time.
+                if sys::kf_monotonic_ns() >= ends {
+                    return Err(ETIMEDOUT);
+                }
+                sys::kf_pause(pause_ms);
+                if kernel::current!().signal_pending() {
+                    return Err(EINTR);
+                }
+                pause_ms = pause_ms.wrapping_mul(2).min(2000);
+            }
+        }
+        self.untracked(generation).store(0, Ordering::SeqCst);
+        self.unsettled.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Fills in what an agent asks about a volume.
+    pub(crate) fn describe(&self, status: &mut ioctl::VolumeStatus) {
+        status.device = self.number();
+        status.gone = u32::from(self.is_gone());
+        status.unsettled = u32::from(self.is_unsettled());
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`; nothing of the device is touched any more.
+        unsafe {
+            bindings::bdev_fput(self.file);
+            sys::kf_module_put();
+        }
+    }
+}
+
+/// The probes in the order of registration: what catches a bio on its way must be there when the hook is.
+pub(crate) const PROBES: [(&CStr, *const ()); 5] = [
+    (c"block_bio_queue", hook::queued as *const ()),
+    (c"block_getrq", hook::has_request as *const ()),
+    (c"block_bio_backmerge", hook::has_request as *const ()),
+    (c"block_bio_frontmerge", hook::has_request as *const ()),
+    (c"block_rq_complete", hook::completed as *const ()),
+];
