@@ -1,0 +1,66 @@
+//! What the guest's scenarios (`tests/guest`) need beside the system's tools.
+//!
+//! ```text
+//! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled] DEVICE...
+//! afterimage-guest fuzz --seconds N [--seed N] DEVICE
+//! afterimage-guest marks LOG
+//! afterimage-guest replay LOG MARK IMAGE
+//! afterimage-guest compare A B
+//! afterimage-guest version
+//! ```
+//!
+//! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: consumes nothing).
+//! `fuzz` calls the kernel device with arguments that nobody sane would pass. `marks` and `replay` read the log of
+//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ.
+
+mod compare;
+mod fuzz;
+mod log_writes;
+mod sink;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+const USAGE: &str = "afterimage-guest sink|fuzz|marks|replay|compare|version; see its source";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("afterimage-guest: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[String]) -> Result<()> {
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["sink", rest @ ..] => sink::run(&sink::Spec::parse(rest)?),
+        ["fuzz", rest @ ..] => {
+            let (mut seconds, mut seed, mut device) = (10, rand::random(), None);
+            let mut rest = rest.iter();
+            while let Some(word) = rest.next() {
+                match *word {
+                    "--seconds" => seconds = number(rest.next())?,
+                    "--seed" => seed = number(rest.next())?,
+                    path => device = Some(path),
+                }
+            }
+            fuzz::run(Duration::from_secs(seconds), seed, Path::new(device.context(USAGE)?))
+        }
+        ["marks", log] => log_writes::marks(Path::new(log)),
+        ["replay", log, mark, image] => log_writes::replay(Path::new(log), mark, Path::new(image)),
+        ["compare", a, b] => compare::run(Path::new(a), Path::new(b)),
+        ["version"] => sink::version(),
+        _ => bail!(USAGE),
+    }
+}
+
+fn number(word: Option<&&str>) -> Result<u64> {
+    word.context(USAGE)?.parse().context("a number")
+}
