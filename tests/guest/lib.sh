@@ -26,8 +26,8 @@ diagnose() {
     [ ! -S "$SOURCE/control.sock" ] || group_json | jq -c . || true
     echo "── dmesg"; dmesg | tail -n 20
 }
-trap 'code=$?; cp /srv/*.log /srv/*.toml /srv/out/ 2> /dev/null; stop_all; exit $code' EXIT
-trap 'echo "FAILED: line $LINENO of $0: $BASH_COMMAND" >&2; diagnose' ERR
+trap 'code=$?; trap - ERR; set +e; cp /srv/*.log /srv/*.toml /srv/out/ 2> /dev/null; stop_all; exit $code' EXIT
+trap 'echo "FAILED: line ${BASH_LINENO[0]}: $BASH_COMMAND" >&2; diagnose' ERR
 set -E
 
 stop_all() { kill -9 $(jobs -p) 2> /dev/null || true; }
@@ -45,6 +45,13 @@ disk() {
 }
 
 load_module() { insmod /mnt/kfilter.ko "$@"; wait_for 10 test -c /dev/kfilter; }
+
+# It holds no memory, nobody uses it, and it goes.
+unload_module() {
+    [ "$(afterimage-guest version | jq .memory_used_bytes)" = 0 ] || fail "memory is left: $(afterimage-guest version)"
+    local said
+    said=$(rmmod kfilter 2>&1) || fail "rmmod: $said; used by $(cat /sys/module/kfilter/refcnt)"
+}
 
 # `wait_for SECONDS COMMAND...` until it succeeds.
 wait_for() {

@@ -1,0 +1,97 @@
+#!/bin/bash
+# insmod, attach, detach, rmmod under load; what must be refused; a disk that is unplugged while it is captured.
+. /mnt/guest/lib.sh
+rounds=20; [ "$LONG" = 0 ] || rounds=100
+A=$(disk 0) B=$(disk 1) C=$(disk 2)
+
+vmalloc_of_ours() { grep -c '\[kfilter\]' /proc/vmallocinfo || true; }
+unreclaimable() { sync; echo 3 > /proc/sys/vm/drop_caches; sleep 0.5; awk '/^(SUnreclaim|Percpu|VmallocUsed|KernelStack):/ { sum += $2 } END { print sum }' /proc/meminfo; }
+
+step "$rounds rounds of insmod, attach, detach, rmmod under load"
+mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
+load() {
+    fio_on /d churn --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-128k --iodepth=32 --size=32m --time_based --runtime=100000 &
+    churn=$!
+    sleep 1
+}
+load
+cycle() {
+    load_module
+    afterimage-guest sink --ring $((1 << 22)) --for-ms $((RANDOM % 300)) "$@" > /tmp/sink || fail "round $round: $(cat /tmp/sink)"
+
+    unload_module
+}
+# Two rounds first: what the kernel itself allocates once.
+for round in 1 2; do cycle "$A" "$B"; done
+before=$(unreclaimable)
+for ((round = 3; round <= rounds; round++)); do
+    cycle "$A" "$B"
+    tail -n 1 /tmp/sink | jq -c '[.ring_writes, .late, .freeze_ns_max / 1e6]' | sed "s/^/round $round: writes, late, freeze ms: /"
+done
+after=$(unreclaimable)
+step "unreclaimable kernel memory before and after: $before, $after KiB"
+# The rounds allocate 4 MiB each: a leak of a ring, or of its bitmaps, shows.
+[ $((after - before)) -lt $((rounds * 256)) ] || fail "kernel memory grew from $before to $after KiB"
+[ "$(vmalloc_of_ours)" = 0 ] || fail "vmalloc areas are left: $(grep kfilter /proc/vmallocinfo)"
+
+step "what must be refused"
+load_module
+sink() { timeout 20 afterimage-guest sink --for-ms 1 "$@"; }
+afterimage-guest sink --until /tmp/stop "$A" > /tmp/holder & holder=$!
+wait_for 10 grep -q ready /tmp/holder
+refused 'attached|busy' sink "$A"
+refused 'rmmod: ERROR|in use' rmmod kfilter
+touch /tmp/stop; wait $holder; rm /tmp/stop
+modprobe null_blk nr_devices=0
+if mkdir /sys/kernel/config/nullb/z 2> /dev/null || { mount -t configfs c /sys/kernel/config && mkdir /sys/kernel/config/nullb/z; }; then
+    (cd /sys/kernel/config/nullb/z; echo 64 > size; echo 1 > memory_backed; echo 1 > zoned; echo 4 > zone_size; echo 1 > power)
+    refused 'cannot be captured|unsuitable|medium' sink /dev/z
+    echo 0 > /sys/kernel/config/nullb/z/power; rmdir /sys/kernel/config/nullb/z
+fi
+# A member of an md array.
+modprobe raid1
+echo md9 > /sys/module/md_mod/parameters/new_array
+(cd /sys/block/md9/md; echo none > metadata_version; echo raid1 > level; echo 1 > raid_disks
+    cat "/sys/class/block/${B##*/}/dev" > new_dev; echo 0 > dev-"${B##*/}"/slot; echo 32768 > dev-"${B##*/}"/size; echo active > array_state) || fail "no md array"
+refused 'cannot be captured|unsuitable|medium' sink "$B"
+refused 'cannot be captured|unsuitable|medium' sink /dev/md9
+echo clear > /sys/block/md9/md/array_state
+# zram: it has a submit_bio of its own and is no device mapper.
+modprobe zram num_devices=1; echo 16M > /sys/block/zram0/disksize
+refused 'cannot be captured|unsuitable|medium' sink /dev/zram0
+refused 'no block device' sink /dev/null
+# Without CAP_SYS_ADMIN not even as root.
+refused permi setpriv --bounding-set -sys_admin --inh-caps -sys_admin afterimage-guest version
+
+step "the disk is unplugged while it is captured"
+modprobe scsi_debug dev_size_mb=64 delay=1 num_tgts=1
+wait_for 20 test -e /sys/bus/pseudo/drivers/scsi_debug/adapter0
+name=$(basename /sys/bus/pseudo/drivers/scsi_debug/adapter0/host*/target*/*/block/*)
+unplug() { # DEVICE HOW...
+    local device=$1 victim sink; shift
+    afterimage-guest sink --until /tmp/stop "$device" > /tmp/holder & sink=$!
+    wait_for 10 grep -q ready /tmp/holder
+    fio --name=victim --filename="$device" --ioengine=io_uring --direct=1 --rw=randwrite --bs=64k --iodepth=32 --time_based --runtime=30 > /srv/out/victim.txt 2>&1 &
+    victim=$!
+    sleep 1
+    "$@"
+    wait $victim && fail "fio did not notice that its disk went"
+    sleep 0.5
+    touch /tmp/stop
+    wait_for 30 test ! -d /proc/$sink
+    wait $sink || fail "the sink failed: $(cat /tmp/holder)"
+    rm /tmp/stop
+    step "gone: $device; $(tail -n 1 /tmp/holder | jq -c '{ring_writes, failed, void}')"
+}
+scsi_gone() { echo 1 > "/sys/block/$name/device/delete"; }
+unplug "/dev/$name" scsi_gone
+rmmod scsi_debug
+pci=$(readlink -f "/sys/block/${C##*/}" | grep -o '0000:[0-9a-f:.]*' | tail -n 1)
+pci_gone() { echo 1 > "/sys/bus/pci/devices/$pci/remove"; }
+unplug "$C" pci_gone
+
+
+kill $churn; wait $churn 2> /dev/null || true
+umount /d
+unload_module
+[ "$(vmalloc_of_ours)" = 0 ] || fail "vmalloc areas are left: $(grep kfilter /proc/vmallocinfo)"
