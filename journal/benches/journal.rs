@@ -9,8 +9,8 @@
 //! a fifth within a second. A round's figures hold all that happened in it, rolled and dropped segments included.
 //!
 //! (a) runs on two contents: one that zstd 1 takes to six tenths, and one that it can do little with, where the same
-//! zstd work stands beside half as many bytes more to checksum and append, and where the fields of record headers are
-//! most of the matches that there are to encode. Both rows are printed beside the target.
+//! zstd work stands beside half as many bytes more to checksum and append, and where the record headers of 4 KiB writes
+//! cost zstd itself 3 to 4 % (mixed: 1 %). Both are printed beside the target.
 
 use journal::compress::{Compression, Encoder};
 use journal::frame::{Batch, FrameHeader, Stamp};
