@@ -200,6 +200,11 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
                     copied = copied.wrapping_add(bytes.len() as u64);
                 });
                 counters.copied_bytes.fetch_add(copied, Ordering::Relaxed);
+                if copied != part.length {
+                    // Its pages hold less than it says. Dropped, the records are void.
+                    attached.mark_dirty(part.offset, part.length);
+                    return (0, None);
+                }
             }
             let lsn = reservation.first_lsn();
             if withhold {

@@ -46,7 +46,7 @@ impl RingPages {
     #[cold]
     fn tell(&self) {
         if !self.outside.swap(true, Ordering::Relaxed) {
-            pr_err!("kfilter: bug: an access outside the ring; its group is not to be trusted any more\n");
+            pr_err!("bug: an access outside the ring; its group is not to be trusted any more\n");
         }
     }
 
@@ -135,6 +135,8 @@ pub(crate) struct KernelHost {
     locked: KBox<Locked>,
     /// The agent has seen nothing to read and sleeps.
     armed: AtomicBool,
+    /// Told once.
+    is_broken: AtomicBool,
 }
 
 // SAFETY: what is not atomic is behind its lock.
@@ -171,6 +173,13 @@ unsafe impl Host for KernelHost {
             self.wake();
         }
     }
+
+    #[cold]
+    fn broken(&self, invariant: &'static str) {
+        if !self.is_broken.swap(true, Ordering::Relaxed) {
+            pr_err!("bug: {}; replicas of this group must be compared with their disks\n", invariant);
+        }
+    }
 }
 
 impl KernelHost {
@@ -190,7 +199,7 @@ impl KernelHost {
             sys::kf_lock_init(locked.lock.get());
             sys::kf_lock_init(locked.bell_lock.get());
         }
-        Ok(Self { memory, locked, armed: AtomicBool::new(false) })
+        Ok(Self { memory, locked, armed: AtomicBool::new(false), is_broken: AtomicBool::new(false) })
     }
 
     /// Signals the agent once. Also called to end its sleep for another reason than a record.

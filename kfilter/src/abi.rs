@@ -226,6 +226,23 @@ pub struct RecordHeader {
 }
 
 impl RecordHeader {
+    /// What fills room that no record fits in.
+    pub fn pad(bytes: u64) -> Self {
+        #[allow(clippy::cast_possible_truncation, reason = "less than the largest record")]
+        let total_bytes = bytes as u32;
+        Self {
+            total_bytes,
+            op: Op::Pad,
+            flags: 0,
+            volume: 0,
+            offset: 0,
+            length: 0,
+            lsn: 0,
+            time_ns: 0,
+            payload_len: 0,
+        }
+    }
+
     /// Bytes 4 to 64 of the header.
     pub fn encode(&self) -> [u8; 60] {
         let mut bytes = [0; 60];

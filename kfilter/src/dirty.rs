@@ -172,9 +172,8 @@ impl<H: Host> Ring<H> {
             return Err(Refused::Malformed);
         }
         self.host.locked(|reserver| {
-            let known = reserver.volumes().iter().position(|known| known.id == volume);
-            let index = known.ok_or(Refused::UnknownVolume)?;
-            if size_bytes <= reserver.volumes[index].size_bytes {
+            let known = *reserver.volume(volume).ok_or(Refused::UnknownVolume)?;
+            if size_bytes <= known.size_bytes {
                 return Err(Refused::Malformed);
             }
             let entry = Entry::event(Op::Volume, volume, payload_len);
@@ -187,9 +186,11 @@ impl<H: Host> Ring<H> {
                     self.switch_to_bitmap(reserver, CAUSE_RING_FULL, now_ns);
                 }
             }
-            reserver.volumes[index].size_bytes = size_bytes;
-            let slot = reserver.volumes[index].slot;
-            self.memory().store64(slot + slot_at::SIZE, size_bytes, Release);
+            let count = reserver.volume_count;
+            for known in reserver.volumes.iter_mut().take(count).filter(|known| known.id == volume) {
+                known.size_bytes = size_bytes;
+            }
+            self.memory().store64(known.slot + slot_at::SIZE, size_bytes, Release);
             Ok(captured)
         })
     }

@@ -16,6 +16,7 @@
 //! ioctl        the calls of /dev/kfilter                                             both sides
 //! device       the user side of /dev/kfilter: groups that the kernel owns, read through a mapping
 //! calls        its ioctls, typed, and what their errors ask of the operator
+//! span         the user side's memory of a ring, by address
 //! region       the user side's home of a ring: a locked, preallocated file in tmpfs
 //! waker        lets the consumer sleep without missing a publish
 //! error        the user side's errors, by what the operator must do
@@ -43,6 +44,7 @@ pub mod recovery;
 pub mod region;
 pub mod reservation;
 pub mod ring;
+pub mod span;
 pub mod waker;
 
 #[cfg(test)]

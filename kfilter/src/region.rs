@@ -15,9 +15,10 @@
 use super::abi::{BITMAPS_AT, Identity, Layout, VolumeSpec};
 use super::consumer::Consumer;
 use super::error::{Error, ErrorKind};
-use super::memory::{Host, Span};
+use super::memory::Host;
 use super::recovery::{Lost, TakeOver};
 use super::ring::{Reserver, Ring};
+use super::span::Span;
 use super::waker::Waker;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstatfs};

@@ -52,7 +52,9 @@ impl<H: Host> Reservation<'_, H> {
     pub fn fill(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             while self.payload_left == 0 {
-                assert!(self.enter_next(), "more payload than was reserved");
+                if !self.enter_next() {
+                    return self.ring.host.broken("more payload than was reserved");
+                }
             }
             let (now, later) = bytes.split_at(bytes.len().min(index(self.payload_left)));
             // SAFETY: payload of a record that we reserved and did not publish: ours alone.
@@ -66,9 +68,7 @@ impl<H: Host> Reservation<'_, H> {
     /// Shows the records to the consumer, all of them. Less payload than was reserved aborts.
     #[inline]
     pub fn publish(mut self) -> Token {
-        while self.payload_left == 0 && self.enter_next() {}
-        assert!(self.payload_left == 0, "less payload than was reserved");
-        self.filled = true;
+        self.fill_up();
         self.settle(state::PUBLISHED);
         let token = Token {
             from: self.from,
@@ -84,11 +84,18 @@ impl<H: Host> Reservation<'_, H> {
     /// Keeps the records from the consumer until it is known whether their write is started at all. Less payload
     /// than was reserved aborts. Everything behind them waits too.
     pub fn withhold(mut self) -> Withheld {
-        while self.payload_left == 0 && self.enter_next() {}
-        assert!(self.payload_left == 0, "less payload than was reserved");
-        self.filled = true;
+        self.fill_up();
         let Self { from, to, first_lsn, last_lsn, done, .. } = self;
         Withheld { from, to, first_lsn, last_lsn, done }
+    }
+
+    /// Passes records without payload, and checks that nothing is missing.
+    fn fill_up(&mut self) {
+        while self.payload_left == 0 && self.enter_next() {}
+        if self.payload_left != 0 {
+            self.ring.host.broken("less payload than was reserved");
+        }
+        self.filled = true;
     }
 
     /// Steps to the next record; false at the end.
@@ -196,7 +203,9 @@ impl<H: Host> Ring<H> {
             // again.
             let (_, next) = self.own_record(position, to);
             let old = self.memory().or32(self.layout.offset_of(position), state::DONE, Release);
-            assert_eq!(old & state::MASK, state::PUBLISHED, "only a published record can be done");
+            if old & state::MASK != state::PUBLISHED {
+                self.host.broken("only a published record can be done");
+            }
             position = next;
         }
     }
@@ -205,14 +214,14 @@ impl<H: Host> Ring<H> {
     /// record of the same reservation is, which ends at `to`. A pad between the two is released as soon as
     /// the one before it is, so it is passed here, never stood on.
     fn own_record(&self, position: u64, to: u64) -> (RecordHeader, u64) {
-        let own = |position| match self.header_at(position) {
-            Some(header) => header,
-            None => panic!("the ring's memory was written by somebody else"),
+        let broken = || {
+            self.host.broken("the ring's memory was written by somebody else");
+            (RecordHeader::pad(to.wrapping_sub(position)), to)
         };
-        let header = own(position);
+        let Some(header) = self.header_at(position) else { return broken() };
         let mut next = position + u64::from(header.total_bytes);
         if next < to {
-            let behind = own(next);
+            let Some(behind) = self.header_at(next) else { return broken() };
             if behind.op == Op::Pad {
                 next += u64::from(behind.total_bytes);
             }

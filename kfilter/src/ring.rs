@@ -18,9 +18,7 @@
 //!   the lock, for all pieces of a write together, before its producer may start it.
 //! * Head stands still while the mode is BITMAP.
 
-use super::abi::{
-    self, Identity, Layout, Op, RecordHeader, VolumeSpec, control_at, identity_at, slot_at, state,
-};
+use super::abi::{self, Identity, Layout, RecordHeader, VolumeSpec, control_at, identity_at, slot_at, state};
 use super::entry::Entry;
 use super::memory::{Host, Memory};
 use super::reservation::{Reservation, Token};
@@ -107,7 +105,8 @@ impl Reserver {
     }
 
     pub(super) fn volumes(&self) -> &[Volume] {
-        &self.volumes[..self.volume_count]
+        // Never more than there are.
+        self.volumes.get(..self.volume_count).unwrap_or(&[])
     }
 
     pub(super) fn volume(&self, id: u32) -> Option<&Volume> {
@@ -140,7 +139,7 @@ impl<H: Host> Ring<H> {
         last_time_ns: u64,
     ) -> Option<Self> {
         let layout = Layout::plan(ring_bytes, volumes)?;
-        let twice = |at: usize| volumes[..at].iter().any(|volume| volume.id == volumes[at].id);
+        let twice = |at: usize| volumes.iter().take(at).any(|volume| volume.id == volumes[at].id);
         if host.memory().len() != layout.total_bytes || first_lsn == 0 || (0..volumes.len()).any(twice) {
             return None;
         }
@@ -370,17 +369,7 @@ impl<H: Host> Ring<H> {
 
     /// Fills the ring's end, which the next record does not fit in.
     fn put_pad(&self, position: u64, bytes: u64) {
-        let header = RecordHeader {
-            total_bytes: bytes32(bytes),
-            op: Op::Pad,
-            flags: 0,
-            volume: 0,
-            offset: 0,
-            length: 0,
-            lsn: 0,
-            time_ns: 0,
-            payload_len: 0,
-        };
+        let header = RecordHeader::pad(bytes);
         self.put(position, state::PUBLISHED | state::DONE, &header);
     }
 
@@ -399,10 +388,9 @@ impl<H: Host> Ring<H> {
 
 /// The header at a position in [tail, head).
 pub(super) fn header_at<M: Memory>(memory: &M, layout: &Layout, position: u64) -> Option<RecordHeader> {
-    let mut bytes = [0; 60];
     // SAFETY: headers in [tail, head) do not change, but for the state word, which is not read here.
-    bytes.copy_from_slice(unsafe { memory.bytes(layout.offset_of(position) + 4, 60) });
-    RecordHeader::decode(&bytes)
+    let bytes = unsafe { memory.bytes(layout.offset_of(position) + 4, 60) };
+    RecordHeader::decode(bytes.try_into().ok()?)
 }
 
 /// Length of one record, or of the room at the ring's end that one record does not fit in.
@@ -415,7 +403,7 @@ fn bytes32(bytes: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::MAX_PAYLOAD;
+    use crate::abi::{MAX_PAYLOAD, Op};
     use crate::consumer::Consumer;
     use crate::testing::{Heap, IDENTITY, VOLUMES, heap_ring};
     use std::vec::Vec;

@@ -5,9 +5,10 @@ mod stops;
 
 use super::abi::{Identity, Layout, VolumeSpec};
 use super::entry::Entry;
-use super::memory::{Host, Memory, Span, index};
+use super::memory::{Host, Memory, index};
 use super::reservation::Token;
 use super::ring::{Captured, Reserver, Ring};
+use super::span::Span;
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
