@@ -207,6 +207,11 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
         self.cursor.advance(self.ring.memory(), &self.ring.layout)
     }
 
+    /// Back to the oldest record that is not released: all of them are read again.
+    pub fn rewind(&mut self) {
+        self.cursor = Cursor::at(self.tail);
+    }
+
     /// Gives back the room of the consumed records up to this lsn, as far as they are done. Returns how far
     /// that came: the lsn of the first record that is not released.
     pub fn release(&mut self, up_to_lsn: u64) -> Result<u64, Malformed> {
@@ -298,6 +303,8 @@ mod tests {
             "the third is not consumed"
         );
         assert!(matches!(Consumer::new(&ring), Err(Refused::ConsumerTaken)));
+        consumer.rewind();
+        assert_eq!(consumer.peek().unwrap().unwrap().lsn(), 3);
         drop(consumer);
         assert_eq!(Consumer::new(&ring).unwrap().peek().unwrap().unwrap().lsn(), 3, "what was not released");
     }

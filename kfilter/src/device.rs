@@ -12,9 +12,10 @@ use super::consumer::{Cursor, Malformed, RecordRef};
 use super::dirty::{DirtyExtents, Loss, MODE_BITMAP};
 use super::error::{Error, ErrorKind};
 use super::ioctl as abi;
-use super::memory::{Memory, Span};
+use super::memory::Memory;
 use super::recovery::check_identity;
 use super::ring::{Mode, Volume};
+use super::span::Span;
 use core::ptr::NonNull;
 use core::sync::atomic::Ordering::{self, Acquire, Relaxed};
 use memmap2::{MmapOptions, MmapRaw};
@@ -387,6 +388,11 @@ impl KernelConsumer {
     /// Moves the cursor behind the record at it; false when there is none.
     pub fn advance(&self) -> Result<bool, Malformed> {
         self.cursor.advance(&self.group.view, &self.group.layout)
+    }
+
+    /// Back to the oldest record that is not released: all of them are read again.
+    pub fn rewind(&mut self) {
+        self.cursor = Cursor::at(self.group.word(control_at::TAIL));
     }
 
     /// Gives back the room of consumed records up to this lsn; the lsn of the first record that is not released.
