@@ -126,7 +126,8 @@ fn followed(attached: &Attached, bio: Bio) -> Option<*mut Context> {
         } else if function != 0 && function == group::chain_end_io() {
             let parent = private.cast::<bindings::bio>();
             // SAFETY: the parent of a chained bio waits for it.
-            (end_io, private) = unsafe { ((*parent).bi_end_io, (*parent).bi_private) };
+            let parent = unsafe { &*parent };
+            (end_io, private) = (parent.bi_end_io, parent.bi_private);
         } else {
             return None;
         }

@@ -400,7 +400,7 @@ impl Layout {
     }
 
     /// Bytes from a position to the ring's physical end.
-    pub const fn to_end(&self, position: u64) -> u64 {
+    pub const fn bytes_to_end(&self, position: u64) -> u64 {
         self.ring_bytes - (position & (self.ring_bytes - 1))
     }
 }

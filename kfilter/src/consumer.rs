@@ -94,7 +94,7 @@ pub(super) fn place_at<'m, M: Memory>(
         return Ok(Place::Unpublished);
     }
     let header = header_at(memory, layout, position).ok_or(malformed)?;
-    if !header.is_sound(layout.to_end(position), head - position) {
+    if !header.is_sound(layout.bytes_to_end(position), head - position) {
         return Err(malformed);
     }
     let next = position + u64::from(header.total_bytes);

@@ -268,7 +268,7 @@ impl<H: Host> Ring<H> {
         while position < head {
             let lost = Lost::Record(position);
             let header = self.header_at(position).ok_or(lost)?;
-            if !header.is_sound(self.layout.to_end(position), head - position) {
+            if !header.is_sound(self.layout.bytes_to_end(position), head - position) {
                 return Err(lost);
             }
             let word = self.memory().load32(self.layout.offset_of(position), Acquire);

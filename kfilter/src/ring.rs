@@ -315,7 +315,7 @@ impl<H: Host> Ring<H> {
         let mut position = reserver.head;
         for entry in entries {
             let total = abi::record_bytes(entry.payload_len);
-            let to_end = self.layout.to_end(position);
+            let to_end = self.layout.bytes_to_end(position);
             if total > to_end {
                 self.put_pad(position, to_end);
                 position += to_end;
@@ -358,7 +358,7 @@ impl<H: Host> Ring<H> {
         let mut position = head;
         for entry in entries {
             let total = abi::record_bytes(entry.payload_len);
-            let to_end = self.layout.to_end(position);
+            let to_end = self.layout.bytes_to_end(position);
             position += if total > to_end { to_end + total } else { total };
             if position - head > self.layout.ring_bytes {
                 return None;
