@@ -151,6 +151,7 @@ case $init in
     *) die "--init $init?" ;;
 esac
 
+touch "$run/serial.log"
 # The guest's clock starts at the host's; its own name space kills QEMU with this script.
 started=$SECONDS
 TMPDIR=$inside timeout -k 5 "$timeout" \

@@ -4,7 +4,7 @@
 //! an answer but that it comes; then the device must still work, and without `CAP_SYS_ADMIN` nobody gets in.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,12 +16,15 @@ use anyhow::{Context as _, Result, bail, ensure};
 use kfilter::{Device, KernelConsumer, Op, ioctl};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use rustix::event::{EventfdFlags, eventfd};
 
 use super::sink;
 
 const THREADS: u64 = 3;
 /// Where pointers that are meant well lead.
 const SCRATCH: usize = 4 << 20;
+/// What the kernel may write behind it, when a pointer leads to its end.
+const BEHIND: usize = 1 << 20;
 const BLOCK: usize = 64 * 1024;
 
 /// Every call.
@@ -49,23 +52,31 @@ const CALLS: [u32; 20] = [
 ];
 
 struct Shared {
-    device: u32,
+    devices: Vec<u32>,
     size: u64,
     over: AtomicBool,
     answered: [[AtomicU64; 2]; CALLS.len()],
+    bell: OwnedFd,
     /// Ids of groups that were made.
     groups: Mutex<Vec<[u8; 16]>>,
 }
 
-/// Fuzzes for a time, then checks.
-pub fn run(time: Duration, seed: u64, path: &Path) -> Result<()> {
+/// Fuzzes for a time, then checks. Devices are of one size; the first is written to.
+pub fn run(time: Duration, seed: u64, paths: &[&str]) -> Result<()> {
     println!("fuzz: seed {seed}");
-    let (size, rdev) = sink::block_device(path)?;
+    let (mut devices, mut size) = (Vec::new(), u64::MAX);
+    for path in paths {
+        let (bytes, rdev) = sink::block_device(Path::new(path))?;
+        size = size.min(bytes);
+        devices.push(u32::try_from(rdev)?);
+    }
+    let path = Path::new(paths.first().context("which device?")?);
     let shared = Arc::new(Shared {
-        device: u32::try_from(rdev)?,
+        devices,
         size,
         over: AtomicBool::new(false),
         answered: Default::default(),
+        bell: eventfd(0, EventfdFlags::NONBLOCK)?,
         groups: Mutex::new(Vec::new()),
     });
     let mut threads = Vec::new();
@@ -165,10 +176,13 @@ fn plausible(call: u32, chance: &mut StdRng, scratch: u64, shared: &Shared) -> V
         ioctl::OPEN => words.extend(id().into_iter().chain([0])),
         ioctl::ATTACH => {
             let clean = chance.random_range(0..2u64);
-            words.extend([volume | clean << 32, u64::from(shared.device)]);
+            let device = shared.devices[chance.random_range(0..shared.devices.len())];
+            words.extend([volume | clean << 32, u64::from(device)]);
         }
         ioctl::DETACH => words.extend([volume | 50 << 32, 0]),
-        ioctl::ARM | ioctl::RELEASE => words.push(chance.random_range(0..100_000)),
+        ioctl::EVENTFD => words.push(shared.bell.as_raw_fd().cast_unsigned().into()),
+        ioctl::ARM => words.push(64 * chance.random_range(0..8)),
+        ioctl::RELEASE => words.push(chance.random_range(0..100_000)),
         ioctl::EVENT => words.extend([5, scratch, 32, 0]),
         ioctl::SLOTS => words.extend([scratch + 512, chance.random_range(1..65u64) | volume << 32, 0]),
         ioctl::BARRIER => words.push(50),
@@ -184,14 +198,14 @@ fn plausible(call: u32, chance: &mut StdRng, scratch: u64, shared: &Shared) -> V
 }
 
 fn caller(shared: &Shared, mut chance: StdRng) -> Result<()> {
-    let mut scratch = vec![0u8; SCRATCH];
+    let mut scratch = vec![0u8; SCRATCH + BEHIND];
     let at = scratch.as_mut_ptr().expose_provenance() as u64;
     let open = || OpenOptions::new().read(true).write(true).open(ioctl::DEVICE).context("open the device");
     let mut file = open()?;
     while !shared.over.load(Relaxed) {
-        match chance.random_range(0..40) {
+        match chance.random_range(0..200) {
             0 => file = open()?,
-            1 => map(&file, &mut chance),
+            1..5 => map(&file, &mut chance),
             _ => {}
         }
         // What pointers lead to: two volumes, sync slots, and chance.
@@ -211,6 +225,10 @@ fn caller(shared: &Shared, mut chance: StdRng) -> Result<()> {
         }
         let index = chance.random_range(0..CALLS.len());
         let mut call = CALLS[index];
+        // Seldom: a group must live long enough for the calls that need one.
+        if matches!(call, ioctl::DESTROY | ioctl::DETACH) && chance.random_range(0..12) > 0 {
+            continue;
+        }
         let mut argument = plausible(call, &mut chance, at, shared);
         if chance.random_range(0..3) > 0 {
             for _ in 0..chance.random_range(1..4) {

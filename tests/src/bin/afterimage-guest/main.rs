@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled] DEVICE...
-//! afterimage-guest fuzz --seconds N [--seed N] DEVICE
+//! afterimage-guest fuzz --seconds N [--seed N] DEVICE...
 //! afterimage-guest marks LOG
 //! afterimage-guest replay LOG MARK IMAGE
 //! afterimage-guest compare A B
@@ -42,16 +42,16 @@ fn run(args: &[String]) -> Result<()> {
     match words.as_slice() {
         ["sink", rest @ ..] => sink::run(&sink::Spec::parse(rest)?),
         ["fuzz", rest @ ..] => {
-            let (mut seconds, mut seed, mut device) = (10, rand::random(), None);
+            let (mut seconds, mut seed, mut devices) = (10, u64::from(rand::random::<u32>()), Vec::new());
             let mut rest = rest.iter();
             while let Some(word) = rest.next() {
                 match *word {
                     "--seconds" => seconds = number(rest.next())?,
                     "--seed" => seed = number(rest.next())?,
-                    path => device = Some(path),
+                    path => devices.push(path),
                 }
             }
-            fuzz::run(Duration::from_secs(seconds), seed, Path::new(device.context(USAGE)?))
+            fuzz::run(Duration::from_secs(seconds), seed, &devices)
         }
         ["marks", log] => log_writes::marks(Path::new(log)),
         ["replay", log, mark, image] => log_writes::replay(Path::new(log), mark, Path::new(image)),
