@@ -8,7 +8,7 @@
 #                        nvme (its name: `disk N` of lib.sh), bps=N and iops=N throttle writes, queue=N: queues
 #   --file F[=PATH]      copies F to /mnt/files/F, or PATH below /mnt; repeatable
 #   --module KO          the module (default: what module.sh built; without one the guest has none)
-#   --timeout S          killed after that (600)     --thread single|multi TCG threads (multi)
+#   --timeout S          killed after that (600)     --thread single|multi TCG threads (single: multi mis-executes patched code now and then)
 #   --dir DIR            keeps the run here: serial log, disks, results (default: made, removed after success)
 #   --init systemd       boots systemd and runs the scenario as a unit; reboots stay inside one QEMU
 #   --net SOCKET,KIND    a network card to another guest: KIND is server or client
@@ -24,7 +24,7 @@ ROOT=$LAB/root
 
 die() { echo "run: $*" >&2; exit 2; }
 
-smp=2 mem=1536 timeout=600 thread=multi init=script dir='' net='' kernel='' module='' scenario=''
+smp=2 mem=1536 timeout=600 thread=single init=script dir='' net='' kernel='' module='' scenario=''
 disks=() files=() args=()
 while [ $# -gt 0 ]; do
     case $1 in
