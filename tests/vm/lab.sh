@@ -78,7 +78,7 @@ metadata() {
 
 # What boots: Debian's kernel and modules as they come, with the tools that the tests use.
 guest() {
-    bootstrap "$ROOT/guest" "linux-binary-$KERNEL,linux-modules-$KERNEL,fio,xfsprogs,btrfs-progs,e2fsprogs,lvm2,dmsetup,drbd-utils,kmod,procps,iproute2,jq,util-linux,udev,curl,systemd-sysv,xxd"
+    bootstrap "$ROOT/guest" "linux-binary-$KERNEL,linux-modules-$KERNEL,fio,xfsprogs,btrfs-progs,e2fsprogs,fdisk,lvm2,dmsetup,drbd-utils,kmod,procps,iproute2,jq,util-linux,udev,curl,systemd-sysv,xxd"
     mv "$ROOT/guest/usr/lib/modules/$KERNEL/vmlinuz" "$ROOT/vmlinuz"
     chroot "$ROOT/guest" depmod "$KERNEL"
     rm -rf "$ROOT/guest/var/cache/apt" "$ROOT/guest/var/lib/apt/lists"
