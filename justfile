@@ -9,6 +9,7 @@ default:
 # Formatting and lints of the whole workspace.
 check:
     cargo fmt --all --check
+    rustfmt --edition 2024 --check kfilter/module/main.rs
     cargo clippy --workspace --all-targets --locked -- -D warnings
 
 # Everything that must pass before a change goes in, with a time table.

@@ -20,6 +20,8 @@ use kernel::sync::Arc;
 
 /// Longest that one try to drain a queue may stop its applications.
 const DRAIN_ATTEMPT_MS: u32 = 250;
+/// How long an attach that failed half-way waits for the bios that it has seen.
+const UNDO_MS: u32 = 10_000;
 
 /// What part of a bio is a volume's.
 pub(crate) struct Part {
@@ -248,6 +250,10 @@ impl Attached {
                     done.unregister(self.data());
                 }
                 sys::kf_tracepoint_sync();
+                if self.quiesce(UNDO_MS).is_err() {
+                    // Bios that carry our address are under way: what they will touch must stay for good.
+                    core::mem::forget(self.clone());
+                }
                 return Err(error);
             }
         }
@@ -266,6 +272,16 @@ impl Attached {
         }
     }
 
+    /// Once unhooked: waits until no followed bio is left, nor a function of ours that one has called.
+    pub(crate) fn quiesce(&self, timeout_ms: u32) -> Result {
+        for generation in 0..2 {
+            self.wait_for(generation, timeout_ms)?;
+        }
+        sys::kf_grace();
+        sys::kf_chain_flush();
+        Ok(())
+    }
+
     /// Bios of drivers without requests pass the first only.
     fn tracepoints(&self) -> &'static [Tracepoint] {
         let all = Tracepoint::all();
@@ -276,13 +292,9 @@ impl Attached {
         core::ptr::from_ref(self).cast_mut().cast()
     }
 
-    /// Waits until no bio of a generation is in flight: 0 never fails for want of time alone.
+    /// Waits until no bio of a generation is in flight.
     pub(crate) fn wait_for(&self, generation: u32, timeout_ms: u32) -> Result {
         self.group.wait_zero(self.count(generation), timeout_ms)
-    }
-
-    pub(crate) fn is_quiet(&self, generation: u32) -> bool {
-        self.count(generation).load(Ordering::SeqCst) == 0
     }
 
     /// Whether the count says all about this generation.
@@ -343,7 +355,7 @@ impl Drop for Attached {
     }
 }
 
-/// The probes in the order of registration: what catches a bio on its way must be there when the hook is.
+/// The probes, the hook first.
 pub(crate) const PROBES: [(&CStr, *const ()); 5] = [
     (c"block_bio_queue", hook::queued as *const ()),
     (c"block_getrq", hook::has_request as *const ()),

@@ -54,7 +54,8 @@ impl Contexts {
     }
 
     pub(crate) fn new(count: u32) -> Option<Self> {
-        let contexts = Self { pages: Pages::private(Self::bytes(count))?, count, top: AtomicU64::new(u64::from(END)) };
+        let contexts =
+            Self { pages: Pages::private(Self::bytes(count))?, count, top: AtomicU64::new(u64::from(END)) };
         for index in 0..count {
             // SAFETY: zeroed memory for `count` contexts; all zeros is a valid context but for the option of
             // `withheld`, which is written before it is read.

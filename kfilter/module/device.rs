@@ -28,8 +28,27 @@ macro_rules! plain {
     )*};
 }
 plain!(
-    Version, List, GroupEntry, NewVolume, Create, Open, Attach, Detach, Status, VolumeStatus, EventFd, Arm, Release,
-    Event, Slot, Slots, Begin, Barrier, Range, End, Bitmap
+    Version,
+    List,
+    GroupEntry,
+    NewVolume,
+    Create,
+    Open,
+    Attach,
+    Detach,
+    Status,
+    VolumeStatus,
+    EventFd,
+    Arm,
+    Release,
+    Event,
+    Slot,
+    Slots,
+    Begin,
+    Barrier,
+    Range,
+    End,
+    Bitmap
 );
 
 /// An open file; the agent of a group once it has made or opened one.

@@ -29,6 +29,9 @@ global_lock! {
     unsafe(uninit) static GROUPS: Mutex<KVec<Arc<Group>>> = KVec::new();
 }
 
+/// How long a step waits for a count that its caller has waited for already.
+const QUIET_MS: u32 = 100;
+
 static MEMORY_LIMIT: AtomicU64 = AtomicU64::new(0);
 static MEMORY_USED: AtomicU64 = AtomicU64::new(0);
 static MEASURE: AtomicBool = AtomicBool::new(false);
@@ -338,7 +341,12 @@ impl Group {
     /// Captures a device as a volume.
     pub(crate) fn attach(self: &Arc<Self>, attach: &mut ioctl::Attach) -> Result {
         let _step = self.step.lock();
+        // Held to the end, so that no other group takes the same device meanwhile.
         let groups = GROUPS.lock();
+        let takes = |group: &Group| group.volumes.lock().iter().any(|volume| volume.is_device(attach.device));
+        if groups.iter().any(|group| takes(group)) {
+            return Err(EBUSY);
+        }
         let mut volumes = self.volumes.lock();
         let volume = volumes.iter_mut().find(|volume| volume.id == attach.volume).ok_or(ENOENT)?;
         let known = self.ring.size_bytes(volume.id).ok_or(ENOENT)?;
@@ -346,11 +354,6 @@ impl Group {
             return Err(EBUSY);
         }
         let attached = Arc::new(Attached::open(self.clone(), volume.id, attach.device)?, GFP_KERNEL)?;
-        for group in groups.iter().filter(|group| !core::ptr::eq(&***group, &**self)) {
-            if group.volumes.lock().iter().any(|other| other.is_device(attach.device)) {
-                return Err(EBUSY);
-            }
-        }
         if attached.size_bytes() < known {
             return Err(EINVAL);
         }
@@ -369,11 +372,7 @@ impl Group {
         let attached = self.attached(detach.volume)?;
         attached.unhook();
         detach.last_lsn = self.ring.captured_lsn();
-        for generation in 0..2 {
-            attached.wait_for(generation, detach.timeout_ms)?;
-        }
-        sys::kf_grace();
-        sys::kf_chain_flush();
+        attached.quiesce(detach.timeout_ms)?;
         for volume in self.volumes.lock().iter_mut().filter(|volume| volume.id == detach.volume) {
             volume.attached = None;
         }
@@ -400,9 +399,7 @@ impl Group {
         let _step = self.step.lock();
         let generation = self.generation();
         // What the barrier of the last begin has not waited for would be counted with the newest writes.
-        if self.all_attached()?.iter().any(|attached| !attached.is_quiet(generation.wrapping_add(1))) {
-            return Err(EAGAIN);
-        }
+        self.demand_quiet(generation.wrapping_add(1))?;
         begin.lsn = if begin.flags & ioctl::BEGIN_FENCE != 0 {
             self.ring.fence()
         } else {
@@ -410,6 +407,16 @@ impl Group {
         }
         .map_err(refused)?;
         self.generation.store(generation.wrapping_add(1), Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// `EAGAIN` when writes of a generation stay in flight. Writers touch the old count for a moment while it changes.
+    fn demand_quiet(&self, generation: u32) -> Result {
+        for attached in self.all_attached()?.iter() {
+            attached
+                .wait_for(generation, QUIET_MS)
+                .map_err(|error| if error == ETIMEDOUT { EAGAIN } else { error })?;
+        }
         Ok(())
     }
 
@@ -436,7 +443,8 @@ impl Group {
         let _step = self.step.lock();
         // Exact only when the barrier was passed.
         let before = self.generation().wrapping_add(1);
-        if self.all_attached()?.iter().any(|attached| !attached.is_quiet(before) || !attached.is_exact(before)) {
+        self.demand_quiet(before)?;
+        if !self.all_attached()?.iter().all(|attached| attached.is_exact(before)) {
             return Err(EAGAIN);
         }
         end.lsn = self.ring.end_resync(sys::kf_realtime_ns()).map_err(refused)?;

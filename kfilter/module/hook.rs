@@ -235,7 +235,8 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
 unsafe fn show(attached: &Attached, context: *mut Context, started: bool) -> bool {
     // SAFETY: by the contract.
     let context = unsafe { &*context };
-    if context.is_withheld.load(Ordering::Relaxed) == 0 || context.is_withheld.swap(0, Ordering::AcqRel) == 0 {
+    if context.is_withheld.load(Ordering::Relaxed) == 0 || context.is_withheld.swap(0, Ordering::AcqRel) == 0
+    {
         return false;
     }
     if let Some(withheld) = context.withheld {
