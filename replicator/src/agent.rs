@@ -5,14 +5,13 @@
 //! | `nbd-*` | serve clients (room `nbd`), through `capture/nbd` |
 //! | `af-journal` | `pipeline`: ring → frames → source journal |
 //! | `af-pack-N` | compression |
-//! | `af-serve` | offline synchronisation, then opens the NBD sockets |
+//! | `af-sync` | opens the NBD sockets, then `resync`: copies what is dirty while writes go on |
 //! | link task, `af-ship` | `link`: the connection, its acknowledgements, its reader |
 //! | upkeep task | clock jumps, the lsn lease |
 
 use std::fs::File;
-use std::iter::once;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,18 +20,21 @@ use journal::compress::Compression;
 use journal::frame::Stamp;
 use journal::writer::Writer;
 use journal::{Lsn, Position};
-use kfilter::{Captured, Entry, Op};
+use kfilter::Op;
 use tokio::sync::{mpsc, watch};
 
 use crate::capture::nbd::{CapturedVolume, OnGap};
+use crate::capture::ring::Front;
+use crate::capture::{Refusal, Ring, Volume};
 use crate::clock::{JumpWatch, now_ns};
 use crate::error::{Error, ErrorKind, Result};
+use crate::gaps;
 use crate::link::{Link, LinkSettings};
 use crate::pipeline::{BatchSettings, Pipeline, Shared};
 use crate::progress::Progress;
-use crate::resync::Halt;
-use crate::start::{self, Repair, Started};
-use crate::state::{Gap, StateFile};
+use crate::resync::{Engine, Halt};
+use crate::start::{self, OpenRing, OpenVolume, Opened, Started};
+use crate::state::StateFile;
 use crate::status::{Board, State, Status};
 
 /// How long a stop waits for clients' requests in flight.
@@ -47,7 +49,7 @@ pub struct Replicator;
 pub struct Handle {
     pub(crate) agent: Arc<Agent>,
     pub(crate) pipeline: Option<thread::JoinHandle<Option<(Position, bool)>>>,
-    pub(crate) serve: Option<thread::JoinHandle<Option<()>>>,
+    pub(crate) sync: Option<thread::JoinHandle<Option<()>>>,
     pub(crate) link: tokio::task::JoinHandle<()>,
     pub(crate) upkeep: tokio::task::JoinHandle<()>,
     pub(crate) stop_link: watch::Sender<bool>,
@@ -59,7 +61,7 @@ pub struct Handle {
 pub(crate) struct Agent {
     pub(crate) settings: conf::Replicator,
     pub(crate) shared: Shared,
-    pub(crate) volumes: Vec<Arc<CapturedVolume>>,
+    pub(crate) volumes: Vec<Arc<Volume>>,
     /// Lsns that `wait` wants applied soon.
     pub(crate) apply_now: mpsc::Sender<Lsn>,
     pub(crate) servers: Mutex<Vec<nbd::Server>>,
@@ -69,8 +71,8 @@ pub(crate) struct Agent {
 }
 
 impl Replicator {
-    /// Starts a source on the current tokio runtime. When it returns, capture is ready or a synchronisation runs;
-    /// the NBD sockets open when that is done.
+    /// Starts a source on the current tokio runtime. When it returns, capture is ready; the NBD sockets open a moment
+    /// later, whatever is still to be synchronised.
     ///
     /// # Errors
     /// Settings that do not fit what is there; somebody else serves the group; no room for the ring.
@@ -84,13 +86,7 @@ impl Replicator {
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
-        let Started { state, volumes, ring, writer, repair, cause, first, last_time_ns } = started;
-        if !ring.is_pinned() {
-            tracing::warn!(
-                "the ring could not be locked in memory; raise RLIMIT_MEMLOCK (LimitMEMLOCK=) above its size"
-            );
-        }
-        let ring = Arc::new(ring);
+        let Started { state, volumes, ring, writer, cause, last_time_ns } = started;
         let known = state.get().clone();
         let stamp = Stamp { group: known.group, lineage: known.lineage, epoch: known.epoch };
         let board =
@@ -104,33 +100,29 @@ impl Replicator {
             }
             Err(_) => Progress::new(epoch_start, std::iter::empty()),
         };
+        let state = Arc::new(Mutex::new(state));
+        let (ring, volumes) = assemble(ring, volumes, &state, &board);
         let shared = Shared {
-            ring: ring.clone(),
+            ring: Arc::new(ring),
             progress: Arc::new(progress),
             board: board.clone(),
-            state: Arc::new(Mutex::new(state)),
+            state,
             sync_cause: Arc::new(Mutex::new(cause.clone())),
-            may_wait: Arc::new(AtomicBool::new(!matches!(repair, Repair::None))),
-            broken: Arc::new(AtomicBool::new(writer.is_err())),
+            map: Arc::default(),
+            health: Arc::default(),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::new(AtomicU64::new(0)),
         };
-        let volumes: Vec<Arc<CapturedVolume>> = volumes
-            .into_iter()
-            .map(|volume| {
-                let uuid = uuid::Uuid::from_bytes(volume.known.uuid.0);
-                let (id, name) = (volume.known.id.0, volume.known.name);
-                let state = shared.state.clone();
-                let on_gap: OnGap = Arc::new(move |cause| remember_gap(&state, cause));
-                let (ring, board) = (ring.clone(), board.clone());
-                Arc::new(CapturedVolume::new(id, name, uuid, volume.backing, ring, board, on_gap))
-            })
-            .collect();
         let tail = writer.as_ref().map(Writer::shared).ok();
-        let no_journal = writer.as_ref().err().cloned();
+        if let Err(why) = &writer {
+            shared.health.broken();
+            tracing::error!(%why, "the disk is served without protection");
+            let why =
+                format!("not synchronised: {why}; writes are not recorded, restart the agent to synchronise");
+            board.change(State::Degraded, why);
+        }
         let pipeline = Pipeline::new(shared.clone(), writer.ok(), stamp, batch_settings(&settings))?;
         let (apply_now, wanted) = mpsc::channel(64);
-        let broken = shared.broken.clone();
         let agent = Arc::new(Agent {
             settings,
             shared,
@@ -138,7 +130,7 @@ impl Replicator {
             apply_now,
             servers: Mutex::new(Vec::new()),
             serving: AtomicBool::new(false),
-            halt: Halt { stop: AtomicBool::new(false), broken },
+            halt: Halt::default(),
             failure: watch::Sender::new(None),
         });
         let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {
@@ -148,12 +140,9 @@ impl Replicator {
                 None
             }
         })?;
-        let serve = agent.clone().spawn("af-serve", move |agent| {
-            let synchronised = match no_journal {
-                Some(why) => Err(Error::new(ErrorKind::NotPossible, why)),
-                None => agent.synchronise(&repair, cause, first),
-            };
-            if let Err(error) = agent.serve_after(synchronised) {
+        let sync = agent.clone().spawn("af-sync", move |agent| {
+            let done = agent.serve().and_then(|()| Engine::new(agent).run(&cause));
+            if let Err(error) = done {
                 agent.fail(error);
             }
             Some(())
@@ -170,7 +159,7 @@ impl Replicator {
         Ok(Handle {
             agent,
             pipeline: Some(pipeline),
-            serve: Some(serve),
+            sync: Some(sync),
             link,
             upkeep,
             stop_link,
@@ -178,6 +167,47 @@ impl Replicator {
             _lock: lock,
         })
     }
+}
+
+/// The ring and the volumes as the agent holds them.
+fn assemble(
+    ring: OpenRing,
+    opened: Vec<OpenVolume>,
+    state: &Arc<Mutex<StateFile>>,
+    board: &Arc<Board>,
+) -> (Ring, Vec<Arc<Volume>>) {
+    let region = match ring {
+        OpenRing::Kernel(group) => {
+            let volumes = opened.into_iter().map(|volume| {
+                let disk = match volume.content {
+                    Opened::Device(disk) => disk,
+                    Opened::Front(_) => None,
+                };
+                Arc::new(Volume::device(volume.known.id.0, volume.known.name, disk))
+            });
+            return (Ring::Kernel(Arc::new(group)), volumes.collect());
+        }
+        OpenRing::Front(region) => Arc::new(region),
+    };
+    if !region.is_pinned() {
+        tracing::warn!(
+            "the ring could not be locked in memory; raise RLIMIT_MEMLOCK (LimitMEMLOCK=) above its size"
+        );
+    }
+    let mut in_flight = Vec::new();
+    let mut volumes = Vec::new();
+    for volume in opened {
+        let Opened::Front(backing) = volume.content else { continue };
+        let uuid = uuid::Uuid::from_bytes(volume.known.uuid.0);
+        let (id, name) = (volume.known.id.0, volume.known.name);
+        let state = state.clone();
+        let on_gap: OnGap = Arc::new(move |cause| gaps::remember(&state, cause));
+        let (region, board) = (region.clone(), board.clone());
+        let captured = CapturedVolume::new(id, name, uuid, backing, region, board, on_gap);
+        in_flight.push(captured.in_flight.clone());
+        volumes.push(Arc::new(Volume::front(Arc::new(captured))));
+    }
+    (Ring::Front(Front::new(region, in_flight)), volumes)
 }
 
 /// Runs blocking work on a named thread and awaits it.
@@ -270,22 +300,6 @@ impl Agent {
             && !self.volumes.iter().any(|volume| volume.sync_failed())
     }
 
-    /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
-    pub(crate) fn notice_overflow(&self) {
-        let synchronising = self.shared.may_wait.load(Ordering::Acquire);
-        if synchronising || self.is_recording() || self.shared.broken.load(Ordering::Acquire) {
-            return;
-        }
-        let mib = self.shared.ring.ring_bytes() >> 20;
-        let why = format!(
-            "the ring of {mib} MiB overflowed: writes came faster than the source journal took them; they are kept as \
-             dirty ranges, restart the agent to synchronise these"
-        );
-        if self.shared.ring.loss().is_some_and(|loss| loss.cause == kfilter::dirty::CAUSE_RING_FULL) {
-            self.shared.board.change(State::Degraded, why);
-        }
-    }
-
     /// Whether everything captured up to now can be named as a recovery point.
     fn consistent(&self) -> std::result::Result<(), Error> {
         self.notice_overflow();
@@ -294,16 +308,6 @@ impl Agent {
             State::Replicating => Ok(()),
             _ => Err(Error::new(ErrorKind::NotPossible, format!("the group is {}: {why}", name_of(state)))),
         }
-    }
-}
-
-/// Makes a gap durable that capture has found; an older one stays the cause.
-fn remember_gap(state: &Mutex<StateFile>, cause: &str) {
-    let gap = Gap { cause: cause.to_owned(), since_ns: now_ns() };
-    let mut file = state.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Err(error) = file.update(|state| _ = state.needs_resync.get_or_insert(gap)) {
-        // The dirty map says the same on this boot, and an unclean start after a reboot.
-        tracing::error!(%error, "the gap cannot be remembered in the state file");
     }
 }
 
@@ -328,9 +332,8 @@ async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
             && let Some(jump_ns) = pending.take()
         {
             tracing::warn!(jump_ns, "the clock jumped; `points` and `restore` will say so");
-            let entry = Entry { payload_len: 8, ..Entry::event(Op::ClockJump, 0, 8) };
             // A stream that takes no records now is a gap already.
-            let _ = agent.shared.ring.capture(once(entry), &jump_ns.to_le_bytes(), now_ns());
+            let _ = agent.shared.ring.event(Op::ClockJump, 0, &jump_ns.to_le_bytes());
         }
         let captured = Lsn(agent.shared.ring.captured_lsn());
         if let Err(error) = agent.state().extend_lease(captured) {
@@ -363,10 +366,10 @@ impl Handle {
         journal::record::check_name(name)
             .map_err(|what| Error::new(ErrorKind::Settings, format!("bookmark {name:?}: {what}")))?;
         self.agent.consistent()?;
-        let entry = Entry::event(Op::Bookmark, 0, u32::try_from(name.len()).unwrap_or(u32::MAX));
-        match self.agent.shared.ring.capture(once(entry), name.as_bytes(), now_ns()) {
-            Ok(Captured::Ring(token)) => Ok(Lsn(token.last_lsn())),
-            Ok(Captured::Bits) | Err(_) => Err(Error::new(
+        match self.agent.shared.ring.event(Op::Bookmark, 0, name.as_bytes()) {
+            Ok(lsn) => Ok(Lsn(lsn)),
+            Err(Refusal::Failed(error)) => Err(error),
+            Err(_) => Err(Error::new(
                 ErrorKind::NotPossible,
                 "the ring takes no records now: this would be no recovery point",
             )),

@@ -1,12 +1,13 @@
 //! SHIP: captures the writes of a group, journals them at the source and ships them.
 //!
 //! ```text
-//!  NBD clients ─► capture/nbd ─► ring ─► pipeline ─► source journal ─► ship ─► link ═══ QUIC ═══► receiver
-//!                     │                                                          ◄── acks ──
-//!                     └─► backing (the source disk, which is the truth)
+//!  NBD clients ─► capture/nbd ─► ring ─┐
+//!                     │                ├─► pipeline ─► source journal ─► ship ─► link ═══ QUIC ═══► receiver
+//!  kernel module ────────────► ring ───┘      ▲                                  ◄── acks ──
+//!                                             └── resync ◄── disk (which is the truth)
 //! ```
-//! `start` decides how a run begins (take the ring over, synchronise, or go on after a clean stop), `agent` owns the
-//! run, `resync` is the offline synchronisation, `state` what survives the process, `status` what operators see.
+//! `start` decides how a run begins (take the ring over, go on after a clean stop, or a new epoch), `agent` owns the run,
+//! `resync` copies what is dirty while writes go on, `state` is what survives the process, `status` what operators see.
 //!
 //! A slow or absent receiver never slows a client: between capture and everything else stands the ring, and a full
 //! ring becomes dirty bits.
@@ -16,6 +17,7 @@ pub mod buffered_disk;
 pub mod capture;
 pub mod clock;
 pub mod error;
+mod gaps;
 pub mod link;
 pub mod pipeline;
 pub mod progress;
@@ -32,6 +34,3 @@ pub mod wait;
 pub use agent::{Handle, Replicator};
 pub use error::{Error, ErrorKind, Result};
 pub use wait::WaitOutcome;
-
-/// The group's ring as this process maps it.
-pub type SharedRing = kfilter::Region;

@@ -379,6 +379,8 @@ impl Agent {
                 state.above_lsn = state.above_lsn.max(resume.lsn);
             }
             state.needs_resync.get_or_insert(gap);
+            // Histories that do not join are joined by a new epoch, whatever the ring remembers.
+            state.gap_in_ring = false;
         });
         if let Err(error) = remembered {
             tracing::error!(%error, "the gap cannot be remembered in the state file");

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use journal::{Lsn, Positions};
 use kfilter::Mode;
 
-use crate::SharedRing;
 use crate::agent::Agent;
+use crate::capture::Ring;
 use crate::clock::now_ns;
 use crate::status::{GroupStatus, VolumeStatus};
 
@@ -63,8 +63,11 @@ impl Agent {
                 .map(|(volume, settings)| VolumeStatus {
                     name: volume.name.clone(),
                     state: shared.board.volume(&volume.name),
-                    size_bytes: nbd::Export::size_bytes(volume.as_ref()),
-                    nbd_uri: serving
+                    size_bytes: volume
+                        .size_bytes()
+                        .or_else(|| shared.ring.size_bytes(volume.id))
+                        .unwrap_or(0),
+                    nbd_uri: (serving && volume.served().is_some())
                         .then(|| format!("nbd+unix:///{}?socket={}", volume.name, uri_path(&settings.nbd))),
                     replica: None,
                     source: Some(settings.path.display().to_string()),
@@ -94,6 +97,6 @@ fn uri_path(path: &Path) -> String {
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
-fn percent(ring: &SharedRing) -> u8 {
+fn percent(ring: &Ring) -> u8 {
     (ring.fill_ratio() * 100.0).clamp(0.0, 100.0) as u8
 }

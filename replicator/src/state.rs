@@ -5,7 +5,11 @@
 //!   machine the next epoch starts at the lease's end and no lsn is used twice, without asking the peer (DESIGN 6).
 //! * `clean` is removed, durably, before the first write of a run is served, and set as the last step of a stop.
 //! * `needs_resync` is set, durably, as soon as a gap is known that the ring's own dirty map does not remember, and
-//!   is removed only after `resync-end` of a synchronisation of everything has been journaled.
+//!   is removed only after `resync-end` of a synchronisation of everything has been journaled. `gap_in_ring` says that
+//!   the current epoch's ring remembers it after all, as dirty bits: then a new owner of that ring goes on with what is
+//!   left of them.
+//! * `given_up` is set, durably, before the room of a record is given back that no journal holds and whose range became
+//!   dirty bits instead; removed when the journal has a place for its lsn again.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +23,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// How far ahead of use the lsn lease is made durable: a write rate of 10^6/s uses it up in an hour.
 const LEASE: u64 = 1 << 32;
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Why and since when the replica cannot be trusted to follow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +32,21 @@ pub struct Gap {
     pub cause: String,
     /// Realtime, ns.
     pub since_ns: u64,
+}
+
+/// A device at the moment when its capture ended cleanly ([`crate::start::stamp`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStamp {
+    /// Which boot.
+    pub boot: [u8; 16],
+    /// Sectors written and discarded in that boot.
+    pub written: [u64; 2],
+    /// Size, bytes.
+    pub size_bytes: u64,
+    /// Of its first and last MiB.
+    pub hash: [u8; 16],
+    /// What its maker calls it; empty where that is not known.
+    pub identity: String,
 }
 
 /// A volume as the group knows it; ids are never given to another volume.
@@ -41,10 +60,14 @@ pub struct KnownVolume {
     pub name: String,
     /// Size when last seen, bytes.
     pub size_bytes: u64,
-    /// What tells whether others wrote to it since the clean stop ([`crate::start::stamp`]).
+    /// What tells whether others wrote to it since the clean stop ([`crate::start::stamp::of_path`]).
     pub stamp: Option<[u64; 3]>,
     /// False once it left the group.
     pub present: bool,
+    /// The same for a device that the kernel module captured.
+    pub device: Option<DeviceStamp>,
+    /// Taken out of capture by the operator, until they attach it again.
+    pub detached: bool,
 }
 
 /// The remembered state.
@@ -67,6 +90,12 @@ pub struct SourceState {
     pub clean: Option<Lsn>,
     /// A gap that only a synchronisation of everything repairs.
     pub needs_resync: Option<Gap>,
+    /// The ring of the current epoch holds that gap as dirty bits.
+    pub gap_in_ring: bool,
+    /// Records behind the journal's end were released, as dirty bits of the current epoch's ring.
+    pub given_up: bool,
+    /// A synchronisation has come to its end at least once.
+    pub was_consistent: bool,
     /// A frame of the journal is unreadable: the next start sets it aside.
     pub journal_damaged: bool,
     /// The next epoch's number must be above this (the peer has seen it).
@@ -97,9 +126,7 @@ impl StateFile {
             .any(|name| name == "state");
         let (slots, state) = if exists {
             let (slots, payload) = TwoSlot::open(disk, &path)?;
-            let state =
-                postcard::from_bytes::<SourceState>(&payload).ok().filter(|state| state.version == VERSION);
-            let state = state.ok_or_else(|| {
+            let state = decode(&payload).ok_or_else(|| {
                 let at =
                     format!("{}: not a state that this version reads; use the newer program", path.display());
                 Error::new(ErrorKind::Settings, at)
@@ -148,6 +175,8 @@ impl StateFile {
             state.epoch_is_full = full;
             state.lease_end = Lsn(start.0.saturating_add(LEASE));
             state.clean = None;
+            // Both speak of the ring of the epoch before.
+            (state.gap_in_ring, state.given_up) = (false, false);
         })
     }
 
@@ -175,11 +204,88 @@ impl SourceState {
             lease_end: Lsn::ZERO,
             clean: None,
             needs_resync: None,
+            gap_in_ring: false,
+            given_up: false,
+            was_consistent: false,
             journal_damaged: false,
             above_epoch: 0,
             above_lsn: Lsn::ZERO,
             volumes: Vec::new(),
         }
+    }
+}
+
+/// The state as version 1 wrote it.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
+struct Version1 {
+    version: u16,
+    group: GroupId,
+    lineage: Lineage,
+    epoch: Epoch,
+    epoch_start: Lsn,
+    epoch_is_full: bool,
+    lease_end: Lsn,
+    clean: Option<Lsn>,
+    needs_resync: Option<Gap>,
+    journal_damaged: bool,
+    above_epoch: u64,
+    above_lsn: Lsn,
+    volumes: Vec<Volume1>,
+}
+
+/// A volume as version 1 wrote it.
+#[derive(Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
+struct Volume1 {
+    id: VolumeId,
+    uuid: VolumeUuid,
+    name: String,
+    size_bytes: u64,
+    stamp: Option<[u64; 3]>,
+    present: bool,
+}
+
+impl From<Version1> for SourceState {
+    fn from(old: Version1) -> SourceState {
+        let volume = |old: Volume1| KnownVolume {
+            id: old.id,
+            uuid: old.uuid,
+            name: old.name,
+            size_bytes: old.size_bytes,
+            stamp: old.stamp,
+            present: old.present,
+            device: None,
+            detached: false,
+        };
+        SourceState {
+            version: VERSION,
+            group: old.group,
+            lineage: old.lineage,
+            epoch: old.epoch,
+            epoch_start: old.epoch_start,
+            epoch_is_full: old.epoch_is_full,
+            lease_end: old.lease_end,
+            clean: old.clean,
+            was_consistent: old.epoch.number > 0 && old.needs_resync.is_none(),
+            needs_resync: old.needs_resync,
+            gap_in_ring: false,
+            given_up: false,
+            journal_damaged: old.journal_damaged,
+            above_epoch: old.above_epoch,
+            above_lsn: old.above_lsn,
+            volumes: old.volumes.into_iter().map(volume).collect(),
+        }
+    }
+}
+
+/// Reads any version that we know.
+fn decode(payload: &[u8]) -> Option<SourceState> {
+    let (version, _) = postcard::take_from_bytes::<u16>(payload).ok()?;
+    match version {
+        1 => postcard::from_bytes::<Version1>(payload).ok().filter(|old| old.version == 1).map(Into::into),
+        VERSION => postcard::from_bytes(payload).ok(),
+        _ => None,
     }
 }
 
@@ -213,6 +319,37 @@ mod tests {
         file.begin_epoch(None, true).unwrap();
         assert_eq!((file.get().epoch.number, file.get().epoch_start), (8, Lsn(1 << 32)));
         assert_ne!(file.get().epoch.id, first.epoch.id);
+    }
+
+    #[test]
+    fn a_state_of_the_first_version_is_read() {
+        let old = Version1 {
+            version: 1,
+            group: GroupId([1; 16]),
+            lineage: Lineage([2; 16]),
+            epoch: Epoch { number: 3, id: EpochId([4; 16]) },
+            epoch_start: Lsn(5),
+            epoch_is_full: true,
+            lease_end: Lsn(6),
+            clean: Some(Lsn(7)),
+            needs_resync: None,
+            journal_damaged: false,
+            above_epoch: 8,
+            above_lsn: Lsn(9),
+            volumes: vec![Volume1 {
+                id: VolumeId(1),
+                uuid: VolumeUuid([2; 16]),
+                name: "v".to_owned(),
+                size_bytes: 512,
+                stamp: Some([1, 2, 3]),
+                present: true,
+            }],
+        };
+        let state = decode(&postcard::to_stdvec(&old).unwrap()).unwrap();
+        assert_eq!((state.clean, state.above_lsn, state.was_consistent), (Some(Lsn(7)), Lsn(9), true));
+        assert!(!state.volumes[0].detached && state.volumes[0].present);
+        assert_eq!(decode(&encode(&state).unwrap()), Some(state));
+        assert_eq!(decode(&[99, 0, 0]), None, "of a newer program");
     }
 
     #[test]

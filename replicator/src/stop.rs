@@ -20,8 +20,8 @@ impl Handle {
     /// The clean mark could not be written: the next start takes the ring over, or synchronises.
     pub async fn shutdown(mut self) -> Result<()> {
         self.agent.halt.stop.store(true, Ordering::Release);
-        if let Some(serve) = self.serve.take() {
-            on_thread("af-stop", move || drop(serve.join())).await?;
+        if let Some(sync) = self.sync.take() {
+            on_thread("af-stop", move || drop(sync.join())).await?;
         }
         let servers = std::mem::take(&mut *self.agent.servers.lock().unwrap_or_else(PoisonError::into_inner));
         let mut left = 0;
@@ -31,7 +31,7 @@ impl Handle {
         let volumes = self.agent.volumes.clone();
         let closing = move || {
             let mut closed = true;
-            for volume in &volumes {
+            for volume in volumes.iter().filter_map(|volume| volume.served()) {
                 closed &= volume.close(STOP_DEADLINE);
             }
             closed
@@ -54,7 +54,11 @@ impl Handle {
         let served = self.agent.serving.load(Ordering::Acquire);
         match ended {
             Some((position, true)) if served && left == 0 && closed && self.agent.is_whole(&position) => {
-                on_thread("af-stop", move || self.mark_clean(&position)).await?
+                match self.agent.settings.capture {
+                    conf::Capture::Nbd => on_thread("af-stop", move || self.mark_clean(&position)).await?,
+                    // The kernel captures on; the next start takes over.
+                    conf::Capture::Kfilter => Ok(()),
+                }
             }
             _ => Ok(()),
         }
@@ -66,7 +70,7 @@ impl Handle {
         let dir = self.agent.settings.dir.join("journal");
         BufferedDisk::settle(&RealDisk, &dir)
             .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
-        for volume in &self.agent.volumes {
+        for volume in self.agent.volumes.iter().filter_map(|volume| volume.served()) {
             nbd::Export::sync(volume.as_ref()).map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
@@ -82,7 +86,7 @@ impl Handle {
         self.agent.state().update(|state| {
             for known in &mut state.volumes {
                 let path = paths.iter().find(|(name, _)| **name == known.name);
-                known.stamp = path.and_then(|(_, path)| start::stamp(path));
+                known.stamp = path.and_then(|(_, path)| start::stamp::of_path(path));
             }
             state.clean = Some(last.lsn);
         })?;

@@ -35,18 +35,20 @@ pub enum WaitOutcome {
 pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result<WaitOutcome> {
     let deadline = Instant::now() + at_most;
     let mut peer = agent.shared.progress.watch_peer();
-    // What a synchronisation captures before the front opens belongs to "so far": fixed once it is replicating.
+    // What a synchronisation captures belongs to "so far": fixed once it is replicating.
     let mut wanted = None;
     loop {
         agent.notice_overflow();
         let (state, why) = agent.shared.board.state();
-        let synchronising = matches!(state, State::Syncing | State::Resyncing | State::Detached);
+        // A gap that is repaired by itself is one that is synchronised soon.
+        let synchronising = matches!(state, State::Syncing | State::Resyncing | State::Detached)
+            || (state == State::Degraded && agent.repairs_itself());
         if state != State::Replicating && !synchronising {
             return Ok(WaitOutcome::Impossible { why: format!("the group is {}: {why}", name_of(state)) });
         }
-        if !synchronising && !agent.is_recording() {
+        if !synchronising && !agent.is_recording() && !agent.repairs_itself() {
             return Ok(WaitOutcome::Impossible {
-                why: "writes are not being recorded; restart the agent".into(),
+                why: "writes are not being recorded; `afterimage status` says why".into(),
             });
         }
         let seen = peer.borrow_and_update().clone();

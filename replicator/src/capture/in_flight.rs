@@ -88,6 +88,28 @@ impl InFlight {
         Ok(Turn { owner: self, ticket })
     }
 
+    /// A mark: every change that began before this call is before it.
+    pub fn now(&self) -> u64 {
+        self.lock().next_ticket
+    }
+
+    /// The barrier of a resync: whether every change that began before the mark has left, within a time. Changes that
+    /// come after it are not waited for, however many they are.
+    pub fn until_left(&self, mark: u64, at_most: Duration) -> bool {
+        let ends = Instant::now() + at_most;
+        let mut queue = self.lock();
+        while queue.places.iter().any(|place| place.ticket < mark) {
+            let Some(rest) = ends.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero())
+            else {
+                return false;
+            };
+            queue.waiting += 1;
+            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0;
+            queue.waiting -= 1;
+        }
+        true
+    }
+
     /// From now on nothing begins. True: nothing is in flight any more; false: something still is after `deadline`.
     pub fn close(&self, deadline: Duration) -> bool {
         let ends = Instant::now() + deadline;
@@ -171,6 +193,22 @@ mod tests {
         let place = |name| order.iter().position(|found| *found == name).unwrap();
         assert!(place(1) < place(2), "{order:?}");
         assert_eq!(order.len(), 5);
+    }
+
+    #[test]
+    fn the_barrier_waits_for_those_before_it_and_no_others() {
+        let flight = InFlight::default();
+        let before = flight.enter(0..512).unwrap();
+        let mark = flight.now();
+        let after = flight.enter(512..1024).unwrap();
+        assert!(!flight.until_left(mark, Duration::from_millis(1)));
+        thread::scope(|scope| {
+            let barrier = scope.spawn(|| flight.until_left(mark, Duration::from_secs(20)));
+            until_waiting(&flight, 1);
+            drop(before);
+            assert!(barrier.join().unwrap(), "what came after does not hold it up");
+        });
+        drop(after);
     }
 
     #[test]

@@ -19,19 +19,18 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kfilter::{Captured, Entry, Op, Refused, Token};
+use kfilter::{Captured, Entry, Op, Refused, Region, Token};
 use nbd::{Backing, BlockExtent, Export, Zeroing};
 use uuid::Uuid;
 
-use crate::SharedRing;
 use crate::capture::durability::{Durability, NotDurable};
 use crate::capture::in_flight::InFlight;
 use crate::capture::pace::Pacer;
 use crate::clock::now_ns;
 use crate::status::{Board, State};
 
-/// What stands after a failed write is recorded up to this length (the longest piece of a WRITE); the content of a
-/// longer discard or zeroing would flood the ring, so it becomes dirty bits.
+/// What stands after a failed write is recorded at once up to this length (the longest piece of a WRITE); the content of
+/// a longer discard or zeroing would flood the ring, so it becomes dirty bits, which a repair reads again.
 const MAX_REPAIR_BYTES: u64 = 1 << 20;
 
 /// Told why, as soon as the replica's content is known to differ in a way that only a synchronisation mends.
@@ -48,10 +47,11 @@ pub struct CapturedVolume {
     /// Where the content lives.
     pub backing: Backing,
     /// The group's ring.
-    pub ring: Arc<SharedRing>,
+    pub ring: Arc<Region>,
     /// The group's states.
     pub board: Arc<Board>,
-    in_flight: InFlight,
+    /// Its changes in flight: what the barrier of a synchronisation waits for.
+    pub in_flight: Arc<InFlight>,
     durability: Durability,
     pacer: Pacer,
     on_gap: OnGap,
@@ -65,11 +65,11 @@ impl CapturedVolume {
         name: String,
         uuid: Uuid,
         backing: Backing,
-        ring: Arc<SharedRing>,
+        ring: Arc<Region>,
         board: Arc<Board>,
         on_gap: OnGap,
     ) -> CapturedVolume {
-        let (in_flight, durability, pacer) = (InFlight::default(), Durability::default(), Pacer::new());
+        let (in_flight, durability, pacer) = (Arc::default(), Durability::default(), Pacer::new());
         CapturedVolume { id, name, uuid, backing, ring, board, in_flight, durability, pacer, on_gap }
     }
 
@@ -120,10 +120,8 @@ impl CapturedVolume {
             Ok(Captured::Ring(_))
         );
         if !(recorded && length <= MAX_REPAIR_BYTES && self.record_content(offset, length).is_ok()) {
-            self.ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
+            // Read again behind a fence, as soon as the synchronisation looks.
             self.ring.mark_dirty(self.id, offset..offset + length);
-            let why = format!("volume {}: a write of bytes {offset}+{length} failed: {error}", self.name);
-            self.board.change(State::Degraded, why);
         }
     }
 
@@ -170,7 +168,7 @@ impl CapturedVolume {
     }
 }
 
-/// A sync slot with its content, as the offline synchronisation and the repair of failed writes reserve it.
+/// A sync slot with its content, as the repair of failed writes reserves it while it holds the range.
 pub fn sync_slot(volume: u32, offset: u64, bytes: usize) -> Entry {
     let payload_len = u32::try_from(bytes).expect("a slot holds at most one record's payload");
     Entry {
@@ -320,7 +318,7 @@ mod tests {
                 first_lsn: 1,
                 last_time_ns: 0,
             };
-            let ring = Arc::new(SharedRing::create(ring_dir.path(), &spec).unwrap());
+            let ring = Arc::new(Region::create(ring_dir.path(), &spec).unwrap());
             let board = Arc::new(Board::new("g", std::iter::once("disk".to_owned())));
             let gaps = Arc::new(Mutex::new(Vec::new()));
             let told = gaps.clone();
@@ -382,9 +380,8 @@ mod tests {
 
         volume.discard(8 * MIB, 32 * MIB, false).unwrap_err();
         assert_eq!(volume.ring.captured_lsn(), 5, "no content of a long range");
-        assert_eq!(volume.ring.mode(), Mode::Bitmap);
+        assert_eq!(volume.ring.mode(), Mode::Ring, "everything else is still recorded");
         assert_eq!(rig.dirty(), vec![8 * MIB..40 * MIB; 1]);
-        assert_eq!(volume.board.state().0, State::Degraded);
         assert!(!volume.sync_failed());
     }
 

@@ -10,7 +10,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::SharedRing;
+use kfilter::Region;
 
 /// Above this fill writes are paced; the rest of the ring is for what waits do not hold back.
 const HIGH: f64 = 0.75;
@@ -41,7 +41,7 @@ impl Pacer {
 
     /// Before a write is captured. Costs two loads while the ring has room.
     #[inline]
-    pub fn pace(&self, ring: &SharedRing) {
+    pub fn pace(&self, ring: &Region) {
         if ring.fill_ratio() >= HIGH {
             self.wait(|| ring.fill_ratio() >= HIGH, || ring.first_held_lsn());
         }

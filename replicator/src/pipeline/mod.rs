@@ -8,37 +8,43 @@
 //! * Frames are appended in ring order; ring room is released only for records that are appended *and* done.
 //! * Records at or below the journal's position (left by a dead owner between append and release) are not journaled
 //!   twice.
-//! * What cannot be journaled (quota, full or failing disk) is never dropped silently: the ring goes to the dirty
-//!   map, the gap is remembered durably *before* the room of a record that is in no journal is given back, and the
-//!   clients go on.
+//! * What cannot be journaled is never dropped silently: before the room of a record that is in no journal is given
+//!   back, its range is dirty in the ring, and that is remembered durably (`shortage`). The clients go on.
 //! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the truth.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
 use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
 use journal::pool::EncodePool;
-use journal::record::{Op, Record};
 use journal::retention::SourcePolicy;
 use journal::writer::Writer;
-use journal::{Extent, Lsn, Position, VolumeId, record};
-use kfilter::{Consumer, Mapping, Mode, RecordRef};
+use journal::{Lsn, Position};
+use kfilter::Mode;
 
-use crate::SharedRing;
+use crate::capture::ring::ring_lost;
+use crate::capture::{Ring, Tap};
 use crate::clock::now_ns;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::progress::Progress;
-use crate::state::{Gap, StateFile};
-use crate::status::{Board, State};
+use crate::resync::map::SharedMap;
+use crate::state::StateFile;
+use crate::status::Board;
+
+mod health;
+mod records;
+mod shortage;
+
+pub use health::Health;
+use records::Translator;
+use shortage::Shortage;
 
 /// Raw bytes in the pool at most: four of the largest batches keep every compression thread busy.
 const POOL_BYTES: usize = 4 << 20;
 /// Sleep when there is nothing to do; also bounds how late an overflow shows in status.
 const IDLE: Duration = Duration::from_millis(50);
-/// How long an offline synchronisation waits for acknowledgements that would make room. Clients wait behind it, so it ends.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a stop waits for backing writes that hang.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// Sleep while records wait for their backing write before their room can be released.
@@ -65,7 +71,7 @@ pub struct BatchSettings {
 #[derive(Clone)]
 pub struct Shared {
     /// The group's ring.
-    pub ring: Arc<SharedRing>,
+    pub ring: Arc<Ring>,
     /// Positions.
     pub progress: Arc<Progress>,
     /// States.
@@ -74,10 +80,10 @@ pub struct Shared {
     pub state: Arc<Mutex<StateFile>>,
     /// Why the running synchronisation runs; becomes the text of its `resync-begin`.
     pub sync_cause: Arc<Mutex<String>>,
-    /// Set while the offline synchronisation is the only producer: then a full quota waits instead of degrading.
-    pub may_wait: Arc<AtomicBool>,
-    /// Set for good when nothing more is journaled in this run.
-    pub broken: Arc<AtomicBool>,
+    /// What a synchronisation hands over.
+    pub map: Arc<SharedMap>,
+    /// Whether frames are appended.
+    pub health: Arc<Health>,
     /// Ends the pipeline once the ring is drained.
     pub stop: Arc<AtomicBool>,
     /// Bytes of the journal on disk, for status.
@@ -87,9 +93,12 @@ pub struct Shared {
 /// The pipeline's own state.
 pub struct Pipeline {
     shared: Shared,
-    consumer: Consumer<Mapping, Arc<SharedRing>>,
+    tap: Tap,
+    translator: Translator,
     /// Gone once nothing more is journaled in this run.
     writer: Option<Writer>,
+    /// While there is no room for frames.
+    shortage: Option<Shortage>,
     pool: EncodePool,
     settings: BatchSettings,
     stamp: Stamp,
@@ -113,24 +122,25 @@ impl Pipeline {
         stamp: Stamp,
         settings: BatchSettings,
     ) -> Result<Pipeline> {
-        let consumer = Consumer::new(shared.ring.clone())
-            .map_err(|_| Error::new(ErrorKind::Busy, "the ring already has a consumer in this process"))?;
+        let tap = shared.ring.tap()?;
         let mut pool = EncodePool::new("af-pack", settings.threads, POOL_BYTES)?;
         let batch = pool.batch();
         let journaled = shared.progress.position();
-        let releasable = journaled.lsn;
-        let pipeline = Pipeline {
+        let mut pipeline = Pipeline {
+            translator: Translator::new(shared.clone()),
             shared,
-            consumer,
+            tap,
             writer,
+            shortage: None,
             pool,
             settings,
             stamp,
             batch,
             opened: None,
             journaled,
-            releasable,
+            releasable: journaled.lsn,
         };
+        pipeline.take_over_shortage()?;
         pipeline.publish_size();
         Ok(pipeline)
     }
@@ -159,6 +169,7 @@ impl Pipeline {
             if took {
                 continue;
             }
+            self.mend_shortage()?;
             if self.pool.in_flight() > 0 {
                 self.commit_next()?;
                 continue;
@@ -177,9 +188,9 @@ impl Pipeline {
                 Some(opened) => self.settings.max_delay.saturating_sub(opened.elapsed()),
                 None => IDLE,
             };
-            self.consumer.wait(if held { pause.min(NOT_DONE) } else { pause });
+            self.tap.wait(if held { pause.min(NOT_DONE) } else { pause });
         }
-        Ok((self.journaled, !self.is_broken() && self.shared.ring.mode() == Mode::Ring))
+        Ok((self.journaled, self.shared.health.is_good() && self.shared.ring.mode() == Mode::Ring))
     }
 
     /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so that
@@ -187,26 +198,25 @@ impl Pipeline {
     fn gather(&mut self) -> Result<bool> {
         let mut gathered = 0;
         while gathered < self.settings.max_bytes {
-            let Some(record) = self.consumer.peek().map_err(ring_lost)? else { break };
-            let bytes = record::HEADER_BYTES + record.payload().len();
+            let Some(record) = self.tap.peek().map_err(ring_lost)? else { break };
+            let bytes = Translator::raw_bytes(&record);
             gathered += bytes;
-            if self.is_broken() {
-                // Covered by the gap that `give_up` remembered.
-                self.releasable = Lsn(record.lsn());
-                self.consumer.advance().map_err(ring_lost)?;
-                continue;
-            }
             if record.lsn() > self.journaled.lsn.0 {
-                if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0 {
+                if self.is_broken() || self.shortage.is_some() {
+                    shortage::give_up_record(&self.shared, &mut self.shortage, &record)?;
+                    self.releasable = Lsn(record.lsn());
+                } else if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0
+                {
                     if !self.submit()? {
                         return Ok(true);
                     }
                     continue;
+                } else {
+                    self.translator.push(&mut self.batch, &record)?;
+                    self.opened.get_or_insert_with(Instant::now);
                 }
-                push(&mut self.batch, &record, &self.shared.sync_cause);
-                self.opened.get_or_insert_with(Instant::now);
             }
-            self.consumer.advance().map_err(ring_lost)?;
+            self.tap.advance().map_err(ring_lost)?;
         }
         Ok(gathered > 0)
     }
@@ -226,7 +236,8 @@ impl Pipeline {
     }
 
     fn close_batch(&mut self) -> Result<()> {
-        while !self.is_broken() && !self.submit()? {}
+        // A batch that was given up meanwhile is empty.
+        while self.batch.records() > 0 && !self.submit()? {}
         Ok(())
     }
 
@@ -256,21 +267,39 @@ impl Pipeline {
         }
     }
 
-    /// Seals a frame onto the chain and appends it.
+    /// Seals a frame onto the chain and appends it; what cannot be appended becomes dirty bits.
     fn commit(&mut self, frame: EncodedFrame) -> Result<()> {
-        if self.is_broken() {
+        if self.is_broken() || self.shortage.is_some() {
             return Ok(());
         }
-        let (bytes, _) = frame.seal(self.journaled.chain);
-        let header = FrameHeader::parse(&bytes)?;
-        if !self.make_room(bytes.len() as u64)? {
-            let quota = conf::units::format_bytes(self.settings.quota_bytes);
-            let why = format!(
-                "the source journal's quota of {quota} is used up by frames the receiver has not acknowledged"
-            );
-            return self.give_up(&why);
+        match self.append(frame) {
+            Appended::Done => Ok(()),
+            Appended::NoRoom(why) => self.run_short(&why),
+            Appended::Broken(why) => self.give_up(&why),
         }
-        let Some(writer) = &mut self.writer else { return Ok(()) };
+    }
+
+    fn append(&mut self, frame: EncodedFrame) -> Appended {
+        let (bytes, _) = frame.seal(self.journaled.chain);
+        let header = match FrameHeader::parse(&bytes) {
+            Ok(header) => header,
+            Err(error) => return Appended::Broken(format!("a frame of our own cannot be read: {error}")),
+        };
+        match self.make_room(bytes.len() as u64) {
+            Ok(true) => {}
+            Ok(false) => {
+                let quota = conf::units::format_bytes(self.settings.quota_bytes);
+                let why = "is used up by frames the receiver has not acknowledged";
+                return Appended::NoRoom(format!("the source journal's quota of {quota} {why}"));
+            }
+            Err(error) => {
+                return Appended::Broken(told(
+                    "old segments of the source journal cannot be dropped",
+                    &error,
+                ));
+            }
+        }
+        let Some(writer) = &mut self.writer else { return Appended::Done };
         let mut appended = writer.append(&bytes, &header, now_ns());
         if matches!(&appended, Err(error) if error.kind == journal::ErrorKind::NoSpace) {
             // Acknowledged segments stay only as long as their space is not needed.
@@ -284,95 +313,42 @@ impl Pipeline {
         match appended {
             Ok(()) => {
                 self.journaled = header.position();
-                self.releasable = header.last_lsn;
+                self.releasable = self.releasable.max(header.last_lsn);
                 self.shared.progress.journaled(header.position(), header.first_time_ns, bytes.len() as u64);
                 self.pool.recycle(bytes);
                 self.publish_size();
-                Ok(())
+                Appended::Done
             }
-            Err(error) => self.break_off("the source journal cannot be written", &error),
+            Err(error) if error.kind == journal::ErrorKind::NoSpace => {
+                Appended::NoRoom(told("there is no room for the source journal", &error))
+            }
+            Err(error) => Appended::Broken(told("the source journal cannot be written", &error)),
         }
     }
 
-    /// Keeps the journal within its quota by dropping acknowledged segments, oldest first; false when that is not
-    /// enough. An offline synchronisation waits a while for acknowledgements, then drops what older epochs hold: a
-    /// receiver may start at this one, which has everything.
-    fn make_room(&mut self, bytes: u64) -> Result<bool> {
-        let mut waited = (Instant::now(), self.shared.progress.peer().received);
+    /// Keeps the journal within its quota by dropping acknowledged segments, oldest first, then what older epochs hold: a
+    /// receiver may start at this one, which has everything. False when that is not enough.
+    fn make_room(&mut self, bytes: u64) -> journal::Result<bool> {
         loop {
             let Some(writer) = &mut self.writer else { return Ok(false) };
-            let over = |writer: &Writer| writer.journal_bytes() + bytes > self.settings.quota_bytes;
-            if !over(writer) {
+            if writer.journal_bytes() + bytes <= self.settings.quota_bytes {
                 return Ok(true);
             }
             let policy = SourcePolicy { quota_bytes: self.settings.quota_bytes.saturating_sub(bytes) };
             let acknowledged = acknowledged(&self.shared.progress, &self.stamp);
-            let mut keep_from = policy.keep_from(writer.segments(), &acknowledged);
-            let waits =
-                self.shared.may_wait.load(Ordering::Acquire) && !self.shared.stop.load(Ordering::Acquire);
-            let impatient = waited.0.elapsed() > PATIENCE;
-            if keep_from.is_none() && waits && impatient {
+            let keep_from = policy.keep_from(writer.segments(), &acknowledged).or_else(|| {
                 let segments = writer.segments();
                 let first = segments.iter().find(|segment| segment.epoch.number == self.stamp.epoch.number);
-                keep_from = first.map(|first| first.number).filter(|number| *number > segments[0].number);
-            }
-            if let Some(keep_from) = keep_from {
-                if let Err(error) = writer.drop_before(keep_from) {
-                    self.break_off("old segments of the source journal cannot be dropped", &error)?;
-                    return Ok(false);
-                }
-                continue;
-            }
-            if !waits || impatient {
-                return Ok(false);
-            }
-            std::thread::sleep(IDLE);
-            let received = self.shared.progress.peer().received;
-            if received != waited.1 {
-                waited = (Instant::now(), received);
-            }
+                first.map(|first| first.number).filter(|number| *number > segments[0].number)
+            });
+            let Some(keep_from) = keep_from else { return Ok(false) };
+            writer.drop_before(keep_from)?;
         }
-    }
-
-    fn break_off(&mut self, what: &str, error: &journal::Error) -> Result<()> {
-        let cause = match &error.source {
-            Some(source) => format!("{what}: {error}: {source}"),
-            None => format!("{what}: {error}"),
-        };
-        self.give_up(&cause)
-    }
-
-    /// Journaling ends for this run. Order: 1 the ring takes no more records, 2 every volume is dirty in the ring's
-    /// mapping (which outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of
-    /// records that no journal holds is given back (by `gather`).
-    fn give_up(&mut self, cause: &str) -> Result<()> {
-        if self.is_broken() {
-            return Ok(());
-        }
-        self.shared.ring.set_mode_bitmap(kfilter::dirty::CAUSE_QUOTA, now_ns());
-        let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for volume in file.get().volumes.iter().filter(|volume| volume.present) {
-            self.shared.ring.mark_dirty(volume.id.0, 0..volume.size_bytes);
-        }
-        let gap = Gap { cause: cause.to_owned(), since_ns: now_ns() };
-        if let Err(error) = file.update(|state| state.needs_resync = Some(gap)) {
-            // The dirty map says the same to the next owner on this boot, and an unclean start after a reboot.
-            tracing::error!(%error, "the gap cannot be remembered in the state file");
-        }
-        drop(file);
-        let why = format!("{cause}; writes are no longer recorded, restart the agent to synchronise");
-        self.shared.board.change(State::Degraded, why);
-        self.writer = None;
-        self.shared.broken.store(true, Ordering::Release);
-        self.batch.clear();
-        self.opened = None;
-        while self.pool.recv().is_some() {}
-        Ok(())
     }
 
     /// Gives room back; true when some of it waits for a backing write.
     fn release(&mut self) -> Result<bool> {
-        let first_held = self.consumer.release(self.releasable.0).map_err(ring_lost)?;
+        let first_held = self.tap.release(self.releasable.0)?;
         Ok(first_held <= self.releasable.0)
     }
 
@@ -390,34 +366,20 @@ fn acknowledged(progress: &Progress, stamp: &Stamp) -> Position {
     Position { lineage: stamp.lineage, epoch, lsn, chain: 0 }
 }
 
-fn ring_lost(malformed: kfilter::consumer::Malformed) -> Error {
-    let at = format!("the ring's memory was overwritten at position {}", malformed.position);
-    Error::new(ErrorKind::Ring, at)
+/// What became of a frame.
+enum Appended {
+    /// It is in the journal.
+    Done,
+    /// There may be room for it later.
+    NoRoom(String),
+    /// The journal takes nothing more.
+    Broken(String),
 }
 
-/// One ring record as a journal record. The numbers of the ops are the same on purpose.
-fn push(batch: &mut Batch, from: &RecordRef<'_>, sync_cause: &Mutex<String>) {
-    let op = Op::from_u8(from.op() as u8).expect("the ring shows only ops that the journal knows");
-    let record = Record {
-        op,
-        flags: from.flags(),
-        volume: VolumeId(from.volume()),
-        lsn: Lsn(from.lsn()),
-        time_ns: from.time_ns(),
-        extent: if op == Op::Void {
-            Extent::default()
-        } else {
-            Extent { offset: from.offset(), len: from.length() }
-        },
-    };
-    if op == Op::ResyncBegin {
-        let cause = sync_cause.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut end = cause.len().min(record::MAX_PAYLOAD_BYTES);
-        while !cause.is_char_boundary(end) {
-            end -= 1;
-        }
-        batch.push(&record, &cause.as_bytes()[..end]);
-    } else {
-        batch.push(&record, from.payload());
+/// An error of the journal and what is behind it.
+fn told(what: &str, error: &journal::Error) -> String {
+    match &error.source {
+        Some(source) => format!("{what}: {error}: {source}"),
+        None => format!("{what}: {error}"),
     }
 }

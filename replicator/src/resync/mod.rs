@@ -1,233 +1,370 @@
-//! Offline synchronisation: the content of the volumes as sync records between begin and end, before anybody is served.
+//! Synchronisation: online, without a snapshot, for both kinds of capture (DESIGN section 6, decision 0009).
 //!
-//! Nothing else produces while it runs, so no barrier, window or mask is needed: the backing does not change. Records
-//! go through the ring like all others; where the ring is full this side waits, it never overflows.
+//! One thread looks at the ring: whenever writes were only noted as dirty bits (an overflow, a journal without room, a new
+//! epoch, where all bits are set), it waits until the ring is drained and copies what is dirty, window by window, while
+//! everybody goes on writing. Bits survive in the ring, so a restarted agent goes on with what is left.
 //!
-//! Zeros are sent as `WriteZeroes` (48 bytes a run), whether they are holes or written, so that the replica ends up
-//! equal whatever it held before.
+//! ```text
+//!   begin ─► barrier ─► copy a window ─► … next window … ─► end ─► end is journaled ─► replicating
+//!     ▲                    │ overflow, no room                │ bits are set
+//!     └────────────────────┴──────────────────────────────────┘
+//! ```
+//! * `map`: what this thread and the consumer share: the mask, and the slots' content.
+//! * `window`: one begin, one barrier, one copy.
+//! * `pace`: rate, and yielding to live writes.
+//!
+//! Ranges of single writes that failed, while everything else is recorded, are read again behind a fence; the state stays
+//! `replicating`, and `points` marks them by their `failed` records.
 
-use std::iter::once;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kfilter::{Captured, Entry, Op, Refused};
+use kfilter::Mode;
 
-use crate::SharedRing;
-use crate::capture::nbd::{CapturedVolume, sync_slot};
-use crate::clock::now_ns;
-use crate::error::{Error, ErrorKind, Result};
-use crate::status::{Board, State};
+use crate::agent::Agent;
+use crate::capture::{Refusal, Volume};
+use crate::error::{ErrorKind, Result};
+use crate::status::State;
 
-/// Read at once; eight records.
-const CHUNK_BYTES: u64 = 1 << 20;
-/// The ring is left half empty, so that the journal's compression ladder does not take a sync for an overload.
-const FILL_LIMIT: u64 = 4;
-const PAUSE: Duration = Duration::from_millis(2);
-/// How often progress is shown.
-const REPORT: Duration = Duration::from_millis(500);
+pub mod map;
+mod pace;
+mod progress;
+#[cfg(test)]
+mod tests;
+mod window;
+
+use pace::Pace;
+use progress::Report;
+use window::{Copier, Ended, Kind, WINDOW_BYTES};
+
+/// One look at the ring's mode to the next.
+const LOOK: Duration = Duration::from_millis(50);
+/// One look at its bits to the next.
+const LOOK_BITS: Duration = Duration::from_secs(1);
+/// It begins when the ring is drained up to this, so that it does not overflow again at once.
+const DRAINED: f64 = 0.125;
+/// What cannot be read is tried again after this, doubled each time …
+const RETRY: Duration = Duration::from_secs(1);
+/// … up to this.
+const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// What ends a synchronisation early.
+#[derive(Debug, Default)]
 pub struct Halt {
     /// The agent stops.
     pub stop: AtomicBool,
-    /// The journal takes nothing more.
-    pub broken: Arc<AtomicBool>,
 }
 
-impl Halt {
-    /// Whether to go on.
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+enum Work {
+    /// Nothing.
+    None,
+    /// Writes were not recorded, and why.
+    Gap(String),
+    /// Single ranges are dirty while everything is recorded.
+    Ranges,
+}
+
+/// The thread's own state.
+pub(crate) struct Engine<'a> {
+    agent: &'a Agent,
+    pace: Pace,
+    looked: Instant,
+    untold: u64,
+    /// Not before this: something could not be read.
+    retry: Option<(Instant, Duration)>,
+}
+
+impl<'a> Engine<'a> {
+    pub fn new(agent: &'a Agent) -> Engine<'a> {
+        Engine {
+            agent,
+            pace: Pace::new(agent.settings.resync.rate),
+            looked: Instant::now(),
+            untold: agent.shared.ring.untold_writes(),
+            retry: None,
+        }
+    }
+
+    /// Looks and repairs until the agent stops. `cause`: what the start found to be repaired, empty for nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::Stopped`] or [`ErrorKind::NotPossible`]; the gap stays remembered either way.
-    pub fn check(&self) -> Result<()> {
-        if self.stop.load(Ordering::Acquire) {
-            let at = "the synchronisation was stopped; the next start begins it anew";
-            return Err(Error::new(ErrorKind::Stopped, at));
+    /// The ring failed.
+    pub fn run(mut self, cause: &str) -> Result<()> {
+        if !cause.is_empty() && self.agent.shared.health.is_good() {
+            let done = self.resync(cause);
+            self.ended(done)?;
+        } else if self.agent.shared.health.is_good() {
+            self.agent.shared.board.change(State::Replicating, "");
         }
-        if self.broken.load(Ordering::Acquire) {
-            let at = "the source journal takes nothing more; the next start synchronises";
-            return Err(Error::new(ErrorKind::NotPossible, at));
+        while !self.agent.halt.stop.load(Ordering::Acquire) {
+            let done = match self.work() {
+                Work::None => {
+                    std::thread::sleep(LOOK);
+                    Ok(())
+                }
+                Work::Gap(cause) => self.resync(&cause),
+                Work::Ranges => self.repair(),
+            };
+            self.ended(done)?;
         }
         Ok(())
     }
-}
 
-/// What one synchronisation has to cover: ranges of each volume.
-pub struct Work<'a> {
-    /// The volumes with their ranges, ascending and disjoint.
-    pub volumes: Vec<(&'a CapturedVolume, Vec<Range<u64>>)>,
-    /// `Syncing` or `Resyncing`.
-    pub state: State,
-    /// Why, for status and points.
-    pub cause: String,
-}
+    /// A stop is no failure; what was begun is in the ring.
+    fn ended(&self, done: Result<()>) -> Result<()> {
+        match done {
+            Err(error) if error.kind == ErrorKind::Stopped => Ok(()),
+            done => done,
+        }
+    }
 
-/// Emits all content; the caller has reserved `ResyncBegin` and reserves `ResyncEnd`.
-///
-/// # Errors
-/// The backing cannot be read, the ring is damaged, or it was halted.
-pub fn emit(work: &Work<'_>, ring: &SharedRing, board: &Board, halt: &Halt) -> Result<u64> {
-    let total: u64 =
-        work.volumes.iter().flat_map(|(_, ranges)| ranges).map(|range| range.end - range.start).sum();
-    let mut progress = Report { started: Instant::now(), shown: Instant::now(), done: 0, total, sent: 0 };
-    board.change(work.state, format!("{}; starting", work.cause));
-    let mut chunk = vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20)];
-    for (volume, ranges) in &work.volumes {
-        for range in ranges {
-            emit_range(volume, range.clone(), ring, &mut chunk, halt, |done, sent| {
-                progress.advance(done, sent, work, board);
-            })?;
-            if work.state == State::Resyncing {
-                // In the ring is as good as appended: it outlives us, and a journal that fails marks everything dirty.
-                ring.clear_dirty(volume.id, range.clone());
+    fn work(&mut self) -> Work {
+        let agent = self.agent;
+        agent.notice_overflow();
+        let state = agent.shared.board.state().0;
+        let hopeless = agent.volumes.iter().any(|volume| volume.sync_failed());
+        if !agent.shared.health.is_good() || matches!(state, State::NeedsResync | State::Fenced) || hopeless {
+            return Work::None;
+        }
+        if self.retry.is_some_and(|(at, _)| Instant::now() < at) {
+            return Work::None;
+        }
+        let ring = &agent.shared.ring;
+        if ring.mode() == Mode::Bitmap || ring.loss().is_some() {
+            return Work::Gap(agent.gap_cause());
+        }
+        if self.looked.elapsed() < LOOK_BITS {
+            return Work::None;
+        }
+        self.looked = Instant::now();
+        if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
+            return Work::None;
+        }
+        let untold = ring.untold_writes();
+        if std::mem::replace(&mut self.untold, untold) != untold {
+            return Work::Gap("writes could not be copied, and were only noted as dirty ranges".to_owned());
+        }
+        if state == State::Replicating { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
+    }
+
+    /// A gap: from begin to end.
+    fn resync(&mut self, cause: &str) -> Result<()> {
+        let agent = self.agent;
+        let shared = &agent.shared;
+        let (state, gap) = {
+            let file = agent.state();
+            let state = if file.get().was_consistent { State::Resyncing } else { State::Syncing };
+            (state, file.get().needs_resync.clone())
+        };
+        *shared.sync_cause.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = cause.to_owned();
+        shared.board.change(state, format!("{cause}; starting"));
+        let started = Instant::now();
+        let mut report = Report::new(shared.board.clone(), state, cause);
+        let mut unreadable = Unreadable::default();
+        loop {
+            self.drained()?;
+            if !shared.health.is_good() {
+                return Ok(());
             }
-        }
-    }
-    Ok(progress.sent)
-}
-
-struct Report {
-    started: Instant,
-    shown: Instant,
-    done: u64,
-    total: u64,
-    sent: u64,
-}
-
-impl Report {
-    fn advance(&mut self, done: u64, sent: u64, work: &Work<'_>, board: &Board) {
-        self.done += done;
-        self.sent += sent;
-        if self.shown.elapsed() < REPORT {
-            return;
-        }
-        self.shown = Instant::now();
-        let elapsed = self.started.elapsed().as_secs_f64();
-        let fraction = self.done as f64 / self.total.max(1) as f64;
-        let left_s = elapsed / fraction.max(1e-9) * (1.0 - fraction);
-        let mib = |bytes: u64| bytes >> 20;
-        let why = format!(
-            "{}; {:.0} % ({} of {} MiB, {} MiB of content), {left_s:.0} s left",
-            work.cause,
-            fraction * 100.0,
-            mib(self.done),
-            mib(self.total),
-            mib(self.sent)
-        );
-        tracing::info!("{why}");
-        board.progress(work.state, why);
-    }
-}
-
-fn emit_range(
-    volume: &CapturedVolume,
-    range: Range<u64>,
-    ring: &SharedRing,
-    chunk: &mut [u8],
-    halt: &Halt,
-    mut progress: impl FnMut(u64, u64),
-) -> Result<()> {
-    let unreadable = |at: u64, error: std::io::Error| {
-        Error::because(ErrorKind::Io, format!("volume {}: read at byte {at}", volume.name), error)
-    };
-    let mut zeros = range.start..range.start;
-    let mut at = range.start;
-    while at < range.end {
-        let runs =
-            volume.backing.block_status(at, range.end - at, 64).map_err(|error| unreadable(at, error))?;
-        for run in runs {
-            let end = at + run.length_bytes;
-            if run.hole {
-                zeros.end = end;
-                progress(run.length_bytes, 0);
-                at = end;
+            if let Some((volume, range)) = self.next_window(&unreadable) {
+                report.left(self.dirty_bytes());
+                let copier = Copier::new(agent, &volume, &mut self.pace, &mut report);
+                match copier.run(range, Kind::Resync)? {
+                    Ended::Lost => {}
+                    Ended::Later(why) => {
+                        self.try_later(&why);
+                        return Ok(());
+                    }
+                    Ended::Done(ranges) => {
+                        unreadable.0.extend(ranges.into_iter().map(|range| (volume.clone(), range)));
+                    }
+                }
                 continue;
             }
-            while at < end {
-                let bytes = (end - at).min(chunk.len() as u64);
-                let content = &mut chunk[..usize::try_from(bytes).unwrap_or(0)];
-                volume.backing.read_at(at, content).map_err(|error| unreadable(at, error))?;
-                let mut sent = 0;
-                for piece in content.chunks(kfilter::abi::MAX_PAYLOAD as usize) {
-                    let next = at + piece.len() as u64;
-                    if is_zero(piece) {
-                        zeros.end = next;
-                    } else {
-                        emit_zeros(volume, &mut zeros, ring, halt)?;
-                        put(ring, sync_slot(volume.id, at, piece.len()), piece, halt)?;
-                        zeros = next..next;
-                        sent += piece.len() as u64;
+            if !unreadable.0.is_empty() {
+                self.try_later(&unreadable.to_string());
+                return Ok(());
+            }
+            match shared.ring.end() {
+                Ok(end) => {
+                    self.until_journaled(end)?;
+                    if !shared.health.is_good() {
+                        return Ok(());
                     }
-                    at = next;
+                    self.retry = None;
+                    agent.state().update(|state| {
+                        state.was_consistent = true;
+                        // Only the gap that this one began with: a newer one is not repaired by it.
+                        if state.needs_resync == gap && state.gap_in_ring {
+                            (state.needs_resync, state.gap_in_ring) = (None, false);
+                        }
+                    })?;
+                    let seconds = started.elapsed().as_secs_f64();
+                    tracing::info!(cause, content_bytes = report.sent, seconds, "synchronised");
+                    if agent.state().get().needs_resync.is_none() {
+                        shared.board.change(State::Replicating, agent.detached_words());
+                    }
+                    return Ok(());
                 }
-                progress(bytes, sent);
+                // Nothing can be copied, and yet writes only set bits, or bits are set (of volumes that are not captured any
+                // more): a begin makes records of writes again, and bits that nobody reads can be cleared.
+                Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => self.begin_without_window()?,
+                Err(Refusal::Full) => std::thread::sleep(LOOK),
+                Err(Refusal::Failed(error)) => return Err(error),
+            }
+            agent.halt.check()?;
+        }
+    }
+
+    /// Single ranges, behind a fence. The state stays what it is.
+    fn repair(&mut self) -> Result<()> {
+        let agent = self.agent;
+        let mut report = Report::new(agent.shared.board.clone(), State::Replicating, "");
+        let mut unreadable = Unreadable::default();
+        for volume in agent.volumes.iter() {
+            let Some(range) = self.window_of(volume, &unreadable) else { continue };
+            match Copier::new(agent, volume, &mut self.pace, &mut report).run(range, Kind::Repair)? {
+                Ended::Lost => return Ok(()),
+                Ended::Later(why) => {
+                    tracing::warn!("{why}");
+                    self.back_off();
+                    return Ok(());
+                }
+                Ended::Done(ranges) => {
+                    unreadable.0.extend(ranges.into_iter().map(|range| (volume.clone(), range)));
+                }
             }
         }
-    }
-    emit_zeros(volume, &mut zeros, ring, halt)
-}
-
-fn emit_zeros(volume: &CapturedVolume, zeros: &mut Range<u64>, ring: &SharedRing, halt: &Halt) -> Result<()> {
-    if zeros.is_empty() {
-        return Ok(());
-    }
-    let mut entry = Entry::extent(Op::WriteZeroes, volume.id, zeros.start, zeros.end - zeros.start, 0);
-    entry.needs_done = false;
-    zeros.start = zeros.end;
-    put(ring, entry, &[], halt)
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    // In wide words: the compiler turns the comparison of 16 bytes into one instruction.
-    let (words, tail) = bytes.as_chunks::<16>();
-    tail.iter().all(|byte| *byte == 0) && words.iter().all(|word| *word == [0; 16])
-}
-
-/// Tries a step of the ring until it has room for the step's record.
-///
-/// # Errors
-/// Halted, or refused for another reason.
-pub fn until_room(
-    what: &str,
-    halt: &Halt,
-    step: impl Fn() -> std::result::Result<u64, Refused>,
-) -> Result<u64> {
-    loop {
-        halt.check()?;
-        match step() {
-            Ok(lsn) => return Ok(lsn),
-            Err(Refused::Full) => std::thread::sleep(PAUSE),
-            Err(refused) => {
-                let at = format!("the ring refused the {what} of a synchronisation: {refused:?}");
-                return Err(Error::new(ErrorKind::Ring, at));
+        match unreadable.0.is_empty() {
+            false => {
+                let wait = self.back_off();
+                let why = format!("after failed writes {unreadable}; tried again in {} s", wait.as_secs());
+                tracing::warn!("{why}");
+                agent.shared.board.change(State::Replicating, why);
+            }
+            true => {
+                self.retry = None;
+                agent.shared.board.change(State::Replicating, agent.detached_words());
+                tracing::info!(content_bytes = report.sent, "ranges of failed writes read again");
             }
         }
+        Ok(())
+    }
+
+    /// Waits until the ring has room to begin.
+    fn drained(&self) -> Result<()> {
+        let shared = &self.agent.shared;
+        while shared.ring.fill_ratio() > DRAINED && shared.health.is_good() {
+            self.agent.halt.check()?;
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.agent.halt.check()
+    }
+
+    /// The first dirty part of a volume, at most a window long.
+    fn next_window(&self, but: &Unreadable) -> Option<(Arc<Volume>, Range<u64>)> {
+        let volumes = self.agent.volumes.iter();
+        volumes.filter_map(|volume| Some((volume.clone(), self.window_of(volume, but)?))).next()
+    }
+
+    /// The same of one volume.
+    fn window_of(&self, volume: &Arc<Volume>, but: &Unreadable) -> Option<Range<u64>> {
+        if !volume.is_attached() {
+            return None;
+        }
+        let dirty = self.agent.shared.ring.dirty_extents(volume.id);
+        let mut left = dirty.into_iter().flat_map(|range| but.without(volume, range));
+        let first = left.next()?;
+        let last = left.last().unwrap_or_else(|| first.clone());
+        Some(first.start..last.end.min(first.start.saturating_add(WINDOW_BYTES)))
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        let ring = &self.agent.shared.ring;
+        let volumes = self.agent.volumes.iter().filter(|volume| volume.is_attached());
+        volumes.flat_map(|volume| ring.dirty_extents(volume.id)).map(|range| range.end - range.start).sum()
+    }
+
+    /// A begin for nothing that could be copied.
+    fn begin_without_window(&self) -> Result<()> {
+        let ring = &self.agent.shared.ring;
+        match ring.begin() {
+            Err(Refusal::Failed(error)) => return Err(error),
+            Err(_) => std::thread::sleep(LOOK),
+            Ok(_) => {}
+        }
+        if let Err(why) = window::barrier(self.agent)? {
+            tracing::warn!("{why}");
+            std::thread::sleep(RETRY);
+        }
+        for volume in self.agent.volumes.iter().filter(|volume| !volume.is_attached()) {
+            if let Some(size) = ring.size_bytes(volume.id).filter(|_| ring.is_dirty(volume.id)) {
+                ring.clear(volume.id, 0..size)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn until_journaled(&self, end: u64) -> Result<()> {
+        let shared = &self.agent.shared;
+        let mut at = shared.progress.position();
+        while at.lsn.0 < end && shared.health.is_good() {
+            self.agent.halt.check()?;
+            shared.progress.wait_beyond(&at, LOOK);
+            at = shared.progress.position();
+        }
+        Ok(())
+    }
+
+    fn back_off(&mut self) -> Duration {
+        let wait = self.retry.map_or(RETRY, |(_, wait)| (wait * 2).min(RETRY_MAX));
+        self.retry = Some((Instant::now() + wait, wait));
+        wait
+    }
+
+    /// Everything is copied but what cannot be read: it stays dirty, and the gap open.
+    fn try_later(&mut self, why: &str) {
+        let wait = self.back_off();
+        let why = format!("not synchronised: {why}; tried again in {} s", wait.as_secs());
+        tracing::warn!("{why}");
+        self.agent.shared.board.change(State::Degraded, why);
     }
 }
 
-/// Waits for room, then puts one record into the ring.
-///
-/// # Errors
-/// Stopped, or the ring left ring mode (it never does while this is the only producer).
-pub fn put(ring: &SharedRing, entry: Entry, payload: &[u8], halt: &Halt) -> Result<()> {
-    loop {
-        halt.check()?;
-        if ring.used_bytes() < ring.ring_bytes() / FILL_LIMIT {
-            return match ring.capture(once(entry), payload, now_ns()) {
-                Ok(Captured::Ring(_)) => Ok(()),
-                Ok(Captured::Bits) => {
-                    Err(Error::new(ErrorKind::Ring, "the ring overflowed during a synchronisation"))
-                }
-                Err(Refused::BitmapMode) => {
-                    Err(Error::new(ErrorKind::NotPossible, "the journal failed during the synchronisation"))
-                }
-                Err(refused) => {
-                    Err(Error::new(ErrorKind::Ring, format!("the ring refused a sync record: {refused:?}")))
-                }
-            };
+/// Ranges of volumes that could not be read this time.
+#[derive(Default)]
+struct Unreadable(Vec<(Arc<Volume>, Range<u64>)>);
+
+impl Unreadable {
+    /// What of a dirty range is left to be read.
+    fn without(&self, volume: &Volume, range: Range<u64>) -> Vec<Range<u64>> {
+        let mut left = vec![range];
+        for (_, hole) in self.0.iter().filter(|(unread, _)| unread.id == volume.id) {
+            left = left
+                .into_iter()
+                .flat_map(|range| {
+                    let (start, end) = (range.start, range.end);
+                    [start..end.min(hole.start), start.max(hole.end)..end]
+                })
+                .filter(|range| range.start < range.end)
+                .collect();
         }
-        std::thread::sleep(PAUSE);
+        left
+    }
+}
+
+impl std::fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let bytes: u64 = self.0.iter().map(|(_, range)| range.end - range.start).sum();
+        let Some((volume, range)) = self.0.first() else { return Ok(()) };
+        let (name, start) = (&volume.name, range.start);
+        write!(
+            f,
+            "{bytes} bytes cannot be read, the first of volume {name} at byte {start} (see the kernel log)"
+        )
     }
 }

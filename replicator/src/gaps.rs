@@ -1,0 +1,101 @@
+//! What the agent notices of gaps in capture, and says about them.
+
+use std::sync::{Mutex, PoisonError};
+
+use kfilter::dirty::{CAUSE_QUOTA, CAUSE_RING_FULL};
+use kfilter::{Mode, Op};
+
+use crate::agent::Agent;
+use crate::capture::Refusal;
+use crate::clock::now_ns;
+use crate::error::Result;
+use crate::start;
+use crate::state::{Gap, KnownVolume, StateFile};
+use crate::status::State;
+
+impl Agent {
+    /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
+    pub(crate) fn notice_overflow(&self) {
+        let shared = &self.shared;
+        if shared.board.state().0 != State::Replicating || shared.ring.mode() == Mode::Ring {
+            return;
+        }
+        if shared.ring.loss().is_some_and(|loss| loss.cause == CAUSE_RING_FULL) {
+            shared.board.change(State::Degraded, self.gap_cause());
+        }
+    }
+
+    /// Why writes are not recorded, in an operator's words.
+    pub(crate) fn gap_cause(&self) -> String {
+        if let Some(gap) = &self.state().get().needs_resync {
+            return gap.cause.clone();
+        }
+        match self.shared.ring.loss().map(|loss| loss.cause) {
+            Some(CAUSE_RING_FULL) => {
+                let mib = self.shared.ring.ring_bytes() >> 20;
+                format!(
+                    "the ring of {mib} MiB overflowed: writes came faster than the source journal took them, and are kept \
+                     as dirty ranges until they are synchronised"
+                )
+            }
+            Some(CAUSE_QUOTA) => "the source journal had no room".to_owned(),
+            _ => "writes had not been recorded".to_owned(),
+        }
+    }
+
+    /// Whether a gap is one that the synchronisation repairs by itself.
+    pub(crate) fn repairs_itself(&self) -> bool {
+        let (state, _) = self.shared.board.state();
+        self.shared.health.is_good()
+            && !matches!(state, State::NeedsResync | State::Fenced | State::Rewound)
+            && !self.volumes.iter().any(|volume| volume.sync_failed())
+    }
+
+    /// What is to be said while replicating: which volumes are not captured.
+    pub(crate) fn detached_words(&self) -> String {
+        let names: Vec<&str> = self
+            .volumes
+            .iter()
+            .filter(|volume| !volume.is_attached())
+            .map(|volume| volume.name.as_str())
+            .collect();
+        if names.is_empty() { String::new() } else { format!("detached: {}", names.join(", ")) }
+    }
+
+    /// The kernel's ring knows sizes that it could not put into the order while writes only set bits.
+    ///
+    /// # Errors
+    /// The kernel module's.
+    pub(crate) fn announce_growth(&self) -> Result<()> {
+        for volume in self.volumes.iter().filter(|volume| volume.served().is_none()) {
+            let Some(size_bytes) = self.shared.ring.size_bytes(volume.id) else { continue };
+            let known = self.state().get().volumes.iter().find(|known| known.id.0 == volume.id).cloned();
+            let Some(known) = known.filter(|known| known.size_bytes < size_bytes) else { continue };
+            // The pipeline remembers it when the record passes.
+            let payload = start::volume_record(&KnownVolume { size_bytes, ..known });
+            match self.shared.ring.event(Op::Volume, volume.id, &payload) {
+                Ok(_) => {}
+                // Writes beyond the old size become bits until it is told; the next begin tries again.
+                Err(Refusal::Full | Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => {
+                    tracing::warn!(volume = %volume.name, "the ring has no room for the new size of a volume");
+                }
+                Err(Refusal::Failed(error)) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a gap durable that capture has found and no ring remembers; an older one stays the cause.
+pub(crate) fn remember(state: &Mutex<StateFile>, cause: &str) {
+    let gap = Gap { cause: cause.to_owned(), since_ns: now_ns() };
+    let mut file = state.lock().unwrap_or_else(PoisonError::into_inner);
+    let remembered = file.update(|state| {
+        state.needs_resync.get_or_insert(gap);
+        state.gap_in_ring = false;
+    });
+    if let Err(error) = remembered {
+        // The dirty map says the same on this boot, and an unclean start after a reboot.
+        tracing::error!(%error, "the gap cannot be remembered in the state file");
+    }
+}

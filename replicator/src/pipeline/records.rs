@@ -1,0 +1,168 @@
+//! Ring records as journal records. The numbers of the ops are the same on purpose.
+//!
+//! Most pass as they are. Four do not:
+//! * a sync slot is reserved empty and gets here what the synchronisation has read, without the sectors that records
+//!   behind its begin have written; its pieces share its lsn, as the format allows them to;
+//! * `resync-begin` gets its reason;
+//! * a volume that the kernel saw growing gets its full record, and the new size is durable before it is needed;
+//! * what reaches beyond the size that the stream knows (a growth that could not be recorded) is emitted empty and
+//!   becomes dirty bits, since no receiver could apply it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use journal::frame::Batch;
+use journal::record::{self, Op, Record, VolumeRecord};
+use journal::{Extent, Lsn, VolumeId};
+use kfilter::RecordRef;
+
+use crate::error::Result;
+use crate::pipeline::Shared;
+use crate::resync::map::{Content, Unmasked};
+use crate::start;
+
+/// The most pieces that a slot of bytes falls into: every other sector is masked.
+const MAX_PIECES: usize = record::MAX_PAYLOAD_BYTES / 512 / 2 + 1;
+
+/// Translates records of one ring.
+pub struct Translator {
+    shared: Shared,
+    /// Sizes that the stream knows.
+    told: BTreeMap<u32, u64>,
+}
+
+impl Translator {
+    /// Continues a stream that knows the volumes as the state file does.
+    pub fn new(shared: Shared) -> Translator {
+        let file = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = file.get().volumes.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();
+        drop(file);
+        Translator { shared, told }
+    }
+
+    /// The most raw bytes that a record takes in a frame.
+    pub fn raw_bytes(from: &RecordRef<'_>) -> usize {
+        let payload = from.payload().len();
+        if from.op() as u8 == Op::SyncSlot as u8 && payload == 0 {
+            let length = usize::try_from(from.length()).unwrap_or(usize::MAX);
+            return length.min(record::MAX_PAYLOAD_BYTES) + MAX_PIECES * record::HEADER_BYTES;
+        }
+        // A reason or a full volume record may take the place of a shorter payload.
+        record::HEADER_BYTES + payload.max(record::MAX_NAME_BYTES)
+    }
+
+    /// Adds a record to the batch.
+    ///
+    /// # Errors
+    /// The state file cannot be written, or bits cannot be set: what they stand for may not be passed over.
+    pub fn push(&mut self, batch: &mut Batch, from: &RecordRef<'_>) -> Result<()> {
+        let op = Op::from_u8(from.op() as u8).expect("the ring shows only ops that the journal knows");
+        let record = Record {
+            op,
+            flags: from.flags(),
+            volume: VolumeId(from.volume()),
+            lsn: Lsn(from.lsn()),
+            time_ns: from.time_ns(),
+            extent: Extent { offset: from.offset(), len: from.length() },
+        };
+        let range = from.offset()..from.offset() + from.length();
+        match op {
+            Op::Write | Op::Discard | Op::WriteZeroes => {
+                if !self.holds(from.volume(), &range) {
+                    self.shared.ring.mark(from.volume(), range)?;
+                    batch.push(&void(&record), &[]);
+                    return Ok(());
+                }
+                if self.shared.map.is_active() {
+                    self.shared.map.lock().written(from.volume(), from.lsn(), range);
+                }
+                batch.push(&record, from.payload());
+            }
+            Op::SyncSlot if from.payload().is_empty() => {
+                if !self.holds(from.volume(), &range) {
+                    self.shared.ring.mark(from.volume(), range)?;
+                    batch.push(&void(&record), &[]);
+                    return Ok(());
+                }
+                let mut map = self.shared.map.lock();
+                let taken = map.take(from.lsn());
+                if let Some(rest) = emit_slot(batch, &record, taken) {
+                    rest.into_iter().for_each(|piece| map.requeue(piece));
+                }
+            }
+            Op::Void => batch.push(&void(&record), &[]),
+            Op::ResyncBegin => {
+                let cause = self.shared.sync_cause.lock().unwrap_or_else(PoisonError::into_inner);
+                batch.push(&record, shortened(&cause).as_bytes());
+            }
+            Op::Volume => self.push_volume(batch, &record, from.payload())?,
+            _ => batch.push(&record, from.payload()),
+        }
+        Ok(())
+    }
+
+    fn holds(&self, volume: u32, range: &Range<u64>) -> bool {
+        self.told.get(&volume).is_some_and(|size| range.end <= *size)
+    }
+
+    /// The kernel's record of a growth is the new size alone; ours are whole.
+    fn push_volume(&mut self, batch: &mut Batch, record: &Record, payload: &[u8]) -> Result<()> {
+        let grown = <[u8; 8]>::try_from(payload).map(u64::from_le_bytes);
+        let told = grown.ok().or_else(|| VolumeRecord::decode(payload).ok().map(|told| told.size_bytes));
+        let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = file.get().volumes.iter().position(|known| known.id == record.volume);
+        let (Some(size_bytes), Some(at)) = (told, known) else {
+            batch.push(&void(record), &[]);
+            return Ok(());
+        };
+        if file.get().volumes[at].size_bytes < size_bytes {
+            tracing::info!(volume = %file.get().volumes[at].name, size_bytes, "the volume has grown");
+            file.update(|state| state.volumes[at].size_bytes = size_bytes)?;
+        }
+        let size_bytes = file.get().volumes[at].size_bytes;
+        self.told.insert(record.volume.0, size_bytes);
+        if grown.is_ok() {
+            batch.push(record, &start::volume_record(&file.get().volumes[at]));
+        } else {
+            batch.push(record, payload);
+        }
+        Ok(())
+    }
+}
+
+/// Emits what is left of a slot; pieces of zeros that need slots of their own are returned.
+fn emit_slot(batch: &mut Batch, record: &Record, taken: Option<Unmasked>) -> Option<Vec<Range<u64>>> {
+    let extent = |piece: &Range<u64>| Extent { offset: piece.start, len: piece.end - piece.start };
+    let Some(Unmasked { offset, content, mut pieces }) = taken.filter(|slot| !slot.pieces.is_empty()) else {
+        batch.push(&void(record), &[]);
+        return None;
+    };
+    match content {
+        Content::Bytes(bytes) => {
+            for piece in &pieces {
+                let at = |byte: u64| usize::try_from(byte - offset).unwrap_or(usize::MAX);
+                let record = Record { op: Op::SyncSlot, extent: extent(piece), ..*record };
+                batch.push(&record, &bytes[at(piece.start)..at(piece.end)]);
+            }
+            None
+        }
+        // Only pieces with bytes may share an lsn.
+        Content::Zeros => {
+            let rest = pieces.split_off(1);
+            batch.push(&Record { op: Op::WriteZeroes, extent: extent(&pieces[0]), ..*record }, &[]);
+            Some(rest)
+        }
+    }
+}
+
+/// The same place in the order, and nothing there.
+pub fn void(record: &Record) -> Record {
+    Record { op: Op::Void, flags: 0, volume: VolumeId(0), extent: Extent::default(), ..*record }
+}
+
+/// A reason as the receiver keeps it.
+pub fn shortened(text: &str) -> &str {
+    let end = (0..=text.len().min(record::MAX_NAME_BYTES)).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
+}

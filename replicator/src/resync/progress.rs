@@ -1,0 +1,71 @@
+//! How far a synchronisation is: for status, and as plain lines in the log.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::status::{Board, State};
+
+/// How often status moves.
+const SHOW: Duration = Duration::from_millis(500);
+/// How often the log hears of it.
+const LOG: Duration = Duration::from_secs(10);
+
+/// Counts, and tells.
+pub struct Report {
+    board: Arc<Board>,
+    state: State,
+    cause: String,
+    started: Instant,
+    shown: Instant,
+    logged: Instant,
+    done: u64,
+    total: u64,
+    /// Bytes of content handed over.
+    pub sent: u64,
+}
+
+impl Report {
+    /// Nothing is done yet.
+    pub fn new(board: Arc<Board>, state: State, cause: &str) -> Report {
+        let now = Instant::now();
+        let (started, shown, logged) = (now, now, now);
+        Report { board, state, cause: cause.to_owned(), started, shown, logged, done: 0, total: 0, sent: 0 }
+    }
+
+    /// So much is dirty still, with what is done already.
+    pub fn left(&mut self, bytes: u64) {
+        self.total = self.done + bytes;
+    }
+
+    /// So much was looked at, and of that so much is content.
+    pub fn advance(&mut self, done: u64, sent: u64) {
+        self.done += done;
+        self.sent += sent;
+        self.show("");
+    }
+
+    /// It stands still, and why.
+    pub fn waits(&mut self, why: &str) {
+        self.show(why);
+    }
+
+    fn show(&mut self, waits: &str) {
+        if self.state == State::Replicating || self.shown.elapsed() < SHOW {
+            return;
+        }
+        self.shown = Instant::now();
+        let fraction = (self.done as f64 / self.total.max(1) as f64).min(1.0);
+        let left_s = self.started.elapsed().as_secs_f64() / fraction.max(1e-9) * (1.0 - fraction);
+        let mib = |bytes: u64| bytes >> 20;
+        let (percent, done, total, sent) =
+            (fraction * 100.0, mib(self.done), mib(self.total), mib(self.sent));
+        let then = if waits.is_empty() { format!("{left_s:.0} s left") } else { waits.to_owned() };
+        let why =
+            format!("{}; {percent:.0} % ({done} of {total} MiB, {sent} MiB of content), {then}", self.cause);
+        if self.logged.elapsed() >= LOG {
+            self.logged = Instant::now();
+            tracing::info!("{why}");
+        }
+        self.board.progress(self.state, why);
+    }
+}

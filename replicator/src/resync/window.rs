@@ -1,0 +1,433 @@
+//! Copies one window: the dirty ranges of a part of one volume, behind a begin and a barrier of their own.
+//!
+//! ```text
+//!  read ≤ 1 MiB ─► slots ≤ 128 KiB, reserved when the read has finished ─► consumer ─► journal ─► bits cleared
+//! ```
+//!
+//! Invariants: nothing is read before the barrier has passed; the bits of a range are cleared only when every slot of it
+//! is in the journal, in whole granules; a window whose slots were lost clears nothing more.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use kfilter::Mode;
+
+use super::map::Content;
+use super::pace::{Advice, Pace};
+use super::progress::Report;
+use crate::agent::Agent;
+use crate::capture::disk::Buffer;
+use crate::capture::ring::Passed;
+use crate::capture::{Refusal, Volume, attach};
+use crate::error::{Error, ErrorKind, Result, describe};
+
+/// Read at once.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// One slot: a record's payload.
+const SLOT_BYTES: u64 = kfilter::abi::MAX_PAYLOAD as u64;
+/// Slots reserved together.
+const SLOTS: usize = 8;
+/// Zeros that one slot stands for at most: what falls apart in it is reserved again.
+const ZERO_BYTES: u64 = 1 << 30;
+/// Handed over and not yet journaled, at most.
+const OUTSTANDING_BYTES: u64 = 8 << 20;
+/// Reserved ranges not yet journaled, at most.
+const OUTSTANDING: usize = 1024;
+/// A look at the ring, the journal or the stop to the next.
+const LOOK: Duration = Duration::from_millis(5);
+/// How long one wait for writes in flight is, before the stop is looked at.
+const BARRIER: Duration = Duration::from_millis(250);
+/// How large a mask is at most: DESIGN section 6.
+pub const WINDOW_BYTES: u64 = 64 << 30;
+
+/// How a window begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// By `resync-begin`.
+    Resync,
+    /// By a fence, while everything else is recorded.
+    Repair,
+}
+
+/// How it ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All that could be read is in the journal; these ranges could not.
+    Done(Vec<Range<u64>>),
+    /// Something outside is in the way; in an operator's words.
+    Later(String),
+    /// Something came in between (an overflow, no room in the journal): what is still dirty is copied from a new begin.
+    Lost,
+}
+
+/// What a range waits for.
+struct Outstanding {
+    range: Range<u64>,
+    last_lsn: u64,
+    bytes: u64,
+}
+
+/// See the module.
+pub(crate) struct Copier<'a> {
+    agent: &'a Agent,
+    volume: &'a Volume,
+    pace: &'a mut Pace,
+    report: &'a mut Report,
+    outstanding: VecDeque<Outstanding>,
+    bytes: u64,
+    unreadable: Vec<Range<u64>>,
+}
+
+/// Why the copy of a window stops.
+enum Stop {
+    Lost,
+    Later(String),
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Stop {
+        Stop::Failed(error)
+    }
+}
+
+type Copied<T> = std::result::Result<T, Stop>;
+
+/// Waits until what was submitted before the last begin has come back, and drains what has no queue of its own; or in
+/// words why that cannot be.
+///
+/// # Errors
+/// The agent stops, or the ring failed.
+pub(crate) fn barrier(agent: &Agent) -> Result<std::result::Result<(), String>> {
+    let mut drained = false;
+    loop {
+        match agent.shared.ring.barrier(BARRIER, drained)? {
+            Passed::Yes => return Ok(Ok(())),
+            Passed::NotYet => agent.halt.check()?,
+            Passed::MustDrain => {
+                let disks = agent.volumes.iter().filter_map(|volume| volume.disk());
+                for disk in disks.filter(|disk| attach::is_device_mapper(disk)) {
+                    if let Err(error) = attach::drain(&disk) {
+                        return Ok(Err(describe(&error)));
+                    }
+                }
+                drained = true;
+            }
+        }
+    }
+}
+
+impl<'a> Copier<'a> {
+    /// For one window of a volume.
+    pub fn new(
+        agent: &'a Agent,
+        volume: &'a Volume,
+        pace: &'a mut Pace,
+        report: &'a mut Report,
+    ) -> Copier<'a> {
+        let (outstanding, unreadable) = (VecDeque::new(), Vec::new());
+        Copier { agent, volume, pace, report, outstanding, bytes: 0, unreadable }
+    }
+
+    /// Begins, waits for the barrier, copies what is dirty in the range, and waits until it is journaled.
+    ///
+    /// # Errors
+    /// The agent stops, or the ring failed.
+    pub fn run(mut self, range: Range<u64>, kind: Kind) -> Result<Ended> {
+        let copied = self.copy(range, kind);
+        self.agent.shared.map.end();
+        match copied {
+            Ok(()) => Ok(Ended::Done(self.unreadable)),
+            Err(Stop::Lost) => Ok(Ended::Lost),
+            Err(Stop::Later(why)) => Ok(Ended::Later(why)),
+            Err(Stop::Failed(error)) => Err(error),
+        }
+    }
+
+    fn copy(&mut self, range: Range<u64>, kind: Kind) -> Copied<()> {
+        self.begin(&range, kind)?;
+        // Sizes that grew while nothing was recorded: no slot may reach beyond what the stream knows.
+        self.agent.announce_growth()?;
+        barrier(self.agent)?.map_err(Stop::Later)?;
+        let mut buffer = Buffer::new(usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20));
+        let ring = &self.agent.shared.ring;
+        let dirty = ring.dirty_extents(self.volume.id).into_iter().filter_map(|dirty| {
+            let inside = dirty.start.max(range.start)..dirty.end.min(range.end);
+            (inside.start < inside.end).then_some(inside)
+        });
+        for dirty in dirty {
+            self.extent(dirty, &mut buffer)?;
+        }
+        while !self.outstanding.is_empty() {
+            self.settle()?;
+            if !self.outstanding.is_empty() {
+                self.wait_for_journal()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&self, range: &Range<u64>, kind: Kind) -> Copied<()> {
+        let shared = &self.agent.shared;
+        loop {
+            self.agent.halt.check()?;
+            let step = || match kind {
+                Kind::Resync => shared.ring.begin(),
+                Kind::Repair => shared.ring.fence(),
+            };
+            match shared.map.begin(self.volume.id, range.clone(), step) {
+                Ok(_) => return Ok(()),
+                Err(Refusal::Full) => std::thread::sleep(LOOK),
+                // A dead agent's, or of a window that was given up.
+                Err(Refusal::Owed) => barrier(self.agent)?.map_err(Stop::Later)?,
+                Err(Refusal::BitmapMode | Refusal::Dirty) => return Err(Stop::Lost),
+                Err(Refusal::Failed(error)) => return Err(Stop::Failed(error)),
+            }
+        }
+    }
+
+    /// Whether to go on: the agent runs, writes are recorded, and nothing that was handed over is lost.
+    fn look(&self) -> Copied<()> {
+        self.agent.halt.check()?;
+        let shared = &self.agent.shared;
+        let lost = shared.ring.mode() == Mode::Bitmap
+            || !shared.health.is_good()
+            || shared.map.lock().is_abandoned()
+            || !self.volume.is_attached();
+        if lost { Err(Stop::Lost) } else { Ok(()) }
+    }
+
+    /// Copies one dirty range.
+    fn extent(&mut self, range: Range<u64>, buffer: &mut Buffer) -> Copied<()> {
+        let mut zeros = range.start..range.start;
+        let mut at = range.start;
+        while at < range.end {
+            let runs = match self.volume.runs(at, range.end - at) {
+                Ok(runs) => runs,
+                // The disk cannot tell: then reading shows what it can.
+                Err(_) => vec![nbd::BlockExtent { length_bytes: range.end - at, hole: false }],
+            };
+            for run in runs {
+                let end = at + run.length_bytes;
+                if run.hole {
+                    self.report.advance(run.length_bytes, 0);
+                    while at < end {
+                        zeros.end = end.min(zeros.start + ZERO_BYTES);
+                        at = zeros.end;
+                        self.zeros_if_large(&mut zeros)?;
+                    }
+                }
+                while at < end {
+                    let bytes = (end - at).min(CHUNK_BYTES);
+                    self.chunk(at..at + bytes, &mut zeros, buffer)?;
+                    at += bytes;
+                }
+            }
+        }
+        self.zeros(&mut zeros)
+    }
+
+    fn zeros_if_large(&mut self, zeros: &mut Range<u64>) -> Copied<()> {
+        if zeros.end - zeros.start >= ZERO_BYTES { self.zeros(zeros) } else { Ok(()) }
+    }
+
+    /// Reads a chunk and reserves its slots; zeros at its end are left to be joined by more.
+    fn chunk(&mut self, range: Range<u64>, zeros: &mut Range<u64>, buffer: &mut Buffer) -> Copied<()> {
+        self.pause()?;
+        let length = usize::try_from(range.end - range.start).unwrap_or(0);
+        let bytes = &mut buffer.bytes()[..length];
+        if let Err(error) = self.volume.read_at(range.start, bytes) {
+            return self.unreadable(range, zeros, &error, buffer);
+        }
+        self.pace.read(Instant::now(), range.end - range.start);
+        let mut slots: Vec<(Range<u64>, Vec<u8>)> = Vec::with_capacity(SLOTS);
+        let mut sent = 0;
+        let mut at = range.start;
+        for piece in bytes.chunks(usize::try_from(SLOT_BYTES).unwrap_or(1 << 17)) {
+            let next = at + piece.len() as u64;
+            if is_zero(piece) {
+                self.reserve(&mut slots)?;
+                zeros.end = next;
+                self.zeros_if_large(zeros)?;
+            } else {
+                self.zeros(zeros)?;
+                slots.push((at..next, piece.to_vec()));
+                sent += piece.len() as u64;
+                *zeros = next..next;
+                if slots.len() == SLOTS {
+                    self.reserve(&mut slots)?;
+                }
+            }
+            at = next;
+        }
+        self.reserve(&mut slots)?;
+        self.report.advance(range.end - range.start, sent);
+        Ok(())
+    }
+
+    /// A chunk that could not be read: what of it can is copied granule by granule, the rest stays dirty.
+    fn unreadable(
+        &mut self,
+        range: Range<u64>,
+        zeros: &mut Range<u64>,
+        error: &std::io::Error,
+        buffer: &mut Buffer,
+    ) -> Copied<()> {
+        if !self.volume.is_attached() {
+            return Err(Stop::Lost);
+        }
+        if range.end - range.start > kfilter::abi::GRANULE {
+            let mut at = range.start;
+            while at < range.end {
+                let end = (at + kfilter::abi::GRANULE).min(range.end);
+                self.chunk(at..end, zeros, buffer)?;
+                at = end;
+            }
+            return Ok(());
+        }
+        tracing::warn!(volume = %self.volume.name, offset = range.start, %error, "cannot be read; it stays dirty");
+        self.zeros(zeros)?;
+        *zeros = range.end..range.end;
+        self.report.advance(range.end - range.start, 0);
+        match self.unreadable.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => self.unreadable.push(range),
+        }
+        Ok(())
+    }
+
+    /// Yields to live writes, keeps the rate, and leaves the journal room.
+    fn pause(&mut self) -> Copied<()> {
+        let shared = &self.agent.shared;
+        loop {
+            self.settle()?;
+            self.look()?;
+            if self.bytes >= OUTSTANDING_BYTES || self.outstanding.len() >= OUTSTANDING {
+                self.wait_for_journal()?;
+                continue;
+            }
+            let (backlog_bytes, _) = shared.progress.backlog();
+            let quota_bytes = self.agent.settings.journal.quota;
+            match self.pace.advice(Instant::now(), shared.ring.fill_ratio(), backlog_bytes, quota_bytes) {
+                Advice::Go => return Ok(()),
+                Advice::Wait(time) => {
+                    std::thread::sleep(time.min(Duration::from_millis(100)));
+                    if time <= Duration::from_millis(100) {
+                        return Ok(());
+                    }
+                }
+                Advice::Yield => std::thread::sleep(LOOK),
+                Advice::Backlog => {
+                    self.report.waits("waiting for the receiver to acknowledge what it was sent");
+                    std::thread::sleep(LOOK * 4);
+                }
+            }
+        }
+    }
+
+    fn wait_for_journal(&self) -> Copied<()> {
+        let shared = &self.agent.shared;
+        shared.progress.wait_beyond(&shared.progress.position(), LOOK);
+        self.look()
+    }
+
+    fn zeros(&mut self, zeros: &mut Range<u64>) -> Copied<()> {
+        if zeros.start < zeros.end {
+            let range = zeros.clone();
+            let last_lsn = self.slots(std::slice::from_ref(&range), |_| Content::Zeros)?;
+            self.outstanding.push_back(Outstanding { range, last_lsn, bytes: 0 });
+        }
+        zeros.start = zeros.end;
+        Ok(())
+    }
+
+    /// Reserves slots for what was read, next to each other.
+    fn reserve(&mut self, slots: &mut Vec<(Range<u64>, Vec<u8>)>) -> Copied<()> {
+        let (Some((first, _)), Some((last, _))) = (slots.first(), slots.last()) else { return Ok(()) };
+        let range = first.start..last.end;
+        let (ranges, mut contents): (Vec<_>, Vec<_>) = slots.drain(..).unzip();
+        let bytes = contents.iter().map(|content| content.len() as u64).sum();
+        let last_lsn = self.slots(&ranges, |at| Content::Bytes(std::mem::take(&mut contents[at])))?;
+        self.bytes += bytes;
+        self.outstanding.push_back(Outstanding { range, last_lsn, bytes });
+        Ok(())
+    }
+
+    /// Reserves slots and hands over their content, before the consumer can reach them; the last one's lsn.
+    fn slots(&self, ranges: &[Range<u64>], mut content: impl FnMut(usize) -> Content) -> Copied<u64> {
+        let shared = &self.agent.shared;
+        loop {
+            self.look()?;
+            let mut map = shared.map.lock();
+            match shared.ring.slots(self.volume.id, ranges) {
+                Ok(first_lsn) => {
+                    let mut lsn = first_lsn;
+                    for (at, range) in ranges.iter().enumerate() {
+                        lsn = first_lsn + at as u64;
+                        map.insert(lsn, range.clone(), content(at));
+                    }
+                    return Ok(lsn);
+                }
+                Err(Refusal::Full) => drop(map),
+                Err(Refusal::Failed(error)) => return Err(Stop::Failed(error)),
+                Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => return Err(Stop::Lost),
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Clears the bits of what is journaled; pieces of zeros that fell apart are reserved again first.
+    fn settle(&mut self) -> Copied<()> {
+        let shared = &self.agent.shared;
+        while let Some(front) = self.outstanding.front() {
+            if shared.progress.position().lsn.0 < front.last_lsn {
+                return Ok(());
+            }
+            // After the position: lsns that were given up get their places only after this is set.
+            let pieces = {
+                let mut map = shared.map.lock();
+                if map.is_abandoned() {
+                    return Err(Stop::Lost);
+                }
+                map.requeued(&front.range)
+            };
+            if pieces.is_empty() {
+                shared.ring.clear(self.volume.id, front.range.clone())?;
+                self.bytes -= front.bytes;
+                self.outstanding.pop_front();
+                continue;
+            }
+            let mut last_lsn = front.last_lsn;
+            for pieces in pieces.chunks(SLOTS) {
+                last_lsn = self.slots(pieces, |_| Content::Zeros)?;
+            }
+            if let Some(front) = self.outstanding.front_mut() {
+                front.last_lsn = last_lsn;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl super::Halt {
+    /// Whether to go on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stopped`]: what is dirty stays so in the ring, for the next run.
+    pub fn check(&self) -> Result<()> {
+        if self.stop.load(std::sync::atomic::Ordering::Acquire) {
+            return Err(Error::new(
+                ErrorKind::Stopped,
+                "the synchronisation was stopped; the next start goes on with it",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // In wide words: the compiler turns the comparison of 16 bytes into one instruction.
+    let (words, tail) = bytes.as_chunks::<16>();
+    tail.iter().all(|byte| *byte == 0) && words.iter().all(|word| *word == [0; 16])
+}
