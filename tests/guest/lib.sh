@@ -24,7 +24,7 @@ diagnose() {
         [ ! -s "$log" ] || { echo "── $log"; tail -n 15 "$log" | cut -c 1-400; }
     done
     [ ! -S "$SOURCE/control.sock" ] || group_json | jq -c . || true
-    echo "── dmesg"; dmesg | tail -n 20
+    echo "── dmesg"; dmesg | sed '1,/Switching root\|TERM=linux/d' | tail -n 30
 }
 trap 'code=$?; trap - ERR; set +e; cp /srv/*.log /srv/*.toml /srv/out/ 2> /dev/null; stop_all; exit $code' EXIT
 trap 'echo "FAILED: line ${BASH_LINENO[0]}: $BASH_COMMAND" >&2; diagnose' ERR

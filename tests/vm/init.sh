@@ -17,7 +17,7 @@ prepare() {
     mount -t cgroup2 cgroup /sys/fs/cgroup
     mount -t debugfs debugfs /sys/kernel/debug 2> /dev/null
     mount LABEL=state /srv
-    mkdir -p /srv/out
+    mkdir -p /srv/out /run/lock
     ip link set lo up
     date -s "@$(cat /mnt/now)" > /dev/null
     [ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd

@@ -108,7 +108,8 @@ drive() { # ID FILE MORE...: a raw image; what is discarded or zeroed reads as z
     local id=$1 file=$2; shift 2
     qemu+=(-drive "file=$file,if=none,id=$id,format=raw,cache=unsafe,discard=unmap,detect-zeroes=off,file.locking=off${*:+,$*}")
 }
-qemu=(-accel "tcg,thread=$thread" -cpu max -smp "$smp" -m "$mem" -nographic -nodefaults -serial stdio
+# `rep movsb` is emulated byte by byte: without these flags the kernel copies by words.
+qemu=(-accel "tcg,thread=$thread" -cpu max,-erms,-fsrm,-fsrs,-fzrm -smp "$smp" -m "$mem" -nographic -nodefaults -serial stdio
     -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng
     -kernel /vmlinuz -device nvme,serial=afterimage,id=nvme,max_ioqpairs=4)
 [ "$init" = systemd ] || qemu+=(-no-reboot)

@@ -1,17 +1,20 @@
 //! What the guest's scenarios (`tests/guest`) need beside the system's tools.
 //!
 //! ```text
-//! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled] DEVICE...
+//! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled | --batch-ms N] DEVICE...
 //! afterimage-guest fuzz --seconds N [--seed N] DEVICE...
 //! afterimage-guest marks LOG
 //! afterimage-guest replay LOG MARK IMAGE
 //! afterimage-guest compare A B
 //! afterimage-guest version
+//! afterimage-guest forget
 //! ```
 //!
-//! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: consumes nothing).
+//! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: nothing;
+//! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame).
 //! `fuzz` calls the kernel device with arguments that nobody sane would pass. `marks` and `replay` read the log of
-//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ.
+//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ. `forget` detaches what is
+//! captured and forgets all groups that have no agent.
 
 mod compare;
 mod fuzz;
@@ -24,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-const USAGE: &str = "afterimage-guest sink|fuzz|marks|replay|compare|version; see its source";
+const USAGE: &str = "afterimage-guest sink|fuzz|marks|replay|compare|version|forget; see its source";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -56,6 +59,7 @@ fn run(args: &[String]) -> Result<()> {
         ["marks", log] => log_writes::marks(Path::new(log)),
         ["replay", log, mark, image] => log_writes::replay(Path::new(log), mark, Path::new(image)),
         ["compare", a, b] => compare::run(Path::new(a), Path::new(b)),
+        ["forget"] => sink::forget(),
         ["version"] => sink::version(),
         _ => bail!(USAGE),
     }

@@ -17,19 +17,27 @@ pub struct Spec {
     until: Option<PathBuf>,
     for_ms: Option<u64>,
     stalled: bool,
+    batch: Duration,
     devices: Vec<PathBuf>,
 }
 
 impl Spec {
     pub fn parse(words: &[&str]) -> Result<Self> {
-        let mut spec =
-            Self { ring_bytes: 64 << 20, until: None, for_ms: None, stalled: false, devices: Vec::new() };
+        let mut spec = Self {
+            ring_bytes: 64 << 20,
+            until: None,
+            for_ms: None,
+            stalled: false,
+            batch: Duration::ZERO,
+            devices: Vec::new(),
+        };
         let mut words = words.iter();
         while let Some(word) = words.next() {
             match *word {
                 "--ring" => spec.ring_bytes = super::number(words.next())?,
                 "--until" => spec.until = words.next().map(PathBuf::from),
                 "--for-ms" => spec.for_ms = Some(super::number(words.next())?),
+                "--batch-ms" => spec.batch = Duration::from_millis(super::number(words.next())?),
                 "--stalled" => spec.stalled = true,
                 path => spec.devices.push(PathBuf::from(path)),
             }
@@ -110,6 +118,7 @@ pub fn run(spec: &Spec) -> Result<()> {
         }
         if last == 0 {
             consumer.wait(Duration::from_millis(50));
+            std::thread::sleep(spec.batch);
         } else {
             consumer.release(last).context("release")?;
         }
@@ -151,5 +160,13 @@ pub fn version() -> Result<()> {
         json!({"abi": version.abi, "ring": version.ring, "memory_limit_bytes": version.memory_limit_bytes,
             "memory_used_bytes": version.memory_used_bytes})
     );
+    Ok(())
+}
+
+/// `forget`: no group is left, and no device is captured.
+pub fn forget() -> Result<()> {
+    for group in Device::open()?.groups()? {
+        Device::open()?.destroy(group.group_id).context("forget a group")?;
+    }
     Ok(())
 }
