@@ -173,3 +173,6 @@ four_ways() {
     local job
     for job in "${jobs[@]}"; do wait "$job" || fail "a load failed"; done
 }
+
+# A counter of the kernel's, by its name in `ioctl::Status`.
+kernel_counter() { group_json | jq -r ".kernel.$1 // error(\"the status has no kernel.$1\")"; }

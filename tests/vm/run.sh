@@ -12,7 +12,7 @@
 #   --dir DIR            keeps the run here: serial log, disks, results (default: made, removed after success)
 #   --init systemd       boots systemd and runs the scenario as a unit; reboots stay inside one QEMU
 #   --net SOCKET,KIND    a network card to another guest: KIND is server or client
-#   --kernel ARGS        more kernel parameters
+#   --kernel ARGS        more kernel parameters    --image FILE           another kernel (see debug-kernel.sh)
 #
 # What the scenario leaves in /srv/out appears in DIR/out. The exit code is the scenario's, or 1 when the guest's kernel
 # complained, 2 when it died or hung. Nothing survives a run: the root disk is a snapshot. Runs can go in parallel.
@@ -24,7 +24,7 @@ ROOT=$LAB/root
 
 die() { echo "run: $*" >&2; exit 2; }
 
-smp=2 mem=1536 timeout=600 thread=single init=script dir='' net='' kernel='' module='' scenario=''
+smp=2 mem=1536 timeout=600 thread=single init=script dir='' net='' kernel='' image='' module='' scenario=''
 disks=() files=() args=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -33,6 +33,7 @@ while [ $# -gt 0 ]; do
         --disk) disks+=("$2"); shift 2 ;;
         --file) files+=("$2"); shift 2 ;;
         --module) module=$2; shift 2 ;;
+        --image) image=$2; shift 2 ;;
         --timeout) timeout=$2; shift 2 ;;
         --thread) thread=$2; shift 2 ;;
         --dir) dir=$2; shift 2 ;;
@@ -64,7 +65,7 @@ finish() {
     elif [ $code = 0 ]; then
         rm -rf "$run"
     else
-        rm -f "$run"/*.img "$run"/vl.*; echo "run: kept $run/serial.log" >&2
+        rm -f "$run"/*.img "$run"/vl.* "$run/vmlinuz"; echo "run: kept $run/serial.log" >&2
     fi
     exit $code
 }
@@ -104,6 +105,8 @@ truncate -s 6G "$run/state.img"
 mke2fs -q -F -t ext4 -L state -E lazy_itable_init=1,lazy_journal_init=1,nodiscard -m 0 "$run/state.img"
 rm -rf "$payload"
 
+cp "${image:-$ROOT/vmlinuz}" "$run/vmlinuz"
+
 drive() { # ID FILE MORE...: a raw image; what is discarded or zeroed reads as zeros
     local id=$1 file=$2; shift 2
     qemu+=(-drive "file=$file,if=none,id=$id,format=raw,cache=unsafe,discard=unmap,detect-zeroes=off,file.locking=off${*:+,$*}")
@@ -111,7 +114,7 @@ drive() { # ID FILE MORE...: a raw image; what is discarded or zeroed reads as z
 # `rep movsb` is emulated byte by byte: without these flags the kernel copies by words.
 qemu=(-accel "tcg,thread=$thread" -cpu max,-erms,-fsrm,-fsrs,-fzrm -smp "$smp" -m "$mem" -nographic -nodefaults -serial stdio
     -object rng-builtin,id=rng -device virtio-rng-pci,rng=rng
-    -kernel /vmlinuz -device nvme,serial=afterimage,id=nvme,max_ioqpairs=4)
+    -kernel "$inside/vmlinuz" -device nvme,serial=afterimage,id=nvme,max_ioqpairs=4)
 [ "$init" = systemd ] || qemu+=(-no-reboot)
 drive root /guest.img snapshot=on; drive payload "$inside/payload.img" readonly=on; drive state "$inside/state.img"
 qemu+=(-device nvme-ns,drive=root,bus=nvme,nsid=1 -device nvme-ns,drive=payload,bus=nvme,nsid=2

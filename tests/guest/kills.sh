@@ -1,0 +1,34 @@
+#!/bin/bash
+# The agent is killed with kill -9 under load, again and again, and replaced: the ring belongs to the kernel, so nothing is
+# lost and nothing is synchronised anew.
+. /mnt/guest/lib.sh
+rounds=20; [ "$LONG" = 0 ] || rounds=100
+A=$(disk 0)
+load_module
+mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
+# Some 3 MB/s: the ring holds five seconds of it and more.
+RING=32MiB pair a="$A"
+epoch=$(epoch)
+four_ways_slowly() {
+    fio_on /d psync --ioengine=psync --rw=randwrite --bs=4k --size=16m --fsync=16 --rate=1m --time_based --runtime=100000 &
+    fio_on /d uring --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=8 --size=24m --rate=2m --time_based --runtime=100000 &
+    wait
+}
+four_ways_slowly & load=$!
+sleep 1
+for ((round = 1; round <= rounds; round++)); do
+    sleep "0.$((RANDOM % 9))"
+    before=$(counter .captured_lsn)
+    kill -9 "$agent"; wait "$agent" 2> /dev/null || true
+    sleep "0.$((RANDOM % 5))"
+    start_source
+    wait_state replicating 60
+    [ "$(epoch)" = "$epoch" ] || fail "round $round: a new epoch: $(group_json | jq -r .why)"
+    [ "$(counter .captured_lsn)" -ge "$before" ] || fail "round $round: lsns ran back"
+done
+pkill -INT fio; wait $load
+umount /d
+assert_equal a="$A"
+points_json | jq -e '.gaps == []' > /dev/null || fail "there is a gap: $(points_json | jq -c .gaps)"
+[ "$(kernel_counter bitmap_writes)" = 0 ] || fail "writes only set bits"
+step "$rounds agents, one epoch, no gap"

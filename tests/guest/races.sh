@@ -1,0 +1,112 @@
+#!/bin/bash
+# Writes that are on their way when capture begins, or when a resync begins. `races attach|resync|cgroup|held`:
+#
+#   attach   16 MiB O_DIRECT writes under way on a disk throttled to 2.5 MB/s while the agent attaches
+#   resync   the same while the agent begins a resync after an overflow
+#   cgroup   the disk is fast; the writer may do 100 writes a second (io.max), so pieces wait in blk-throttle
+#   held     one write is held back for 60 s by the device, once over an attach, once over a resync
+. /mnt/guest/lib.sh
+load_module
+A=$(disk 0)
+queue=/sys/block/${A##*/}/queue
+bytes_written() { awk '{ print $7 * 512 }' "/sys/class/block/${1##*/}/stat"; }
+in_flight() { awk '{ print $9 }' "/sys/class/block/${1##*/}/stat"; }
+
+# Each write is one bio of up to 16 MiB, cut into pieces of 16 KiB: a thousand requests, of which 64 fit into the queue.
+small_requests() { echo 16 > "$queue/max_sectors_kb"; echo 64 > "$queue/nr_requests"; }
+big_write() { # SEEK: 16 MiB from there, in one call
+    head -c 16M /dev/urandom > /dev/shm/big
+    dd if=/dev/shm/big of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none
+}
+
+# The group is forgotten and made anew by the next `pair`, over a disk in use.
+start_over() {
+    afterimage detach a --control "$SOURCE/control.sock"
+    stop_source; stop_receiver
+    afterimage-guest forget
+    rm -rf "$SOURCE" "$RECEIVER" /dev/shm/afterimage
+}
+
+case ${1:-attach} in
+    attach)
+        rounds=3; [ "$LONG" = 0 ] || rounds=10
+        small_requests
+        for ((round = 0; round < rounds; round++)); do
+            big_write $((round * 1048576 + 4096)) & writer=$!
+            sleep 1.5
+            [ "$(in_flight "$A")" -gt 16 ] || fail "nothing is in flight: $(in_flight "$A")"
+            pair a="$A"
+            kill -0 $writer 2> /dev/null && step "round $round: replicating while the write goes on"
+            wait $writer
+            step "round $round: late pieces caught: $(kernel_counter late), longest drain $(($(kernel_counter freeze_ns_max) / 1000000)) ms"
+            assert_equal a="$A"
+            [ $round = $((rounds - 1)) ] || start_over
+        done ;;
+    resync)
+        rounds=2; [ "$LONG" = 0 ] || rounds=8
+        small_requests
+        RING=1MiB pair a="$A"
+        for ((round = 1; round <= rounds; round++)); do
+            kill -STOP "$agent"
+            big_write $((round * 4096)) & writer=$!
+            sleep 1.5
+            [ "$(in_flight "$A")" -gt 16 ] || fail "nothing is in flight: $(in_flight "$A")"
+            kill -CONT "$agent"
+            wait $writer
+            wait_for 60 eval '[ "$(points_json | jq ".gaps | length")" -ge $round ]'
+            wait_state replicating 120
+            assert_equal a="$A"
+        done ;;
+    cgroup)
+        rounds=2; [ "$LONG" = 0 ] || rounds=8
+        small_requests
+        echo +io > /sys/fs/cgroup/cgroup.subtree_control
+        mkdir /sys/fs/cgroup/slow
+        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=100" > /sys/fs/cgroup/slow/io.max
+        for ((round = 0; round < rounds; round++)); do
+            head -c 8M /dev/urandom > /dev/shm/big
+            (echo $BASHPID > /sys/fs/cgroup/slow/cgroup.procs
+                exec dd if=/dev/shm/big of="$A" bs=8M count=1 seek=$((round * 8192)) oflag=direct,seek_bytes conv=notrunc status=none) & writer=$!
+            sleep 1
+            kill -0 $writer || fail "the write is over: no race"
+            pair a="$A"
+            wait $writer
+            step "round $round: late pieces caught: $(kernel_counter late)"
+            [ "$(kernel_counter late)" -gt 0 ] || step "round $round: nothing was late"
+            assert_equal a="$A"
+            [ $round = $((rounds - 1)) ] || start_over
+        done ;;
+    held)
+        seconds=60
+        # A loop device, whose requests wait for the device below: writes to one segment of it come back after a minute.
+        modprobe dm-delay; modprobe loop
+        sectors=$(blockdev --getsz "$A") held=65536
+        dmsetup create slow <<< "0 $held linear $A 0
+$held 2048 delay $A $held 0 $A $held $((seconds * 1000))
+$((held + 2048)) $((sectors - held - 2048)) linear $A $((held + 2048))"
+        dmsetup mknodes
+        D=$(losetup --direct-io=on -f --show /dev/mapper/slow)
+        hold() { head -c 65536 /dev/urandom | dd of="$D" bs=64k count=1 seek=$((held / 128)) oflag=direct iflag=fullblock conv=notrunc status=none; }
+        head -c 8M /dev/urandom | dd of="$D" bs=1M oflag=direct iflag=fullblock status=none
+        hold & writer=$!
+        from=$SECONDS
+        sleep 1
+        PAIR_TIMEOUT=150 RING=1MiB pair a="$D"
+        kill -0 $writer 2> /dev/null && fail "replicating while a write from before the attach is on its way"
+        step "replicating $((SECONDS - from)) s after the write began that was held for $seconds s"
+        wait $writer
+        assert_equal a="$D"
+        kill -STOP "$agent"
+        hold & writer=$!
+        # Others go on meanwhile, more than the ring holds.
+        fio_on "$D" others --ioengine=psync --direct=1 --rw=randwrite --bs=64k --size=16m --randrepeat=0
+        kill -CONT "$agent"
+        wait_for 30 eval '[ "$(state)" != replicating ]'
+        from=$SECONDS
+        wait_state replicating 150
+        kill -0 $writer 2> /dev/null && fail "replicating while a write from before the resync is on its way"
+        wait $writer
+        assert_equal a="$D"
+        # Others are not held up by it: one drain is tried for a moment only.
+        step "longest drain $(($(kernel_counter freeze_ns_max) / 1000000)) ms" ;;
+esac
