@@ -163,16 +163,20 @@ fio_on() {
 }
 fio_json() { sed -n '/^{/,$p' "/srv/out/$1.json" | jq -r "$2"; }
 
-# The four ways of writing, for SECONDS, beside each other, on a mounted file system.
+# The four ways of writing, for SECONDS, beside each other, on a mounted file system: 5 MB/s, which an emulated machine
+# journals, ships and applies at the same time.
 four_ways() {
     local where=$1 seconds=$2 tag=$3 jobs=()
-    fio_on "$where" "$tag-psync" --ioengine=psync --rw=randwrite --bs=4k --size=16m --fsync=32 --rate=3m --time_based --runtime="$seconds" & jobs+=($!)
-    fio_on "$where" "$tag-uring" --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=16 --size=24m --rate=5m --time_based --runtime="$seconds" & jobs+=($!)
-    fio_on "$where" "$tag-direct" --ioengine=libaio --direct=1 --rw=write --bs=128k --iodepth=4 --size=24m --rate=5m --time_based --runtime="$seconds" & jobs+=($!)
-    fio_on "$where" "$tag-mmap" --ioengine=mmap --rw=randwrite --bs=4k --size=8m --rate=1m --time_based --runtime="$seconds" & jobs+=($!)
+    fio_on "$where" "$tag-psync" --ioengine=psync --rw=randwrite --bs=4k --size=8m --fsync=32 --rate=600k --time_based --runtime="$seconds" & jobs+=($!)
+    fio_on "$where" "$tag-uring" --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=16 --size=16m --rate=2m --time_based --runtime="$seconds" & jobs+=($!)
+    fio_on "$where" "$tag-direct" --ioengine=libaio --direct=1 --rw=write --bs=128k --iodepth=4 --size=16m --rate=2m --time_based --runtime="$seconds" & jobs+=($!)
+    fio_on "$where" "$tag-mmap" --ioengine=mmap --rw=randwrite --bs=4k --size=4m --rate=400k --time_based --runtime="$seconds" & jobs+=($!)
     local job
     for job in "${jobs[@]}"; do wait "$job" || fail "a load failed"; done
 }
+
+# Capture of a volume ends.
+detach() { afterimage detach "$1" --control "$SOURCE/control.sock"; }
 
 # A counter of the kernel's, by its name in `ioctl::Status`.
 kernel_counter() { group_json | jq -r ".kernel.$1 // error(\"the status has no kernel.$1\")"; }

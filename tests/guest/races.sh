@@ -21,7 +21,6 @@ big_write() { # SEEK: 16 MiB from there, in one call
 
 # The group is forgotten and made anew by the next `pair`, over a disk in use.
 start_over() {
-    afterimage detach a --control "$SOURCE/control.sock"
     stop_source; stop_receiver
     afterimage-guest forget
     rm -rf "$SOURCE" "$RECEIVER" /dev/shm/afterimage

@@ -28,7 +28,8 @@ drained
 [ "$(state)" = replicating ] || fail "the state is $(state): $(group_json | jq -r .why)"
 dmsetup message lw 0 mark end
 assert_equal a="$A"
-case ${1:-under} in on) afterimage detach a --control "$SOURCE/control.sock" ;; esac
+stop_source
+afterimage-guest forget
 dmsetup remove --retry lw
 afterimage-guest marks "$L"
 size=$(blockdev --getsize64 "$A")
