@@ -65,10 +65,19 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// One of them does not come up.
     pub fn start(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let mut pair = Pair::begin(home, spec)?;
+        pair.until_served()?;
+        Ok(pair)
+    }
+
+    /// As [`start`](Self::start), without waiting: what is to be synchronised is under way.
+    ///
+    /// # Errors
+    /// One of them cannot be started.
+    pub fn begin(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
         let mut pair = Pair::prepare(home, spec)?;
         pair.start_receiver()?;
         pair.start_source()?;
-        pair.until_served()?;
         Ok(pair)
     }
 

@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use kfilter::Mode;
+use kfilter::abi::GRANULE;
 
 use super::map::Content;
 use super::pace::{Advice, Pace};
@@ -76,6 +77,8 @@ pub(crate) struct Copier<'a> {
     report: &'a mut Report,
     outstanding: VecDeque<Outstanding>,
     bytes: u64,
+    /// Journaled and next to each other, from the last granule on that is not whole yet.
+    journaled: Range<u64>,
     unreadable: Vec<Range<u64>>,
 }
 
@@ -127,7 +130,7 @@ impl<'a> Copier<'a> {
         report: &'a mut Report,
     ) -> Copier<'a> {
         let (outstanding, unreadable) = (VecDeque::new(), Vec::new());
-        Copier { agent, volume, pace, report, outstanding, bytes: 0, unreadable }
+        Copier { agent, volume, pace, report, outstanding, bytes: 0, journaled: 0..0, unreadable }
     }
 
     /// Begins, waits for the barrier, copies what is dirty in the range, and waits until it is journaled.
@@ -219,9 +222,9 @@ impl<'a> Copier<'a> {
                     }
                 }
                 while at < end {
-                    let bytes = (end - at).min(CHUNK_BYTES);
-                    self.chunk(at..at + bytes, &mut zeros, buffer)?;
-                    at += bytes;
+                    let next = end.min((at / CHUNK_BYTES + 1) * CHUNK_BYTES);
+                    self.chunk(at..next, &mut zeros, buffer)?;
+                    at = next;
                 }
             }
         }
@@ -277,10 +280,10 @@ impl<'a> Copier<'a> {
         if !self.volume.is_attached() {
             return Err(Stop::Lost);
         }
-        if range.end - range.start > kfilter::abi::GRANULE {
+        if range.end - range.start > GRANULE {
             let mut at = range.start;
             while at < range.end {
-                let end = (at + kfilter::abi::GRANULE).min(range.end);
+                let end = ((at / GRANULE + 1) * GRANULE).min(range.end);
                 self.chunk(at..end, zeros, buffer)?;
                 at = end;
             }
@@ -393,9 +396,14 @@ impl<'a> Copier<'a> {
                 map.requeued(&front.range)
             };
             if pieces.is_empty() {
-                shared.ring.clear(self.volume.id, front.range.clone())?;
+                let next = front.range.clone();
                 self.bytes -= front.bytes;
                 self.outstanding.pop_front();
+                // Runs of data and holes end anywhere; a granule is whole when all that lies in it is through.
+                let joins = self.journaled.end == next.start;
+                self.journaled = if joins { self.journaled.start..next.end } else { next };
+                shared.ring.clear(self.volume.id, self.journaled.clone())?;
+                self.journaled.start = self.journaled.start.max(self.journaled.end / GRANULE * GRANULE);
                 continue;
             }
             let mut last_lsn = front.last_lsn;
