@@ -36,6 +36,17 @@ e2e *ARGS:
     cargo build --release --locked -p afterimage
     cargo nextest run --locked -p afterimage-tests {{ ARGS }}
 
+# The kernel module in guests that run the stock kernel, with a time table. ARGS: what nextest takes, such as a test's name.
+vm *ARGS:
+    scripts/vm.sh {{ ARGS }}
+
+# What capture costs beside dm-log-writes and DRBD, in one guest: PAIRS rounds, SECONDS a run.
+bench-vm PAIRS="5" SECONDS="2":
+    tests/vm/lab.sh
+    tests/vm/module.sh
+    cargo build --release --locked -p afterimage-tests --bin afterimage-guest
+    tests/vm/run.sh cost --disk 128M --disk 6G --disk 128M --disk 128M --timeout 3000 -- {{ PAIRS }} {{ SECONDS }}
+
 # Ratios to peers and bare limits. PARTS: journal ring front sustained lag restore; all of them without. `--json` for JSON.
 bench *PARTS:
     cargo build --release --locked -p afterimage
@@ -47,7 +58,7 @@ soak HOURS="1":
     end=$((SECONDS + {{ HOURS }} * 3600)); round=0; \
     while [ $SECONDS -lt $end ]; do \
         round=$((round + 1)); echo "soak: round $round"; \
-        cargo nextest run --workspace --locked; \
+        AFTERIMAGE_LONG=1 cargo nextest run --profile soak --workspace --locked; \
     done
 
 # The story, told on real data.

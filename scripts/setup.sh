@@ -20,7 +20,7 @@ esac
 build_packages="build-essential cmake clang pkg-config curl ca-certificates e2fsprogs"
 # Testing: the clients and file systems that the end-to-end stories use.
 test_packages="libnbd-bin nbdfuse qemu-utils fio xfsprogs btrfs-progs postgresql sqlite3 jq
-    fuse3 python3-libnbd util-linux procps"
+    fuse3 python3-libnbd util-linux procps mmdebstrap zstd kmod"
 
 as_root() {
     if [ "$(id -u)" -eq 0 ]; then

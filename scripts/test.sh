@@ -24,6 +24,9 @@ step check just check
 step loom just loom
 step fuzz just fuzz "$fuzz_seconds"
 step release cargo build --release --locked -p afterimage
+step lab tests/vm/lab.sh
+step module tests/vm/module.sh
+step clippy tests/vm/module.sh clippy
 step tests stories_and_units
 
 echo

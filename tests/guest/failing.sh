@@ -4,7 +4,7 @@
 # what it sees without us, the state stays replicating, `points` says what is inexact, and replica and disk are equal.
 . /mnt/guest/lib.sh
 load_module measure=0
-A=$(disk 0) B=$(disk 1)
+A=$(disk 0)
 sectors=$(blockdev --getsz "$A")
 # Failing segments: writes there fail, reads do not.
 flaky() { # NAME DEVICE: sectors 20480 to 22527 and 40960 to 41087 fail
@@ -40,7 +40,7 @@ nothing_alarming() {
 case ${1:-disk} in
     disk | dm)
         modprobe dm-flakey; modprobe loop
-        flaky bare "$B"; flaky ours "$A"
+        B=$(disk 1); flaky bare "$B"; flaky ours "$A"
         bare=/dev/mapper/bare ours=/dev/mapper/ours
         if [ "${1:-disk}" = disk ]; then
             # As a disk with a queue of its own.

@@ -3,7 +3,7 @@
 . /mnt/guest/lib.sh
 seconds=5; [ "$LONG" = 0 ] || seconds=50
 load_module
-A=$(disk 0) B=$(disk 1)
+A=$(disk 0); [ "${1:-two}" = partition ] || B=$(disk 1)
 case ${1:-two} in
     two)
         volumes=(a="$A" b="$B") ;;

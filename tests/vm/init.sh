@@ -49,5 +49,7 @@ farewell() { # STATUS
 prepare
 cd /root || exit 1
 eval "arguments=($(cat /mnt/args))"
+LONG=$(cat /mnt/long)
+export LONG
 setsid bash /mnt/scenario.sh "${arguments[@]}" < /dev/null
 farewell $?

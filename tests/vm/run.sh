@@ -10,6 +10,7 @@
 #   --module KO          the module (default: what module.sh built; without one the guest has none)
 #   --timeout S          killed after that (600)     --thread single|multi TCG threads (single: multi mis-executes patched code now and then)
 #   --dir DIR            keeps the run here: serial log, disks, results (default: made, removed after success)
+#   --long               the longer form of the scenario
 #   --init systemd       boots systemd and runs the scenario as a unit; reboots stay inside one QEMU
 #   --net SOCKET,KIND    a network card to another guest: KIND is server or client
 #   --kernel ARGS        more kernel parameters    --image FILE           another kernel (see debug-kernel.sh)
@@ -24,7 +25,7 @@ ROOT=$LAB/root
 
 die() { echo "run: $*" >&2; exit 2; }
 
-smp=2 mem=1536 timeout=600 thread=single init=script dir='' net='' kernel='' image='' module='' scenario=''
+smp=2 mem=1536 timeout=600 thread=single init=script long=0 dir='' net='' kernel='' image='' module='' scenario=''
 disks=() files=() args=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -37,6 +38,7 @@ while [ $# -gt 0 ]; do
         --timeout) timeout=$2; shift 2 ;;
         --thread) thread=$2; shift 2 ;;
         --dir) dir=$2; shift 2 ;;
+        --long) long=1; shift ;;
         --init) init=$2; shift 2 ;;
         --net) net=$2; shift 2 ;;
         --kernel) kernel=$2; shift 2 ;;
@@ -79,7 +81,7 @@ cp "$REPO"/tests/guest/* "$payload/guest/" 2> /dev/null || true
 cp "$scenario" "$payload/scenario.sh"
 cp "$HERE/init.sh" "$payload/init"; chmod 755 "$payload/init"
 printf '%q ' "${args[@]}" > "$payload/args"
-echo "$init" > "$payload/mode"
+echo "$long" > "$payload/long"
 date +%s > "$payload/now"
 binary() { # PATH: copied without its symbols, cached by its time
     [ -f "$1" ] || return 0
