@@ -338,7 +338,7 @@ impl Handle {
 }
 
 /// Runs disk work on a named thread of its own, off the runtime.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -8,6 +8,7 @@
 //! dropped; every refusal is told with its reason before the connection closes.
 
 mod greet;
+mod questions;
 pub(crate) mod session;
 
 use std::net::SocketAddr;

@@ -7,6 +7,8 @@
 //! source ── bidi stream, the control stream ──► receiver     u32 length, version, postcard   (message, framing)
 //!        ◄─────────────────────────────────────
 //!        ── uni streams of frames ────────────►              journal frames, byte for byte   (frames)
+//!        ── bidi streams of questions ────────►              hashes of the replica           (compare)
+//!        ◄─────────────────────────────────────
 //! ```
 //! This room owns no position and decides no resume: bytes in QUIC's buffers are not received, and only an
 //! [`Message::Ack`] moves progress. Reconnecting is the caller's loop, paced by [`Backoff`].
@@ -15,6 +17,7 @@
 //! never resumed (TLS would not ask for the certificate again); every peer of an open connection was pinned.
 
 pub mod backoff;
+pub mod compare;
 pub mod endpoint;
 pub mod error;
 pub mod frames;

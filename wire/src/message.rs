@@ -211,6 +211,30 @@ pub enum Message {
         /// In words, for people.
         reason: String,
     },
+    /// Source, on a stream of questions: hash a range of the replica, see [`crate::compare`].
+    HashRequest {
+        /// Volume's id.
+        volume: u32,
+        /// First byte, at a chunk's boundary.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+        /// Bytes of a chunk.
+        chunk_bytes: u32,
+        /// Epoch of `after_lsn`.
+        epoch: u64,
+        /// The replica must hold everything up to here.
+        after_lsn: u64,
+        /// Key of the hashes.
+        key: [u8; 32],
+    },
+    /// Receiver, in answer.
+    Hashes {
+        /// The replica held everything up to here when it was read.
+        applied_lsn: u64,
+        /// 16 bytes a chunk, in order.
+        hashes: Vec<u8>,
+    },
 }
 
 impl Message {
@@ -303,6 +327,19 @@ mod tests {
             (Message::ApplyNow { lsn: 128 }, "01058001"),
             (Message::Error { code: ErrorCode::Internal, reason: "r".into() }, "01060b0172"),
             (Message::Bye { reason: "r".into() }, "01070172"),
+            (
+                Message::HashRequest {
+                    volume: 1,
+                    offset: 1 << 20,
+                    length: 1 << 16,
+                    chunk_bytes: 1 << 16,
+                    epoch: 2,
+                    after_lsn: 3,
+                    key: [4; 32],
+                },
+                "01080180804080800480800402030404040404040404040404040404040404040404040404040404040404040404",
+            ),
+            (Message::Hashes { applied_lsn: 5, hashes: vec![6, 7] }, "010905020607"),
         ]
     }
 

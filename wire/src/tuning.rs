@@ -47,6 +47,8 @@ const GSO_SEGMENTS: usize = 10;
 const UDP_PAYLOAD_BYTES: usize = 65_507;
 /// Every QUIC path carries this (RFC 9000, section 14).
 const MIN_MTU_BYTES: u16 = 1200;
+/// Streams of questions (`compare`) at once, beside the control stream.
+const QUESTION_STREAMS: u32 = 1;
 /// Uni streams of frames that a source may have open at once.
 const FRAME_STREAMS: u32 = 16;
 
@@ -75,7 +77,7 @@ impl Tuning {
             IdleTimeout::try_from(self.idle_timeout).map_err(|_| refuse("idle timeout is too long"))?;
         let (bidi, uni) = match side {
             Side::Client => (0, 0),
-            Side::Server => (1, FRAME_STREAMS),
+            Side::Server => (1 + QUESTION_STREAMS, FRAME_STREAMS),
         };
         let mut mtu_discovery = MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(self.mtu_bytes);

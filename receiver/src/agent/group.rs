@@ -207,6 +207,14 @@ impl Group {
         self.progress.subscribe()
     }
 
+    /// A volume's replica, to be read.
+    ///
+    /// # Errors
+    /// As [`History::replica`] tells.
+    pub fn replica(&self, volume: journal::VolumeId) -> Result<Arc<dyn journal::io::File>> {
+        self.history.replica(volume).map(|(_, file)| file)
+    }
+
     /// The source spoke of its newest lsn.
     pub fn heartbeat(&self, beat: Moment) {
         lock(&self.heartbeats).heard(beat, Instant::now());

@@ -83,7 +83,7 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
     let state = progress.borrow_and_update().receiver_state();
     let welcome = Message::Welcome {
         version,
-        features: 0,
+        features: wire::compare::FEATURE,
         resume: attached.resume.map(Into::into),
         state: state.clone(),
         agent: concat!("afterimage ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -129,6 +129,7 @@ async fn first_end(
         }
         _ = stop.wait_for(|stop| *stop) => End::Refused(stopping()),
         end = control(receiver, group) => end,
+        end = super::questions::answer(connection, group) => end,
         end = frames(connection, group, attached) => end,
     }
 }
