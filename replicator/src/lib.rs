@@ -16,6 +16,7 @@ pub mod agent;
 pub mod buffered_disk;
 pub mod capture;
 pub mod clock;
+pub mod compare;
 pub mod error;
 mod gaps;
 pub mod link;

@@ -153,8 +153,9 @@ impl Link {
         };
         let (mut sender, mut receiver, answer) = greeted?;
         let resume = match answer {
-            Some(Message::Welcome { resume, state, .. }) => {
+            Some(Message::Welcome { resume, state, features, .. }) => {
                 self.receiver = state;
+                self.agent.shared.progress.questions().offer(features);
                 resume.map(Position::from)
             }
             Some(Message::Error { code, reason }) => return Ok(self.refusal(None, code, reason)),
@@ -197,6 +198,8 @@ impl Link {
         };
         let writer = writer?;
         let mut sending = tokio::spawn(send_frames(writer, frames));
+        let agent = self.agent.clone();
+        let carried = agent.shared.progress.questions();
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
             sent = &mut sending => match sent {
@@ -204,6 +207,7 @@ impl Link {
                 Ok(Err(error)) => End::Lost(describe(&error)),
                 Err(_) => End::Lost("the sending task ended".into()),
             },
+            error = carried.carry(connection) => End::Lost(describe(&error)),
             end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
@@ -219,7 +223,7 @@ impl Link {
         let state = file.get();
         Message::Hello {
             versions: VERSIONS.to_vec(),
-            features: 0,
+            features: wire::compare::FEATURE,
             group_id: state.group.0,
             group: self.agent.settings.group.clone(),
             lineage: state.lineage.0,

@@ -10,6 +10,8 @@ use std::time::Duration;
 use journal::{Lsn, Position};
 use tokio::sync::watch;
 
+use crate::compare::Questions;
+
 /// Unacknowledged frames are remembered one by one up to this many, then in pairs: a bound of 4 MiB whatever the
 /// outage's length. `backlog_bytes` and `rpo_ms` get coarser, never wrong by more than an entry.
 const MAX_ENTRIES: usize = 64 * 1024;
@@ -64,6 +66,7 @@ pub struct Progress {
     inner: Mutex<Inner>,
     appended: Condvar,
     peer: watch::Sender<PeerView>,
+    questions: Questions,
 }
 
 impl Progress {
@@ -75,7 +78,13 @@ impl Progress {
             inner: Mutex::new(Inner { journaled, entries, droppable: (0, Lsn::ZERO), closed: false }),
             appended: Condvar::new(),
             peer: watch::Sender::new(PeerView::default()),
+            questions: Questions::default(),
         }
+    }
+
+    /// What is asked of the peer.
+    pub fn questions(&self) -> &Questions {
+        &self.questions
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use kfilter::Mode;
 use kfilter::abi::GRANULE;
 
+mod differing;
+
 use super::map::Content;
 use super::pace::{Advice, Pace};
 use super::progress::Report;
@@ -149,7 +151,7 @@ impl<'a> Copier<'a> {
     }
 
     fn copy(&mut self, range: Range<u64>, kind: Kind) -> Copied<()> {
-        self.begin(&range, kind)?;
+        let begin = self.begin(&range, kind)?;
         // Sizes that grew while nothing was recorded: no slot may reach beyond what the stream knows.
         self.agent.announce_growth()?;
         barrier(self.agent)?.map_err(Stop::Later)?;
@@ -159,8 +161,13 @@ impl<'a> Copier<'a> {
             let inside = dirty.start.max(range.start)..dirty.end.min(range.end);
             (inside.start < inside.end).then_some(inside)
         });
+        let compares = kind == Kind::Resync && self.compares();
         for dirty in dirty {
-            self.extent(dirty, &mut buffer)?;
+            if compares && dirty.end - dirty.start >= differing::FROM_BYTES {
+                self.differing(dirty, begin, &mut buffer)?;
+            } else {
+                self.extent(dirty, &mut buffer)?;
+            }
         }
         while !self.outstanding.is_empty() {
             self.settle()?;
@@ -171,7 +178,8 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    fn begin(&self, range: &Range<u64>, kind: Kind) -> Copied<()> {
+    /// Begins, and returns the lsn that the window's mask starts behind.
+    fn begin(&self, range: &Range<u64>, kind: Kind) -> Copied<u64> {
         let shared = &self.agent.shared;
         loop {
             self.agent.halt.check()?;
@@ -180,7 +188,7 @@ impl<'a> Copier<'a> {
                 Kind::Repair => shared.ring.fence(),
             };
             match shared.map.begin(self.volume.id, range.clone(), step) {
-                Ok(_) => return Ok(()),
+                Ok(after) => return Ok(after),
                 Err(Refusal::Full) => std::thread::sleep(LOOK),
                 // A dead agent's, or of a window that was given up.
                 Err(Refusal::Owed) => barrier(self.agent)?.map_err(Stop::Later)?,

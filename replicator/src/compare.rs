@@ -1,0 +1,133 @@
+//! Asks the receiver for hashes of its replica, so that a synchronisation sends only what differs ([`wire::compare`]).
+//!
+//! ```text
+//!  af-serve (engine): post ──► queue ──► link task: one question after the other ──► receiver
+//!                     wait ◄── answer ◄──────────────────────────────────────────────
+//! ```
+//! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
+
+use quinn::Connection;
+use tokio::sync::{Mutex, mpsc};
+use wire::message::Message;
+
+/// Questions on their way at once: the next is there when one is answered.
+pub const POSTED: usize = 2;
+/// One look at whether to go on to the next.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What the receiver said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Hashes, 16 bytes a chunk.
+    Hashes(Vec<u8>),
+    /// It cannot tell, and why.
+    No(String),
+}
+
+struct Asked {
+    question: Message,
+    answer: SyncSender<Answer>,
+}
+
+/// Where engine and link meet.
+pub struct Questions {
+    post: mpsc::Sender<Asked>,
+    posted: Mutex<mpsc::Receiver<Asked>>,
+    offered: AtomicBool,
+}
+
+/// A question that was posted.
+pub struct Pending {
+    question: Message,
+    answer: Receiver<Answer>,
+}
+
+impl Default for Questions {
+    fn default() -> Questions {
+        let (post, posted) = mpsc::channel(POSTED);
+        Questions { post, posted: Mutex::new(posted), offered: AtomicBool::new(false) }
+    }
+}
+
+impl Questions {
+    /// What the receiver of this connection offers.
+    pub fn offer(&self, features: u64) {
+        self.offered.store(features & wire::compare::FEATURE != 0, Ordering::Release);
+    }
+
+    /// Whether the receiver that was connected last answers questions.
+    pub fn is_offered(&self) -> bool {
+        self.offered.load(Ordering::Acquire)
+    }
+
+    /// Posts a question. Blocks while too many are under way; `look` says whether to go on.
+    ///
+    /// # Errors
+    /// What `look` says.
+    pub fn post<E>(&self, question: Message, mut look: impl FnMut() -> Result<(), E>) -> Result<Pending, E> {
+        let (answer, pending) = sync_channel(1);
+        let mut asked = Asked { question: question.clone(), answer };
+        loop {
+            look()?;
+            match self.post.try_send(asked) {
+                Ok(()) => return Ok(Pending { question, answer: pending }),
+                Err(mpsc::error::TrySendError::Full(back) | mpsc::error::TrySendError::Closed(back)) => {
+                    asked = back;
+                    std::thread::sleep(LOOK);
+                }
+            }
+        }
+    }
+
+    /// Waits for an answer, asking again when the link broke.
+    ///
+    /// # Errors
+    /// What `look` says.
+    pub fn wait<E>(
+        &self,
+        mut pending: Pending,
+        mut look: impl FnMut() -> Result<(), E>,
+    ) -> Result<Answer, E> {
+        loop {
+            match pending.answer.recv_timeout(LOOK) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Timeout) => look()?,
+                Err(RecvTimeoutError::Disconnected) => pending = self.post(pending.question, &mut look)?,
+            }
+        }
+    }
+
+    /// Carries questions over a connection until it fails.
+    pub async fn carry(&self, connection: &Connection) -> wire::Error {
+        let mut posted = self.posted.lock().await;
+        if !self.is_offered() {
+            return std::future::pending().await;
+        }
+        let (mut sender, mut receiver) = match wire::framing::open(connection).await {
+            Ok(stream) => stream,
+            Err(error) => return error,
+        };
+        while let Some(Asked { question, answer }) = posted.recv().await {
+            if let Err(error) = sender.send(&question).await {
+                return error;
+            }
+            let said = match receiver.next().await {
+                Ok(Some(Message::Hashes { hashes, .. })) => Answer::Hashes(hashes),
+                Ok(Some(Message::Error { reason, .. })) => Answer::No(reason),
+                Ok(_) => {
+                    let at = "the receiver answered a question with something else";
+                    return wire::Error::new(wire::ErrorKind::Malformed, at);
+                }
+                Err(error) => return error,
+            };
+            // The engine may have gone on without it.
+            let _ = answer.try_send(said);
+        }
+        // The sending side lives as long as we do.
+        std::future::pending().await
+    }
+}
