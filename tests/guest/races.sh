@@ -44,7 +44,7 @@ case ${1:-attach} in
     resync)
         rounds=2; [ "$LONG" = 0 ] || rounds=8
         small_requests
-        RING=1MiB pair a="$A"
+        RING=4MiB pair a="$A"
         for ((round = 1; round <= rounds; round++)); do
             kill -STOP "$agent"
             big_write $((round * 4096)) & writer=$!
@@ -90,7 +90,7 @@ $((held + 2048)) $((sectors - held - 2048)) linear $A $((held + 2048))"
         hold & writer=$!
         from=$SECONDS
         sleep 1
-        PAIR_TIMEOUT=150 RING=1MiB pair a="$D"
+        PAIR_TIMEOUT=150 RING=4MiB pair a="$D"
         kill -0 $writer 2> /dev/null && fail "replicating while a write from before the attach is on its way"
         step "replicating $((SECONDS - from)) s after the write began that was held for $seconds s"
         wait $writer

@@ -11,7 +11,7 @@ dmsetup mknodes
 case ${1:-under} in under) pair a="$A" ;; on) pair a=/dev/mapper/lw ;; esac
 mkfs.ext4 -q /dev/mapper/lw; mkdir -p /d; mount -o discard /dev/mapper/lw /d
 for ((mark = 1; mark <= marks; mark++)); do
-    four_ways /d $seconds "w$mark" & load=$!
+    four_ways /d $seconds w & load=$!
     cp -a /etc "/d/etc$mark"; rm -rf "/d/etc$((mark - 1))"
     # In the middle of the load: whoever writes waits.
     sleep $((seconds / 2))

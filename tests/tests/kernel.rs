@@ -141,6 +141,15 @@ fn refused_attempts_are_void() -> Result<()> {
 }
 
 #[test]
+fn a_clean_reboot_leaves_no_gap() -> Result<()> {
+    let dest = tempfile::tempdir()?;
+    let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/install.sh");
+    outcome(Command::new(install).arg(dest.path()))?.expect(0)?;
+    let tree = format!("{}=files/dest", dest.path().display());
+    guest("reboot", &["--disk", "96M", "--init", "systemd", "--file", &tree], &[])
+}
+
+#[test]
 fn the_module_comes_and_goes_under_load() -> Result<()> {
     guest("lifecycle", &["--disk", "256M", "--disk", "128M", "--disk", "64M"], &[])
 }

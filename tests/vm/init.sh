@@ -46,10 +46,29 @@ farewell() { # STATUS
     sleep 60
 }
 
-prepare
-cd /root || exit 1
-eval "arguments=($(cat /mnt/args))"
-LONG=$(cat /mnt/long)
-export LONG
-setsid bash /mnt/scenario.sh "${arguments[@]}" < /dev/null
-farewell $?
+scenario() {
+    cd /root || exit 1
+    eval "arguments=($(cat /mnt/args))"
+    LONG=$(cat /mnt/long)
+    export LONG
+    setsid bash /mnt/scenario.sh "${arguments[@]}" < /dev/null
+}
+
+case ${1:-script} in
+    script)
+        prepare
+        scenario
+        farewell $? ;;
+    systemd)
+        # Before systemd: what the unit below needs. The scenario runs once a boot, and says 99 when it reboots.
+        mount LABEL=state /srv
+        mkdir -p /srv/out
+        printf '[Unit]\nAfter=multi-user.target\n[Service]\nType=exec\nExecStart=/bin/bash /mnt/init unit\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/console\nSendSIGHUP=no\n' \
+            > /etc/systemd/system/scenario.service
+        mkdir -p /etc/systemd/system/multi-user.target.wants
+        ln -sf ../scenario.service /etc/systemd/system/multi-user.target.wants/ ;;
+    unit)
+        scenario
+        code=$?
+        [ $code = 99 ] || farewell $code ;;
+esac

@@ -18,6 +18,7 @@
 # What the scenario leaves in /srv/out appears in DIR/out. The exit code is the scenario's, or 1 when the guest's kernel
 # complained, 2 when it died or hung. Nothing survives a run: the root disk is a snapshot. Runs can go in parallel.
 set -euo pipefail
+{ # Read as a whole: the file may change while a guest runs.
 HERE=$(cd "$(dirname "$0")" && pwd)
 REPO=$(cd "$HERE/../.." && pwd)
 LAB=$("$HERE/lab.sh" path)
@@ -151,6 +152,7 @@ esac
 
 parameters="console=ttyS0 loglevel=4 edd=off panic=-1 oops=panic root=PARTUUID=af7e12a9-01 rw mitigations=off"
 parameters+=" tsc=reliable clocksource=tsc watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 systemd.show_status=0 printk.time=1 $kernel"
+[ "$init" = script ] || parameters+=" systemd.firstboot=off systemd.mask=serial-getty@ttyS0.service"
 case $init in
     script) parameters+=' init=/bin/bash -- -c "mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -o ro LABEL=payload /mnt && exec /mnt/init"' ;;
     systemd) parameters+=' init=/bin/bash -- -c "mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -o ro LABEL=payload /mnt && /mnt/init systemd && exec /sbin/init"' ;;
@@ -188,3 +190,4 @@ if [ "$complaints" != quiet ] || grep -aqE 'Kernel panic|BUG: |Oops: |general pr
 fi
 echo "run: $name: exit $status after $((SECONDS - started)) s" >&2
 exit "$status"
+}
