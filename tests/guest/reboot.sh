@@ -6,6 +6,8 @@ SOURCE=/var/lib/afterimage/web RECEIVER=/var/lib/afterimage/rx
 phase=$(cat /srv/phase 2> /dev/null || echo 1)
 A=/dev/vda
 reboot_now() { echo $((phase + 1)) > /srv/phase; step "phase $phase: rebooting"; systemctl reboot --no-block; exit 99; }
+# What the agent said in this boot, and at the end of the one before.
+told() { journalctl -u afterimage-replicate@web --no-pager | tail -n 25 | cut -c 1-300; }
 since_boot() { systemctl show -p ActiveEnterTimestampMonotonic --value "$1"; }
 
 if [ "$phase" = 1 ]; then
@@ -51,9 +53,9 @@ if [ "$phase" = 1 ]; then
 else
     step "phase $phase: agent up at $(since_boot afterimage-replicate@web) µs, mounted at $(since_boot data.mount) µs"
     [ "$(since_boot afterimage-replicate@web)" -lt "$(since_boot data.mount)" ] || fail "mounted before it was protected"
-    [ "$(epoch)" = "$(cat /srv/epoch)" ] || fail "a new epoch: $(journalctl -b -u afterimage-replicate@web --no-pager | tail -n 20)"
+    [ "$(epoch)" = "$(cat /srv/epoch)" ] || fail "a new epoch: $(told)"
     points_json | jq -e '.gaps == []' > /dev/null || fail "there is a gap: $(points_json | jq -c .gaps)"
-    journalctl -b -u afterimage-replicate@web --no-pager | grep -qi 'synchronised cause' && fail "it was synchronised anew: $(journalctl -b -u afterimage-replicate@web --no-pager | tail -n 20)"
+    journalctl -b -u afterimage-replicate@web --no-pager | grep -qi 'synchronised cause' && fail "it was synchronised anew: $(told)"
 fi
 [ "$phase" -ge 3 ] || reboot_now
 systemctl stop writer

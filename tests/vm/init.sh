@@ -62,7 +62,7 @@ case ${1:-script} in
     systemd)
         # Before systemd: what the unit below needs. The scenario runs once a boot, and says 99 when it reboots.
         mount LABEL=state /srv
-        mkdir -p /srv/out
+        mkdir -p /srv/out /var/log/journal # kept over reboots
         printf '[Unit]\nAfter=multi-user.target\n[Service]\nType=exec\nExecStart=/bin/bash /mnt/init unit\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/console\nSendSIGHUP=no\n' \
             > /etc/systemd/system/scenario.service
         mkdir -p /etc/systemd/system/multi-user.target.wants
