@@ -6,7 +6,7 @@
 //! ```
 //! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -18,6 +18,11 @@ use wire::message::Message;
 pub const POSTED: usize = 2;
 /// One look at whether to go on to the next.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// No receiver was connected yet.
+const UNKNOWN: u8 = 0;
+const NO: u8 = 1;
+const YES: u8 = 2;
 
 /// What the receiver said.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +42,7 @@ struct Asked {
 pub struct Questions {
     post: mpsc::Sender<Asked>,
     posted: Mutex<mpsc::Receiver<Asked>>,
-    offered: AtomicBool,
+    offered: AtomicU8,
 }
 
 /// A question that was posted.
@@ -49,19 +54,23 @@ pub struct Pending {
 impl Default for Questions {
     fn default() -> Questions {
         let (post, posted) = mpsc::channel(POSTED);
-        Questions { post, posted: Mutex::new(posted), offered: AtomicBool::new(false) }
+        Questions { post, posted: Mutex::new(posted), offered: AtomicU8::new(UNKNOWN) }
     }
 }
 
 impl Questions {
     /// What the receiver of this connection offers.
     pub fn offer(&self, features: u64) {
-        self.offered.store(features & wire::compare::FEATURE != 0, Ordering::Release);
+        let offered = if features & wire::compare::FEATURE != 0 { YES } else { NO };
+        self.offered.store(offered, Ordering::Release);
     }
 
-    /// Whether the receiver that was connected last answers questions.
-    pub fn is_offered(&self) -> bool {
-        self.offered.load(Ordering::Acquire)
+    /// Whether the receiver that was connected last answers questions; `None` when none was connected in this run.
+    pub fn is_offered(&self) -> Option<bool> {
+        match self.offered.load(Ordering::Acquire) {
+            UNKNOWN => None,
+            offered => Some(offered == YES),
+        }
     }
 
     /// Posts a question. Blocks while too many are under way; `look` says whether to go on.
@@ -104,7 +113,7 @@ impl Questions {
     /// Carries questions over a connection until it fails.
     pub async fn carry(&self, connection: &Connection) -> wire::Error {
         let mut posted = self.posted.lock().await;
-        if !self.is_offered() {
+        if self.is_offered() != Some(true) {
             return std::future::pending().await;
         }
         let (mut sender, mut receiver) = match wire::framing::open(connection).await {

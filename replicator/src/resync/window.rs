@@ -161,9 +161,9 @@ impl<'a> Copier<'a> {
             let inside = dirty.start.max(range.start)..dirty.end.min(range.end);
             (inside.start < inside.end).then_some(inside)
         });
-        let compares = kind == Kind::Resync && self.compares();
         for dirty in dirty {
-            if compares && dirty.end - dirty.start >= differing::FROM_BYTES {
+            let is_long = kind == Kind::Resync && dirty.end - dirty.start >= differing::FROM_BYTES;
+            if is_long && self.compares()? {
                 self.differing(dirty, begin, &mut buffer)?;
             } else {
                 self.extent(dirty, &mut buffer)?;

@@ -28,10 +28,20 @@ struct Asked {
 }
 
 impl Copier<'_> {
-    /// Whether there is something to compare with.
-    pub(super) fn compares(&self) -> bool {
-        let held = self.agent.state().get().was_consistent;
-        held && self.agent.shared.progress.questions().is_offered()
+    /// Whether there is something to compare with. Waits for the receiver to say so: without it nothing of a long range
+    /// could be sent either.
+    pub(super) fn compares(&mut self) -> Copied<bool> {
+        if !self.agent.state().get().was_consistent {
+            return Ok(false);
+        }
+        loop {
+            if let Some(is_offered) = self.agent.shared.progress.questions().is_offered() {
+                return Ok(is_offered);
+            }
+            self.look()?;
+            self.report.waits("waiting for the receiver, to compare with what it holds");
+            std::thread::sleep(super::LOOK * 4);
+        }
     }
 
     /// Copies what differs of a range that begins at a granule.

@@ -1,0 +1,85 @@
+//! After an unclean end of the machine everything is in doubt and nearly everything is there: both sides hash, and only
+//! what differs is sent.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rand::Rng;
+use tests::control::Group;
+use tests::nbd_client::NbdClient;
+use tests::rig::{Pair, PairSpec};
+use tests::story;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 256 * MIB;
+/// What a chunk of the comparison is.
+const CHUNK: u64 = 64 << 10;
+const MINUTE: Duration = Duration::from_secs(60);
+
+#[test]
+fn only_what_differs_is_sent_after_an_unclean_end() -> Result<()> {
+    story("comparison by hash", |home| {
+        let mut random = home.rng();
+        std::fs::create_dir_all(home.path("source"))?;
+        let disk = File::create(home.path("source").join("disk.img"))?;
+        disk.set_len(SIZE)?;
+        let mut piece = vec![0; 1 << 20];
+        for at in (0..SIZE).step_by(piece.len()) {
+            random.fill(piece.as_mut_slice());
+            disk.write_all_at(&piece, at)?;
+        }
+        let mut pair = Pair::start(home, &PairSpec { volumes: &[("disk", SIZE)], ..PairSpec::default() })?;
+        pair.assert_replica_equals_source()?;
+        let epoch = pair.source.group()?.number("epoch");
+        let log = || Ok::<_, anyhow::Error>(std::fs::read_to_string(home.log("source"))?);
+        for round in 1..=2 {
+            // The machine dies: the ring is gone, and one per cent of the disk is not what the replica holds.
+            pair.source_daemon()?.kill()?;
+            pair.lose_ring()?;
+            let chunks = SIZE / CHUNK / 100;
+            for _ in 0..chunks {
+                let at = random.random_range(0..SIZE / CHUNK) * CHUNK;
+                random.fill(&mut piece[..4096]);
+                disk.write_all_at(&piece[..4096], at + 512 * random.random_range(0..8))?;
+            }
+            let said = log()?.len();
+            pair.start_source()?;
+            pair.source.until("served", MINUTE, Group::is_served)?;
+            // The second time under writes: what they change while it is compared must come out right, too. A chunk that
+            // is written while it is compared mostly differs.
+            let (socket, export) = &pair.sockets()[0];
+            let mut client = NbdClient::connect(socket, export)?;
+            let mut written = 0;
+            while round == 2 && pair.source.group()?.state() != "replicating" {
+                random.fill(&mut piece[..8192]);
+                client.write(&piece[..8192], random.random_range(0..SIZE / 8192) * 8192)?;
+                written += 8192;
+            }
+            pair.until_served()?;
+            pair.assert_replica_equals_source()?;
+            ensure!(pair.source.group()?.number("epoch") == epoch + round, "an unclean end begins an epoch");
+            let sent = content_bytes(&log()?[said..])?;
+            let changed = chunks * CHUNK;
+            home.figure(format!(
+                "{} KiB changed in chunks, {} KiB sent, {} KiB written meanwhile",
+                changed >> 10,
+                sent >> 10,
+                written >> 10
+            ));
+            ensure!(
+                sent > 0 && sent <= changed * 6 / 5 + written * 8,
+                "{sent} bytes sent, {changed} changed"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// What the agent's log says of the last synchronisation.
+fn content_bytes(log: &str) -> Result<u64> {
+    let (_, after) = log.rsplit_once("content_bytes=").context("the log tells no synchronisation")?;
+    let digits: String = after.chars().take_while(char::is_ascii_digit).collect();
+    Ok(digits.parse()?)
+}
