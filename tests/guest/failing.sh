@@ -55,6 +55,7 @@ case ${1:-disk} in
         nothing_alarming
         sleep 3
         nothing_alarming
+        read_counters
         [ "$(kernel_counter failed)" -gt 0 ] || fail "no failed write was counted"
         points_json | jq -c '.warnings, .inexact' | tee /srv/out/inexact.txt
         grep -qi 'inexact\|failed' /srv/out/inexact.txt || fail "points does not say what is inexact: $(points_json | jq -c .)"
@@ -72,6 +73,7 @@ case ${1:-disk} in
         # Larger than a request may be: each first attempt is refused.
         echo 64 > "/sys/block/${A##*/}/queue/max_sectors_kb"
         fio_on "$A" nowait-split --ioengine=io_uring --direct=1 --rw=randwrite --bs=256k --iodepth=16 --size=64m --io_size=24m
+        read_counters
         step "depth $depth: $(kernel_counter void) refused attempts, $(kernel_counter ring_writes) captured, $(kernel_counter bitmap_writes) as bits"
         [ "$(kernel_counter void)" -gt 0 ] || fail "no attempt was refused: nothing was shown"
         assert_equal a="$A"

@@ -30,5 +30,6 @@ pkill -INT fio; wait $load
 umount /d
 assert_equal a="$A"
 points_json | jq -e '.gaps == []' > /dev/null || fail "there is a gap: $(points_json | jq -c .gaps)"
+read_counters
 [ "$(kernel_counter bitmap_writes)" = 0 ] || fail "writes only set bits"
 step "$rounds agents, one epoch, no gap"

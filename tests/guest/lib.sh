@@ -178,5 +178,13 @@ four_ways() {
 # Capture of a volume ends.
 detach() { afterimage detach "$1" --control "$SOURCE/control.sock"; }
 
-# A counter of the kernel's, by its name in `ioctl::Status`.
-kernel_counter() { group_json | jq -r ".kernel.$1 // error(\"the status has no kernel.$1\")"; }
+# The kernel's counters can be read by an agent only: ours stops, which ends no capture, and is started again.
+read_counters() {
+    stop_source
+    afterimage-guest counters > /tmp/counters
+    step "the kernel counts: $(cat /tmp/counters)"
+    start_source
+    wait_state replicating 120
+}
+# One of them, by its name in `ioctl::Status`.
+kernel_counter() { jq -r ".$1" /tmp/counters; }

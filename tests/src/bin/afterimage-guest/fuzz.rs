@@ -94,7 +94,12 @@ pub fn run(time: Duration, seed: u64, paths: &[&str]) -> Result<()> {
     }
     println!("fuzz: the last call came back after {:?}", last.elapsed());
     for (call, [good, bad]) in CALLS.iter().zip(&shared.answered) {
-        println!("fuzz: call {:2}  {:8} done {:8} refused", call & 0xff, good.load(Relaxed), bad.load(Relaxed));
+        println!(
+            "fuzz: call {:2}  {:8} done {:8} refused",
+            call & 0xff,
+            good.load(Relaxed),
+            bad.load(Relaxed)
+        );
     }
     for group in Device::open()?.groups()? {
         Device::open()?.destroy(group.group_id).context("forget a group that the fuzzer left")?;

@@ -64,7 +64,8 @@ impl Log {
         } else {
             head.get(32..32 + length).context("a mark beyond its sector")?.to_vec()
         };
-        let entry = Entry { sector: u64_at(&head, 0), sectors, flags, name, payload_at: self.at + self.sector };
+        let entry =
+            Entry { sector: u64_at(&head, 0), sectors, flags, name, payload_at: self.at + self.sector };
         self.at += self.sector;
         if flags & (DISCARD | MARK) == 0 {
             self.at += sectors * self.sector;
@@ -88,7 +89,8 @@ pub fn marks(path: &Path) -> Result<()> {
 /// Brings an image, which is what the device held when the log began, to a mark.
 pub fn replay(path: &Path, mark: &str, image: &Path) -> Result<()> {
     let mut log = Log::open(path)?;
-    let to = OpenOptions::new().write(true).open(image).with_context(|| format!("open {}", image.display()))?;
+    let to =
+        OpenOptions::new().write(true).open(image).with_context(|| format!("open {}", image.display()))?;
     let (mut writes, mut discards, mut bytes) = (0u64, 0u64, 0u64);
     while let Some(entry) = log.entry()? {
         if entry.flags & MARK != 0 {
@@ -106,7 +108,9 @@ pub fn replay(path: &Path, mark: &str, image: &Path) -> Result<()> {
         while done < length {
             let piece = usize::try_from((length - done).min(1 << 20))?;
             if entry.flags & DISCARD == 0 {
-                log.file.read_exact_at(&mut payload[..piece], entry.payload_at + done).context("read a write")?;
+                log.file
+                    .read_exact_at(&mut payload[..piece], entry.payload_at + done)
+                    .context("read a write")?;
             }
             to.write_all_at(&payload[..piece], at + done)?;
             done += piece as u64;

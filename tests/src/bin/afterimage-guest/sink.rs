@@ -126,10 +126,15 @@ pub fn run(spec: &Spec) -> Result<()> {
     let status = group.status()?;
     drop(consumer);
     release(&group)?;
-    let writes = (status.ring_writes + status.bitmap_writes).max(1);
-    let line = json!({
-        "records": records,
-        "payload_bytes": payload_bytes,
+    let mut line = counters_of(&status);
+    line["records"] = records.into();
+    line["payload_bytes"] = payload_bytes.into();
+    println!("{line}");
+    Ok(())
+}
+
+fn counters_of(status: &kfilter::ioctl::Status) -> serde_json::Value {
+    json!({
         "captured_lsn": status.captured_lsn,
         "ring_writes": status.ring_writes,
         "bitmap_writes": status.bitmap_writes,
@@ -138,11 +143,22 @@ pub fn run(spec: &Spec) -> Result<()> {
         "late": status.late,
         "untracked": status.untracked,
         "unreadable": status.unreadable,
-        "hook_ns_mean": status.hook_ns_total / writes,
+        "in_flight": status.in_flight,
+        "hook_ns_mean": status.hook_ns_total / (status.ring_writes + status.bitmap_writes).max(1),
         "hook_ns_max": status.hook_ns_max,
         "freeze_ns_max": status.freeze_ns_max,
-    });
-    println!("{line}");
+    })
+}
+
+/// `counters`: those of every group, one line each. None may have an agent.
+pub fn counters() -> Result<()> {
+    for group in Device::open()?.groups()? {
+        let calls = kfilter::calls::Calls::open(Path::new(kfilter::ioctl::DEVICE))?;
+        calls.take(&mut kfilter::ioctl::Open { group_id: group.group_id, total_bytes: 0 })?;
+        let mut status = kfilter::ioctl::Status::default();
+        calls.status(&mut status)?;
+        println!("{}", counters_of(&status));
+    }
     Ok(())
 }
 
