@@ -18,8 +18,13 @@ use kernel::error::{from_err_ptr, to_result};
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// Longest that one try to drain a queue may stop its applications.
-const DRAIN_ATTEMPT_MS: u32 = 250;
+/// How long the first try to drain a queue may stop its applications; doubled after each that failed …
+const DRAIN_FIRST_MS: u32 = 125;
+/// … up to this, with pauses of eight times as long.
+const DRAIN_LONGEST_MS: u32 = 2000;
+const DRAIN_PAUSES: u32 = 8;
+/// One look at the queue to the next.
+const DRAIN_LOOK_MS: u32 = 10;
 /// How long an attach that failed half-way waits for the bios that it has seen.
 const UNDO_MS: u32 = 10_000;
 
@@ -51,6 +56,11 @@ pub(crate) struct Attached {
     unsettled: AtomicBool,
     /// Probes are registered.
     is_hooked: AtomicBool,
+    /// When the probes were there, monotonic ns.
+    hooked_ns: AtomicU64,
+    /// The next try to drain: how long, and not before when.
+    drain_ms: AtomicU32,
+    drain_after_ns: AtomicU64,
 }
 
 // SAFETY: the pointers are to objects that `file` pins; the rest is atomic.
@@ -102,6 +112,9 @@ impl Attached {
             untracked: [const { AtomicU32::new(0) }; 2],
             unsettled: AtomicBool::new(true),
             is_hooked: AtomicBool::new(false),
+            hooked_ns: AtomicU64::new(0),
+            drain_ms: AtomicU32::new(DRAIN_FIRST_MS),
+            drain_after_ns: AtomicU64::new(0),
         })
     }
 
@@ -136,6 +149,10 @@ impl Attached {
     pub(crate) fn is_gone(&self) -> bool {
         // SAFETY: the device is open.
         unsafe { sys::kf_is_gone(self.disk) }
+    }
+
+    pub(crate) fn is_hooked(&self) -> bool {
+        self.is_hooked.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_unsettled(&self) -> bool {
@@ -209,6 +226,28 @@ impl Attached {
         self.untracked(generation).store(1, Ordering::SeqCst);
     }
 
+    /// Before a generation's flag is used anew: what it says must not be forgotten.
+    pub(crate) fn keep_track(&self, generation: u32) {
+        if self.untracked(generation).swap(0, Ordering::SeqCst) != 0 {
+            self.unsettled.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// A write that is in no record: bits, and a `failed` record that says from where on the range is inexact.
+    #[cold]
+    pub(crate) fn leave_out(&self, offset: u64, length: u64) {
+        self.mark_dirty(offset, length);
+        self.note_failed(offset, length, self.group.ring.captured_lsn());
+    }
+
+    /// Tells the stream that a range is inexact from an lsn on. Without room it is bits alone, and the ring full anyway.
+    pub(crate) fn note_failed(&self, offset: u64, length: u64, lsn: u64) {
+        let entry = Entry::extent(Op::Failed, self.volume, offset, length, 0);
+        let entry = Entry { payload_len: 8, needs_done: false, ..entry };
+        let record = lsn.to_le_bytes();
+        let _ = self.group.ring.capture(core::iter::once(entry), &record, sys::kf_realtime_ns());
+    }
+
     pub(crate) fn mark_dirty(&self, offset: u64, length: u64) {
         self.group.ring.mark_dirty(self.volume, offset..offset.saturating_add(length));
     }
@@ -227,22 +266,28 @@ impl Attached {
         }
     }
 
-    /// States the size that the device has now. The agent knows the volume's name, and puts in what this leaves out.
+    /// States the size that the device has now. The agent knows the volume's name, and puts in what this leaves out. The
+    /// new part is dirty: what stands there was never copied.
     #[cold]
     pub(crate) fn grow(&self) {
         let size_bytes = self.size_bytes();
+        let known = self.group.ring.size_bytes(self.volume).unwrap_or(size_bytes);
         let record = size_bytes.to_le_bytes();
         // Refused when another task was first.
         let _ = self.group.ring.grow(self.volume, size_bytes, &record, sys::kf_realtime_ns());
+        self.mark_dirty(known, size_bytes.saturating_sub(known));
         self.known_end.fetch_max(size_bytes, Ordering::Release);
     }
 
-    /// From its return on every write is captured.
-    pub(crate) fn hook(self: &Arc<Self>) -> Result {
+    /// From its return on every write is captured. Unless the replica is known to be equal, everything is dirty first.
+    pub(crate) fn hook(self: &Arc<Self>, is_clean: bool) -> Result {
         let known = self.group.ring.size_bytes(self.volume).ok_or(ENOENT)?;
         self.known_end.store(known, Ordering::Release);
         if self.size_bytes() > known {
             self.grow();
+        }
+        if !is_clean {
+            self.mark_dirty(0, u64::MAX);
         }
         for (at, tracepoint) in self.tracepoints().iter().enumerate() {
             if let Err(error) = tracepoint.register(self.data()) {
@@ -257,15 +302,16 @@ impl Attached {
                 return Err(error);
             }
         }
-        self.is_hooked.store(true, Ordering::Release);
         sys::kf_tracepoint_sync();
+        self.hooked_ns.store(sys::kf_monotonic_ns(), Ordering::Relaxed);
+        self.is_hooked.store(true, Ordering::Release);
         Ok(())
     }
 
     /// From its return on no write is captured; followed ones may still be under way.
     pub(crate) fn unhook(&self) {
         if self.is_hooked.swap(false, Ordering::AcqRel) {
-            for tracepoint in self.tracepoints() {
+            for tracepoint in self.tracepoints().iter().rev() {
                 tracepoint.unregister(self.data());
             }
             sys::kf_tracepoint_sync();
@@ -282,10 +328,13 @@ impl Attached {
         Ok(())
     }
 
-    /// Bios of drivers without requests pass the first only.
+    /// Bios of drivers without requests pass the last only.
     fn tracepoints(&self) -> &'static [Tracepoint] {
         let all = Tracepoint::all();
-        if self.is_bio_based { all.get(..1).unwrap_or(all) } else { all }
+        match all.split_last() {
+            Some((hook, _)) if self.is_bio_based => core::slice::from_ref(hook),
+            _ => all,
+        }
     }
 
     fn data(&self) -> *mut kernel::ffi::c_void {
@@ -312,29 +361,47 @@ impl Attached {
                 return Err(EUCLEAN);
             }
         } else {
-            let mut pause_ms = 10;
             loop {
-                let mut stalled_ns = 0;
-                // SAFETY: the disk is pinned by the open device.
-                let done = unsafe { sys::kf_drain(self.disk, DRAIN_ATTEMPT_MS, &raw mut stalled_ns) };
-                self.group.counters.freeze_ns_max.fetch_max(stalled_ns, Ordering::Relaxed);
-                if done == 0 {
+                if self.may_drain() && self.try_drain() {
                     break;
                 }
-                // Something hangs in the queue: others must not stand still for all of that time.
                 if sys::kf_monotonic_ns() >= ends {
                     return Err(ETIMEDOUT);
                 }
-                sys::kf_pause(pause_ms);
+                sys::kf_pause(DRAIN_LOOK_MS);
                 if kernel::current!().signal_pending() {
                     return Err(EINTR);
                 }
-                pause_ms = pause_ms.wrapping_mul(2).min(2000);
             }
         }
         self.untracked(generation).store(0, Ordering::SeqCst);
         self.unsettled.store(false, Ordering::Release);
         Ok(())
+    }
+
+    /// Whether to try: the last try is long enough ago, and the driver has nothing left from before the attach. A request
+    /// that hangs there would only make others stand still.
+    fn may_drain(&self) -> bool {
+        // SAFETY: the disk is pinned by the open device.
+        let has_older = || unsafe { sys::kf_has_older(self.disk, self.hooked_ns.load(Ordering::Relaxed)) };
+        sys::kf_monotonic_ns() >= self.drain_after_ns.load(Ordering::Relaxed) && !has_older()
+    }
+
+    /// One try. Each that fails makes the next one longer, up to what a slow disk's queue takes, and later.
+    fn try_drain(&self) -> bool {
+        let attempt_ms = self.drain_ms.load(Ordering::Relaxed);
+        let mut stalled_ns = 0;
+        // SAFETY: the disk is pinned by the open device.
+        let done = unsafe { sys::kf_drain(self.disk, attempt_ms, &raw mut stalled_ns) };
+        self.group.counters.freeze_ns_max.fetch_max(stalled_ns, Ordering::Relaxed);
+        if done == 0 {
+            self.drain_ms.store(DRAIN_FIRST_MS, Ordering::Relaxed);
+            return true;
+        }
+        let pause_ns = stalled_ns.saturating_mul(u64::from(DRAIN_PAUSES));
+        self.drain_after_ns.store(sys::kf_monotonic_ns().saturating_add(pause_ns), Ordering::Relaxed);
+        self.drain_ms.store(attempt_ms.wrapping_mul(2).min(DRAIN_LONGEST_MS), Ordering::Relaxed);
+        false
     }
 
     /// Fills in what an agent asks about a volume.
@@ -355,11 +422,11 @@ impl Drop for Attached {
     }
 }
 
-/// The probes, the hook first.
+/// The probes, the hook last: a record that it withholds finds the one that shows it.
 pub(crate) const PROBES: [(&CStr, *const ()); 5] = [
-    (c"block_bio_queue", hook::queued as *const ()),
     (c"block_getrq", hook::has_request as *const ()),
     (c"block_bio_backmerge", hook::has_request as *const ()),
     (c"block_bio_frontmerge", hook::has_request as *const ()),
     (c"block_rq_complete", hook::completed as *const ()),
+    (c"block_bio_queue", hook::queued as *const ()),
 ];

@@ -2,8 +2,10 @@
 //! What a bio says at the hook: operation, place, payload.
 
 use crate::abi::{FLAG_FUA, FLAG_PREFLUSH, Op};
-use crate::sys;
+use crate::sys::{self, EndIo};
+use core::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use kernel::bindings;
+use kernel::ffi::c_void;
 
 /// log2 of the block layer's sector.
 pub(crate) const SECTOR_SHIFT: u32 = 9;
@@ -66,6 +68,39 @@ impl Bio {
     #[inline]
     pub(crate) fn is_nowait(self) -> bool {
         self.opf() & (1 << bindings::req_flag_bits___REQ_NOWAIT) != 0
+    }
+
+    /// Whether it was made from another, as by a split.
+    #[inline]
+    pub(crate) fn is_clone(self) -> bool {
+        // SAFETY: by the invariant.
+        unsafe { (*self.0).bi_flags & (1 << bindings::BIO_CLONED) != 0 }
+    }
+
+    /// Who is told of its end, and with what. Others may wrap it at this moment: see `wrap`.
+    #[inline]
+    pub(crate) fn owner(self) -> (usize, *mut c_void) {
+        // SAFETY: by the invariant; both fields are words of their own.
+        unsafe {
+            let end_io = AtomicUsize::from_ptr((&raw mut (*self.0).bi_end_io).cast()).load(Ordering::Acquire);
+            let private = AtomicPtr::from_ptr(&raw mut (*self.0).bi_private).load(Ordering::Relaxed);
+            (end_io, private)
+        }
+    }
+
+    /// Puts our function and context in the place of its owner's. Whoever sees the function sees the context.
+    ///
+    /// # Safety
+    ///
+    /// The bio is not under way yet, so only readers look at it.
+    #[inline]
+    pub(crate) unsafe fn wrap(self, end_io: EndIo, private: *mut c_void) {
+        // SAFETY: by the invariant and the contract.
+        unsafe {
+            AtomicPtr::from_ptr(&raw mut (*self.0).bi_private).store(private, Ordering::Relaxed);
+            AtomicUsize::from_ptr((&raw mut (*self.0).bi_end_io).cast())
+                .store(end_io as usize, Ordering::Release);
+        }
     }
 
     /// The disk that it goes to.

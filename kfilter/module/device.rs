@@ -176,7 +176,7 @@ impl Agent {
             ioctl::EVENTFD => {
                 let event: ioctl::EventFd = read(at)?;
                 demand(event.zero == 0)?;
-                self.group()?.take_bell(event.fd)
+                self.group()?.ring.host().take_eventfd(event.fd)
             }
             ioctl::ARM => self.group()?.arm(read::<ioctl::Arm>(at)?.position),
             ioctl::RELEASE => Self::change(at, |release| self.group()?.release(release)),
@@ -252,11 +252,13 @@ fn version(version: &mut ioctl::Version) -> Result {
 fn list(list: &mut ioctl::List) -> Result {
     demand(list.zero == 0)?;
     let room = list.count as usize;
-    let mut writer = UserSlice::new(
-        UserPtr::from_addr(list.to as usize),
-        room.checked_mul(core::mem::size_of::<ioctl::GroupEntry>()).ok_or(EINVAL)?,
-    )
-    .writer();
-    list.count = Group::list(|at, entry| if at < room { writer.write(&entry) } else { Ok(()) })?;
+    let bytes = room.checked_mul(core::mem::size_of::<ioctl::GroupEntry>()).ok_or(EINVAL)?;
+    let mut writer = UserSlice::new(UserPtr::from_addr(list.to as usize), bytes).writer();
+    // Copied out when no lock is held any more: a page fault takes the lock that `mmap` comes with.
+    let groups = Group::list()?;
+    for entry in groups.iter().take(room) {
+        writer.write(entry)?;
+    }
+    list.count = groups.len() as u32;
     Ok(())
 }

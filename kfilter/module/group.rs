@@ -80,29 +80,37 @@ unsafe extern "C" fn find(tracepoint: *mut bindings::tracepoint, _unused: *mut c
     }
 }
 
-/// When the module is loaded.
-pub(crate) fn init(limit_bytes: u64, measure: bool) -> Result {
-    // SAFETY: called once, before any other use.
-    unsafe { GROUPS.init() };
-    MEMORY_LIMIT.store(limit_bytes, Ordering::Relaxed);
-    MEASURE.store(measure, Ordering::Relaxed);
-    // SAFETY: `find` keeps what it is shown only if it is a tracepoint of the kernel proper, which is never unloaded.
-    unsafe { bindings::for_each_kernel_tracepoint(Some(find), core::ptr::null_mut()) };
-    for (known, (name, _)) in TRACEPOINTS.iter().zip(PROBES) {
-        if known.found.load(Ordering::Relaxed).is_null() {
-            pr_err!("this kernel has no tracepoint {}: it is not supported\n", name);
-            return Err(ENODEV);
+/// What all groups share, from the module's load to its end.
+pub(crate) struct Shared(());
+
+impl Shared {
+    /// Called once, before anything else of this module.
+    pub(crate) fn new(limit_bytes: u64, measure: bool) -> Result<Self> {
+        // SAFETY: before any other use.
+        unsafe { GROUPS.init() };
+        MEMORY_LIMIT.store(limit_bytes, Ordering::Relaxed);
+        MEASURE.store(measure, Ordering::Relaxed);
+        // SAFETY: `find` keeps what it is shown only if it is a tracepoint of the kernel proper, which is never unloaded.
+        unsafe { bindings::for_each_kernel_tracepoint(Some(find), core::ptr::null_mut()) };
+        for (known, (name, _)) in TRACEPOINTS.iter().zip(PROBES) {
+            if known.found.load(Ordering::Relaxed).is_null() {
+                pr_err!("this kernel has no tracepoint {}: it is not supported\n", name);
+                return Err(ENODEV);
+            }
         }
+        let chain_end_io = sys::kf_chain_end_io().ok_or(ENOMEM)?;
+        CHAIN_END_IO.store(chain_end_io as usize, Ordering::Relaxed);
+        to_result(sys::kf_chain_init())?;
+        Ok(Self(()))
     }
-    let chain_end_io = sys::kf_chain_end_io().ok_or(ENOMEM)?;
-    CHAIN_END_IO.store(chain_end_io as usize, Ordering::Relaxed);
-    to_result(sys::kf_chain_init())
 }
 
-/// When the module goes.
-pub(crate) fn exit() {
-    GROUPS.lock().clear();
-    sys::kf_chain_exit();
+impl Drop for Shared {
+    /// Nothing is attached (each attached device holds a reference to the module) and no file is open.
+    fn drop(&mut self) {
+        GROUPS.lock().clear();
+        sys::kf_chain_exit();
+    }
 }
 
 /// Address of the kernel's `bio_chain_endio`, which must not be called.
@@ -267,7 +275,8 @@ impl Group {
 
     /// The agent is gone; capture goes on.
     pub(crate) fn close(&self) {
-        self.give_bell_back(core::ptr::null_mut());
+        // No eventfd cannot fail.
+        let _ = self.ring.host().take_eventfd(-1);
         self.has_agent.store(false, Ordering::Release);
     }
 
@@ -282,11 +291,12 @@ impl Group {
         Ok(())
     }
 
-    /// Calls `each` with every group, up to its first error; how many there are.
-    pub(crate) fn list(mut each: impl FnMut(usize, ioctl::GroupEntry) -> Result) -> Result<u32> {
+    /// All groups.
+    pub(crate) fn list() -> Result<KVec<ioctl::GroupEntry>> {
         let groups = GROUPS.lock();
-        for (at, group) in groups.iter().enumerate() {
-            let attached = group.volumes.lock().iter().filter(|volume| volume.attached.is_some()).count();
+        let mut list = KVec::with_capacity(groups.len(), GFP_KERNEL)?;
+        for group in groups.iter() {
+            let attached = group.volumes.lock().iter().filter(|volume| volume.captured().is_some()).count();
             let entry = ioctl::GroupEntry {
                 group_id: group.identity.group_id,
                 epoch: group.identity.epoch,
@@ -295,9 +305,9 @@ impl Group {
                 has_agent: u32::from(group.has_agent.load(Ordering::Relaxed)),
                 attached: attached as u32,
             };
-            each(at, entry)?;
+            list.push(entry, GFP_KERNEL)?;
         }
-        Ok(groups.len() as u32)
+        Ok(list)
     }
 
     pub(crate) fn total_bytes(&self) -> u64 {
@@ -347,20 +357,24 @@ impl Group {
         if groups.iter().any(|group| takes(group)) {
             return Err(EBUSY);
         }
+        if !groups.iter().any(|group| core::ptr::eq(&**group, &**self)) {
+            return Err(ENOENT);
+        }
         let mut volumes = self.volumes.lock();
         let volume = volumes.iter_mut().find(|volume| volume.id == attach.volume).ok_or(ENOENT)?;
         let known = self.ring.size_bytes(volume.id).ok_or(ENOENT)?;
-        if volume.attached.is_some() {
-            return Err(EBUSY);
+        if let Some(left) = &volume.attached {
+            // A detach that had to leave writes in flight.
+            if left.is_hooked() || left.quiesce(QUIET_MS).is_err() {
+                return Err(EBUSY);
+            }
+            volume.attached = None;
         }
         let attached = Arc::new(Attached::open(self.clone(), volume.id, attach.device)?, GFP_KERNEL)?;
         if attached.size_bytes() < known {
             return Err(EINVAL);
         }
-        if attach.flags & ioctl::ATTACH_CLEAN == 0 {
-            self.ring.mark_dirty(volume.id, 0..u64::MAX);
-        }
-        attached.hook()?;
+        attached.hook(attach.flags & ioctl::ATTACH_CLEAN != 0)?;
         attach.flags = if attached.is_bio_based() { ioctl::ATTACHED_BIO_BASED } else { 0 };
         volume.attached = Some(attached);
         Ok(())
@@ -385,10 +399,11 @@ impl Group {
         volume.attached.clone().ok_or(ENODEV)
     }
 
+    /// Those that are captured; one whose detach is not over is not.
     fn all_attached(&self) -> Result<KVec<Arc<Attached>>> {
         let volumes = self.volumes.lock();
         let mut all = KVec::with_capacity(volumes.len(), GFP_KERNEL)?;
-        for attached in volumes.iter().filter_map(|volume| volume.attached.as_ref()) {
+        for attached in volumes.iter().filter_map(Volume::captured) {
             all.push(attached.clone(), GFP_KERNEL)?;
         }
         Ok(all)
@@ -406,6 +421,9 @@ impl Group {
             self.ring.begin_resync(sys::kf_realtime_ns())
         }
         .map_err(refused)?;
+        for attached in self.all_attached()?.iter() {
+            attached.keep_track(generation.wrapping_add(1));
+        }
         self.generation.store(generation.wrapping_add(1), Ordering::SeqCst);
         Ok(())
     }
@@ -478,26 +496,6 @@ impl Group {
             word & state::MASK != state::RESERVED
         };
         if host.arm(ready) { Err(EAGAIN) } else { Ok(()) }
-    }
-
-    /// Takes a new bell from the agent.
-    pub(crate) fn take_bell(&self, fd: i32) -> Result {
-        let bell = if fd < 0 {
-            core::ptr::null_mut()
-        } else {
-            // SAFETY: any number may be asked for.
-            kernel::error::from_err_ptr(unsafe { bindings::eventfd_ctx_fdget(fd) })?
-        };
-        self.give_bell_back(bell);
-        Ok(())
-    }
-
-    fn give_bell_back(&self, new: *mut bindings::eventfd_ctx) {
-        let old = self.ring.host().set_bell(new);
-        if !old.is_null() {
-            // SAFETY: got by `eventfd_ctx_fdget`, and put away above.
-            unsafe { bindings::eventfd_ctx_put(old) };
-        }
     }
 
     /// Puts an agent's record into the order.
@@ -591,7 +589,7 @@ impl Group {
     pub(crate) fn volume(&self, id: u32) -> Result<ioctl::VolumeStatus> {
         let size_bytes = self.ring.size_bytes(id).ok_or(ENOENT)?;
         let mut status = ioctl::VolumeStatus { volume: id, size_bytes, ..ioctl::VolumeStatus::default() };
-        if let Ok(attached) = self.attached(id) {
+        if let Some(attached) = self.attached(id).ok().filter(|attached| attached.is_hooked()) {
             attached.describe(&mut status);
         }
         Ok(status)
@@ -599,8 +597,12 @@ impl Group {
 }
 
 impl Volume {
+    fn captured(&self) -> Option<&Arc<Attached>> {
+        self.attached.as_ref().filter(|attached| attached.is_hooked())
+    }
+
     fn is_device(&self, number: u32) -> bool {
-        self.attached.as_ref().is_some_and(|attached| attached.number() == number)
+        self.captured().is_some_and(|attached| attached.number() == number)
     }
 }
 

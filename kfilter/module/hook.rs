@@ -103,35 +103,49 @@ pub(crate) unsafe extern "C" fn completed(
         }
         if let Some(part) = attached.part_of(bio) {
             attached.group().counters.late.fetch_add(1, Ordering::Relaxed);
-            attached.mark_dirty(part.offset, part.length);
+            attached.leave_out(part.offset, part.length);
         }
     }
 }
 
-/// Finds our context on the bio, on one that it is a part of, or below somebody else's wrapping that is ours as well.
+/// Finds our context on the bio, below somebody else's wrapping that is ours as well, or on the bio that it was split from.
+///
+/// ⚠ A parent by chaining need not be what the child was split from (`bio_chain_and_submit` chains neighbours): its context
+/// stands for the child only where the child is a clone, and lies within what was captured.
 fn followed(attached: &Attached, bio: Bio) -> Option<*mut Context> {
-    // SAFETY: the bio is not over; nor is one that waits for it.
-    let (mut end_io, mut private) = unsafe { ((*bio.raw()).bi_end_io, (*bio.raw()).bi_private) };
-    loop {
-        let function = end_io.map_or(0, |function| function as usize);
-        if function == over as *const () as usize {
-            let context = private.cast::<Context>();
-            // SAFETY: a wrapped bio that is not over has a context of its own.
-            unsafe {
-                if core::ptr::eq((*context).attached, attached) {
-                    return Some(context);
-                }
-                (end_io, private) = ((*context).end_io, (*context).private);
+    let (end_io, private) = bio.owner();
+    if let Some(context) = ours(attached, end_io, private) {
+        return Some(context);
+    }
+    if end_io != group::chain_end_io() || !bio.is_clone() {
+        return None;
+    }
+    // SAFETY: the parent of a chained bio waits for it.
+    let parent = unsafe { Bio::new(private.cast()) };
+    let (end_io, private) = parent.owner();
+    let context = ours(attached, end_io, private)?;
+    let part = attached.part_of(bio)?;
+    // SAFETY: a wrapped bio that is not over has a context of its own.
+    let (offset, length) = unsafe { ((*context).offset, (*context).length) };
+    let is_inside =
+        offset <= part.offset && part.offset.wrapping_add(part.length) <= offset.wrapping_add(length);
+    is_inside.then_some(context)
+}
+
+/// Our context among those that one bio carries.
+fn ours(attached: &Attached, mut end_io: usize, mut private: *mut c_void) -> Option<*mut Context> {
+    while end_io == over as *const () as usize {
+        let context = private.cast::<Context>();
+        // SAFETY: a wrapped bio that is not over has a context of its own.
+        unsafe {
+            if core::ptr::eq((*context).attached, attached) {
+                return Some(context);
             }
-        } else if function != 0 && function == group::chain_end_io() {
-            let parent = private.cast::<bindings::bio>();
-            // SAFETY: the parent of a chained bio waits for it.
-            let parent = unsafe { &*parent };
-            (end_io, private) = (parent.bi_end_io, parent.bi_private);
-        } else {
-            return None;
+            end_io = (*context).end_io.map_or(0, |function| function as usize);
+            private = (*context).private;
         }
     }
+    None
 }
 
 /// Gives a write its place in the order, or its bits, and follows it to its end.
@@ -151,12 +165,13 @@ fn capture(attached: &Attached, bio: Bio, is_late: bool) {
     let Some(context) = context else {
         // Its end will not be seen, so the next barrier must drain the whole queue.
         attached.lose_track(generation);
-        attached.mark_dirty(part.offset, part.length);
+        attached.leave_out(part.offset, part.length);
         group.counters.untracked.fetch_add(1, Ordering::Relaxed);
         attached.leave(generation);
         return;
     };
-    let withhold = bio.is_nowait() && !is_late && !attached.is_bio_based();
+    // A merged discard passes no tracepoint that would show it.
+    let withhold = op == Op::Write && bio.is_nowait() && !is_late && !attached.is_bio_based();
     let (lsn, withheld) = record(attached, bio, op, &part, withhold);
     // SAFETY: the context is ours alone until the bio carries it; the bio is not under way yet.
     unsafe {
@@ -169,8 +184,7 @@ fn capture(attached: &Attached, bio: Bio, is_late: bool) {
         (*context).generation = generation;
         (*context).is_withheld = AtomicU32::new(u32::from(withheld.is_some()));
         (*context).withheld = withheld;
-        (*bio.raw()).bi_private = context.cast();
-        (*bio.raw()).bi_end_io = Some(over);
+        bio.wrap(over, context.cast());
     }
 }
 
@@ -180,7 +194,7 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
     let counters = &group.counters;
     if op == Op::Write && !bio.is_readable() {
         counters.unreadable.fetch_add(1, Ordering::Relaxed);
-        attached.mark_dirty(part.offset, part.length);
+        attached.leave_out(part.offset, part.length);
         return (0, None);
     }
     let (volume, flags, now_ns) = (attached.volume(), bio.flags(), sys::kf_realtime_ns());
@@ -203,7 +217,7 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
                 counters.copied_bytes.fetch_add(copied, Ordering::Relaxed);
                 if copied != part.length {
                     // Its pages hold less than it says. Dropped, the records are void.
-                    attached.mark_dirty(part.offset, part.length);
+                    attached.leave_out(part.offset, part.length);
                     return (0, None);
                 }
             }
@@ -219,8 +233,9 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
             (0, None)
         }
         Err(_) => {
-            // Only a write beyond an end that grew this very moment; its range is known by the next barrier.
-            attached.mark_dirty(part.offset, part.length);
+            // A write beyond the end that the device itself tells: nothing is known of this volume any more.
+            group.ring.set_mode_bitmap(crate::dirty::CAUSE_AGENT, now_ns);
+            attached.mark_dirty(0, u64::MAX);
             (0, None)
         }
     }
@@ -295,11 +310,7 @@ fn failed(attached: &Attached, context: &Context) {
     let group = attached.group();
     group.counters.failed.fetch_add(1, Ordering::Relaxed);
     attached.mark_dirty(context.offset, context.length);
-    if context.lsn == 0 {
-        return;
+    if context.lsn != 0 {
+        attached.note_failed(context.offset, context.length, context.lsn);
     }
-    let entry = Entry::extent(Op::Failed, attached.volume(), context.offset, context.length, 0);
-    let entry = Entry { payload_len: 8, needs_done: false, ..entry };
-    // Without room it is bits alone.
-    let _ = group.ring.capture(core::iter::once(entry), &context.lsn.to_le_bytes(), sys::kf_realtime_ns());
 }

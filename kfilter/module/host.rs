@@ -9,7 +9,7 @@ use crate::ring::Reserver;
 use crate::sys;
 use core::cell::UnsafeCell;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use kernel::bindings::{eventfd_ctx, raw_spinlock_t};
+use kernel::bindings::raw_spinlock_t;
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
@@ -124,15 +124,13 @@ unsafe impl Memory for RingPages {
 struct Locked {
     lock: Opaque<raw_spinlock_t>,
     reserver: UnsafeCell<Reserver>,
-    /// The agent's eventfd, or null; under `bell_lock`, which is taken inside the reservation lock.
-    bell_lock: Opaque<raw_spinlock_t>,
-    bell: UnsafeCell<*mut eventfd_ctx>,
 }
 
 /// What a ring asks for.
 pub(crate) struct KernelHost {
     memory: RingPages,
     locked: KBox<Locked>,
+    bell: sys::Bell,
     /// The agent has seen nothing to read and sleeps.
     armed: AtomicBool,
     /// Told once.
@@ -158,7 +156,7 @@ unsafe impl Host for KernelHost {
         let lock = self.locked.lock.get();
         // SAFETY: initialised in `new`, at the same place ever since.
         let flags = unsafe { sys::kf_lock(lock) };
-        // SAFETY: we hold the lock, and it is not taken again inside (`published` touches another one).
+        // SAFETY: we hold the lock, and it is not taken again inside (`published` takes none).
         let result = critical(unsafe { &mut *self.locked.reserver.get() });
         // SAFETY: taken above, with these flags.
         unsafe { sys::kf_unlock(lock, flags) };
@@ -186,38 +184,20 @@ impl KernelHost {
     pub(crate) fn new(bytes: u64) -> Result<Self> {
         let memory = RingPages::new(bytes).ok_or(ENOMEM)?;
         let locked = KBox::new(
-            Locked {
-                lock: Opaque::zeroed(),
-                reserver: UnsafeCell::new(Reserver::new()),
-                bell_lock: Opaque::zeroed(),
-                bell: UnsafeCell::new(core::ptr::null_mut()),
-            },
+            Locked { lock: Opaque::zeroed(), reserver: UnsafeCell::new(Reserver::new()) },
             GFP_KERNEL,
         )?;
-        // SAFETY: in their final place, not yet used.
-        unsafe {
-            sys::kf_lock_init(locked.lock.get());
-            sys::kf_lock_init(locked.bell_lock.get());
-        }
-        Ok(Self { memory, locked, armed: AtomicBool::new(false), is_broken: AtomicBool::new(false) })
+        // SAFETY: in its final place, not yet used.
+        unsafe { sys::kf_lock_init(locked.lock.get()) };
+        let bell = sys::Bell::new().ok_or(ENOMEM)?;
+        Ok(Self { memory, locked, bell, armed: AtomicBool::new(false), is_broken: AtomicBool::new(false) })
     }
 
     /// Signals the agent once. Also called to end its sleep for another reason than a record.
     #[cold]
     pub(crate) fn wake(&self) {
-        if !self.armed.swap(false, Ordering::Relaxed) {
-            return;
-        }
-        let lock = self.locked.bell_lock.get();
-        // SAFETY: initialised in `new`; the bell is only read under the lock, and `set_bell` puts it away before it is
-        // given back.
-        unsafe {
-            let flags = sys::kf_lock(lock);
-            let bell = *self.locked.bell.get();
-            if !bell.is_null() {
-                sys::kf_ring_bell(bell);
-            }
-            sys::kf_unlock(lock, flags);
+        if self.armed.swap(false, Ordering::Relaxed) {
+            self.bell.ring();
         }
     }
 
@@ -232,15 +212,8 @@ impl KernelHost {
         is_ready
     }
 
-    /// Takes a new bell (or null) and gives the old one back.
-    pub(crate) fn set_bell(&self, bell: *mut eventfd_ctx) -> *mut eventfd_ctx {
-        let lock = self.locked.bell_lock.get();
-        // SAFETY: initialised in `new`; written under the lock only.
-        unsafe {
-            let flags = sys::kf_lock(lock);
-            let old = core::ptr::replace(self.locked.bell.get(), bell);
-            sys::kf_unlock(lock, flags);
-            old
-        }
+    /// Takes the agent's eventfd, or none.
+    pub(crate) fn take_eventfd(&self, fd: i32) -> Result {
+        kernel::error::to_result(self.bell.take(fd))
     }
 }

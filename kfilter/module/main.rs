@@ -81,11 +81,12 @@ module! {
     },
 }
 
-/// The module: the device node, and what must be there before it.
-#[pin_data(PinnedDrop)]
+/// The module. The node goes before what its files use.
+#[pin_data]
 struct Kfilter {
     #[pin]
     node: kernel::miscdevice::MiscDeviceRegistration<device::Agent>,
+    shared: group::Shared,
 }
 
 impl kernel::InPlaceModule for Kfilter {
@@ -94,16 +95,8 @@ impl kernel::InPlaceModule for Kfilter {
         let measure = module_parameters::measure.value() != 0;
         let options = kernel::miscdevice::MiscDeviceOptions { name: c"kfilter" };
         try_pin_init!(Self {
-            _: { group::init(limit_bytes, measure)? },
+            shared: group::Shared::new(limit_bytes, measure)?,
             node <- kernel::miscdevice::MiscDeviceRegistration::register(options),
         })
-    }
-}
-
-#[pinned_drop]
-impl PinnedDrop for Kfilter {
-    /// Nothing is attached (each attached device holds a reference to the module) and no file is open.
-    fn drop(self: Pin<&mut Self>) {
-        group::exit();
     }
 }

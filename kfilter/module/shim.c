@@ -7,6 +7,7 @@
 #include <linux/blk-mq.h>
 #include <linux/delay.h>
 #include <linux/device-mapper.h>
+#include <linux/irq_work.h>
 #include <linux/kdev_t.h>
 #include <linux/ktime.h>
 #include <linux/memremap.h>
@@ -96,9 +97,64 @@ void kf_pause(unsigned int ms)
 	msleep_interruptible(ms);
 }
 
-void kf_ring_bell(struct eventfd_ctx *bell)
+/*
+ * The agent's eventfd. It is rung from end_io functions and under the reservation lock, where eventfd_signal() and what
+ * polls behind it may not be called: an irq_work does.
+ */
+struct kf_bell {
+	struct irq_work work;
+	spinlock_t lock;
+	struct eventfd_ctx *eventfd;
+};
+
+static void bell_work_fn(struct irq_work *work)
 {
-	eventfd_signal(bell);
+	struct kf_bell *bell = container_of(work, struct kf_bell, work);
+	unsigned long flags;
+
+	spin_lock_irqsave(&bell->lock, flags);
+	if (bell->eventfd)
+		eventfd_signal(bell->eventfd);
+	spin_unlock_irqrestore(&bell->lock, flags);
+}
+
+struct kf_bell *kf_bell_new(void)
+{
+	struct kf_bell *bell = kzalloc(sizeof(*bell), GFP_KERNEL);
+
+	if (bell) {
+		init_irq_work(&bell->work, bell_work_fn);
+		spin_lock_init(&bell->lock);
+	}
+	return bell;
+}
+
+void kf_bell_free(struct kf_bell *bell)
+{
+	irq_work_sync(&bell->work);
+	if (bell->eventfd)
+		eventfd_ctx_put(bell->eventfd);
+	kfree(bell);
+}
+
+void kf_bell_ring(struct kf_bell *bell)
+{
+	irq_work_queue(&bell->work);
+}
+
+/* Takes another eventfd, or none for fd < 0. */
+int kf_bell_take(struct kf_bell *bell, int fd)
+{
+	struct eventfd_ctx *eventfd = fd < 0 ? NULL : eventfd_ctx_fdget(fd);
+
+	if (IS_ERR(eventfd))
+		return PTR_ERR(eventfd);
+	spin_lock_irq(&bell->lock);
+	swap(bell->eventfd, eventfd);
+	spin_unlock_irq(&bell->lock);
+	if (eventfd)
+		eventfd_ctx_put(eventfd);
+	return 0;
 }
 
 /* Whether the payload that reaches the device is what a plain copy of the bio's pages reads. */
@@ -131,7 +187,8 @@ enum kf_refusal kf_refuse(struct block_device *bdev)
 		return KF_ZONED;
 	if (disk->flags & GENHD_FL_HIDDEN)
 		return KF_HIDDEN;
-	if (blk_queue_dax(disk->queue) && !queue_is_mq(disk->queue) && !is_device_mapper(disk))
+	/* Where it is used, writes go to memory and pass no hook; who will mount it so later is not known. */
+	if (blk_queue_dax(disk->queue))
 		return KF_DAX;
 	if (!queue_is_mq(disk->queue) && !is_device_mapper(disk))
 		return KF_BIO_BASED;
@@ -176,6 +233,32 @@ void kf_grace(void)
 	synchronize_rcu_tasks();
 }
 
+struct older {
+	struct request_queue *queue;
+	u64 than_ns;
+	bool found;
+};
+
+static bool look_at(struct request *rq, void *data)
+{
+	struct older *older = data;
+
+	/* Without I/O statistics the time is 0: then nobody knows. */
+	if (rq->q == older->queue && rq->start_time_ns && rq->start_time_ns < older->than_ns)
+		older->found = true;
+	return !older->found;
+}
+
+/* Whether the driver has a request that was made before; waiting in a scheduler are others that this does not see. */
+bool kf_has_older(struct gendisk *disk, u64 than_ns)
+{
+	struct older older = { .queue = disk->queue, .than_ns = than_ns };
+
+	if (disk->queue->tag_set)
+		blk_mq_tagset_busy_iter(disk->queue->tag_set, look_at, &older);
+	return older.found;
+}
+
 /*
  * Waits until every request that is in the queue now is done. New ones wait meanwhile, so it gives up after
  * `attempt_ms`: 0, or -ETIMEDOUT. Says how long others stood still.
@@ -211,12 +294,12 @@ int kf_tasks_settle(unsigned int timeout_ms)
 	struct task_struct *group, *task;
 	LIST_HEAD(suspects);
 	int result = 0;
-	unsigned int found;
+	unsigned int found, room;
 
 	synchronize_rcu_tasks();
 	/* Entries are made before the walk, which must not sleep: twice as many as were counted. */
 	do {
-		unsigned int room = 0, wanted = 0;
+		unsigned int wanted = 0;
 
 		list_for_each_entry_safe(suspect, next, &suspects, link) {
 			if (suspect->task)
@@ -252,6 +335,10 @@ int kf_tasks_settle(unsigned int timeout_ms)
 			break;
 	} while (time_before(jiffies, end));
 
+	if (found > room) {
+		result = -ETIMEDOUT;
+		goto out;
+	}
 	for (;;) {
 		bool waits = false;
 

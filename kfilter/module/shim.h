@@ -11,7 +11,7 @@
 #include <linux/wait.h>
 
 /* Why a device is refused; `REFUSE_*` in sys.rs. */
-enum kf_refusal { KF_FINE, KF_ZONED, KF_HIDDEN, KF_BIO_BASED, KF_DAX };
+enum kf_refusal { KF_FINE, KF_ZONED, KF_HIDDEN, KF_DAX, KF_BIO_BASED };
 
 u64 kf_realtime_ns(void);
 u64 kf_monotonic_ns(void);
@@ -30,7 +30,11 @@ long kf_wait_zero(struct wait_queue_head *queue, const u64 *count, unsigned int 
 void kf_wake(struct wait_queue_head *queue);
 void kf_pause(unsigned int ms);
 
-void kf_ring_bell(struct eventfd_ctx *bell);
+struct kf_bell;
+struct kf_bell *kf_bell_new(void);
+void kf_bell_free(struct kf_bell *bell);
+void kf_bell_ring(struct kf_bell *bell);
+int kf_bell_take(struct kf_bell *bell, int fd);
 
 bool kf_bio_is_readable(const struct bio *bio);
 enum kf_refusal kf_refuse(struct block_device *bdev);
@@ -44,6 +48,7 @@ void kf_module_put(void);
 
 void kf_tracepoint_sync(void);
 void kf_grace(void);
+bool kf_has_older(struct gendisk *disk, u64 than_ns);
 int kf_drain(struct gendisk *disk, unsigned int attempt_ms, u64 *stalled_ns);
 int kf_tasks_settle(unsigned int timeout_ms);
 

@@ -4,9 +4,7 @@
 //! Declared by hand and not by a private bindgen run: no type is missing in `kernel::bindings`, only a few functions, and
 //! a machine that builds this module through DKMS then needs no bindgen.
 
-use kernel::bindings::{
-    bio, block_device, dev_t, eventfd_ctx, gendisk, raw_spinlock_t, vm_area_struct, wait_queue_head,
-};
+use kernel::bindings::{bio, block_device, dev_t, gendisk, raw_spinlock_t, vm_area_struct, wait_queue_head};
 use kernel::ffi::{c_int, c_long, c_uint, c_ulong, c_void};
 
 /// `bio_end_io_t` as a plain function.
@@ -39,7 +37,11 @@ unsafe extern "C" {
     pub(crate) fn kf_wake(queue: *mut wait_queue_head);
     /// Sleeps, at most until a signal.
     pub(crate) safe fn kf_pause(ms: c_uint);
-    pub(crate) fn kf_ring_bell(bell: *mut eventfd_ctx);
+    /// Null when there is no memory.
+    pub(crate) safe fn kf_bell_new() -> *mut c_void;
+    pub(crate) fn kf_bell_free(bell: *mut c_void);
+    pub(crate) fn kf_bell_ring(bell: *mut c_void);
+    pub(crate) fn kf_bell_take(bell: *mut c_void, fd: c_int) -> c_int;
     pub(crate) fn kf_bio_is_readable(bio: *const bio) -> bool;
     pub(crate) fn kf_refuse(bdev: *mut block_device) -> c_uint;
     pub(crate) fn kf_is_bio_based(disk: *mut gendisk) -> bool;
@@ -53,6 +55,7 @@ unsafe extern "C" {
     pub(crate) safe fn kf_tracepoint_sync();
     /// Waits for end_io functions of ours that have dropped their count and not yet returned.
     pub(crate) safe fn kf_grace();
+    pub(crate) fn kf_has_older(disk: *mut gendisk, than_ns: u64) -> bool;
     pub(crate) fn kf_drain(disk: *mut gendisk, attempt_ms: c_uint, stalled_ns: *mut u64) -> c_int;
     /// Waits for tasks that hold bios which passed the tracepoint before; 0 or an errno.
     pub(crate) safe fn kf_tasks_settle(timeout_ms: c_uint) -> c_int;
@@ -107,5 +110,42 @@ impl Drop for Pages {
     fn drop(&mut self) {
         // SAFETY: by the invariant.
         unsafe { kf_free(self.start.as_ptr().cast()) }
+    }
+}
+
+/// The agent's bell: rung from any context.
+///
+/// # Invariants
+///
+/// What `kf_bell_new` returned, not freed.
+pub(crate) struct Bell(core::ptr::NonNull<c_void>);
+
+// SAFETY: it has a lock of its own.
+unsafe impl Send for Bell {}
+// SAFETY: as above.
+unsafe impl Sync for Bell {}
+
+impl Bell {
+    pub(crate) fn new() -> Option<Self> {
+        // INVARIANT: null is filtered out.
+        core::ptr::NonNull::new(kf_bell_new()).map(Self)
+    }
+
+    pub(crate) fn ring(&self) {
+        // SAFETY: by the invariant.
+        unsafe { kf_bell_ring(self.0.as_ptr()) }
+    }
+
+    /// Takes another eventfd, or none for a negative number; 0 or an errno. May sleep.
+    pub(crate) fn take(&self, fd: c_int) -> c_int {
+        // SAFETY: by the invariant.
+        unsafe { kf_bell_take(self.0.as_ptr(), fd) }
+    }
+}
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        // SAFETY: by the invariant; whoever could ring it is gone with its owner.
+        unsafe { kf_bell_free(self.0.as_ptr()) }
     }
 }
