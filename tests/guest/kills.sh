@@ -9,12 +9,10 @@ mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
 # 1 MB/s: the ring holds five seconds of it and many more, for agents that start slowly in an emulated machine.
 RING=32MiB pair a="$A"
 epoch=$(epoch)
-four_ways_slowly() {
-    fio_on /d psync --ioengine=psync --rw=randwrite --bs=4k --size=16m --fsync=16 --rate=300k --time_based --runtime=100000 &
-    fio_on /d uring --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=8 --size=24m --rate=700k --time_based --runtime=100000 &
-    wait
-}
-four_ways_slowly & load=$!
+# In runs of five seconds, so that the load ends without a signal.
+again() { while [ ! -e /tmp/stop ]; do fio_on /d "$@" --time_based --runtime=5; done; }
+again psync --ioengine=psync --rw=randwrite --bs=4k --size=16m --fsync=16 --rate=300k & psync=$!
+again uring --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=8 --size=24m --rate=700k & uring=$!
 sleep 1
 for ((round = 1; round <= rounds; round++)); do
     sleep "0.$((RANDOM % 9))"
@@ -26,7 +24,7 @@ for ((round = 1; round <= rounds; round++)); do
     [ "$(epoch)" = "$epoch" ] || fail "round $round: a new epoch: $(group_json | jq -r .why)"
     [ "$(counter .captured_lsn)" -ge "$before" ] || fail "round $round: lsns ran back"
 done
-pkill -INT fio; wait $load
+touch /tmp/stop; wait $psync; wait $uring
 umount /d
 assert_equal a="$A"
 points_json | jq -e '.gaps == []' > /dev/null || fail "there is a gap: $(points_json | jq -c .gaps)"
