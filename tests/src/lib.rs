@@ -18,6 +18,10 @@
 //! | [`nbd_client`], [`stamp`], [`history`], [`writer`] | a client that writes blocks which say who wrote them, and remembers |
 //! | [`oracle`] | what an image may hold |
 //!
+//! The kernel's stories (`tests/kernel.rs`) run in guests: `vm/lab.sh` makes the laboratory, `vm/module.sh` the module,
+//! `vm/run.sh` boots the stock kernel with a script of `guest/` as its only job, and `src/bin/afterimage-guest` is what
+//! those scripts need beside the system's tools.
+//!
 //! Everything here needs root, as mounting does; a program that is missing fails the story and says what to install.
 //! Environment: `AFTERIMAGE_BIN` (default `target/release/afterimage`), `AFTERIMAGE_TEST_DIR` (default the system's temporary
 //! directory), `AFTERIMAGE_SEED`, `AFTERIMAGE_KEEP=1` keeps a story's directory.

@@ -49,7 +49,7 @@ fn the_stock_kernel_boots_and_takes_the_module() -> Result<()> {
 #[test]
 fn a_scenario_that_fails_hangs_or_upsets_the_kernel_is_noticed() -> Result<()> {
     for (how, code) in [("fail", 7), ("warn", 1), ("panic", 2), ("hang", 2)] {
-        let ended = boot("boot", &["--timeout", "60"], &[how])?;
+        let ended = boot("boot", &["--timeout", "45"], &[how])?;
         ensure!(ended == code, "{how}: ended with {ended}, not with {code}");
     }
     Ok(())
