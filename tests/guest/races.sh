@@ -1,9 +1,9 @@
 #!/bin/bash
 # Writes that are on their way when capture begins, or when a resync begins. `races attach|resync|cgroup|held`:
 #
-#   attach   16 MiB O_DIRECT writes under way on a disk throttled to 2.5 MB/s while the agent attaches
+#   attach   16 MiB O_DIRECT writes under way on a disk throttled to 1.2 MB/s while the agent attaches
 #   resync   the same while the agent begins a resync after an overflow
-#   cgroup   the disk is fast; the writer may do 100 writes a second (io.max), so pieces wait in blk-throttle
+#   cgroup   the disk is fast; the writer may do 40 writes a second (io.max), so pieces wait in blk-throttle
 #   held     one write is held back for 60 s by the device, once over an attach, once over a resync
 . /mnt/guest/lib.sh
 load_module
@@ -15,8 +15,8 @@ in_flight() { awk '{ print $9 }' "/sys/class/block/${1##*/}/stat"; }
 # Each write is one bio of up to 16 MiB, cut into pieces of 16 KiB: a thousand requests, of which 64 fit into the queue.
 small_requests() { echo 16 > "$queue/max_sectors_kb"; echo 64 > "$queue/nr_requests"; }
 big_write() { # SEEK: 16 MiB from there, in one call
-    head -c 16M /dev/urandom > /dev/shm/big
-    dd if=/dev/shm/big of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none
+    head -c 16M /dev/urandom > "/dev/shm/big$1"
+    dd if="/dev/shm/big$1" of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none
 }
 
 # The group is forgotten and made anew by the next `pair`, over a disk in use.
@@ -28,15 +28,19 @@ start_over() {
 
 case ${1:-attach} in
     attach)
-        rounds=3; [ "$LONG" = 0 ] || rounds=10
+        rounds=2; [ "$LONG" = 0 ] || rounds=10
         small_requests
         for ((round = 0; round < rounds; round++)); do
-            big_write $((round * 1048576 + 4096)) & writer=$!
-            sleep 1.5
+            # Both go on for half a minute, piece by piece; the copy reaches the lower one's places before the pieces do.
+            prepare_pair a="$A"
+            start_receiver
+            big_write 31457280 & writer=$!
+            big_write $((round * 4096)) & lower=$!
+            sleep 1
             [ "$(in_flight "$A")" -gt 16 ] || fail "nothing is in flight: $(in_flight "$A")"
-            pair a="$A"
-            kill -0 $writer 2> /dev/null && step "round $round: replicating while the write goes on"
-            wait $writer
+            start_source
+            wait_state replicating 180
+            wait $writer; wait $lower
             assert_equal a="$A"
             read_counters
             [ "$(kernel_counter late)" -gt 0 ] || fail "nothing was late: there was no race"
@@ -62,14 +66,17 @@ case ${1:-attach} in
         small_requests
         echo +io > /sys/fs/cgroup/cgroup.subtree_control
         mkdir /sys/fs/cgroup/slow
-        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=100" > /sys/fs/cgroup/slow/io.max
+        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-40}" > /sys/fs/cgroup/slow/io.max
         for ((round = 0; round < rounds; round++)); do
+            prepare_pair a="$A"
+            start_receiver
             head -c 8M /dev/urandom > /dev/shm/big
             (echo $BASHPID > /sys/fs/cgroup/slow/cgroup.procs
                 exec dd if=/dev/shm/big of="$A" bs=8M count=1 seek=$((round * 8192)) oflag=direct,seek_bytes conv=notrunc status=none) & writer=$!
             sleep 1
             kill -0 $writer || fail "the write is over: no race"
-            pair a="$A"
+            start_source
+            wait_state replicating 180
             wait $writer
             assert_equal a="$A"
             read_counters

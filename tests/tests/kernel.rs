@@ -102,12 +102,12 @@ fn a_full_ring_and_a_stopped_agent_cost_the_application_nothing() -> Result<()> 
 
 #[test]
 fn an_attach_misses_no_write_on_its_way() -> Result<()> {
-    guest("races", &["--disk", "48M,bps=2500000"], &["attach"])
+    guest("races", &["--disk", "48M,bps=1200000"], &["attach"])
 }
 
 #[test]
 fn a_resync_misses_no_write_on_its_way() -> Result<()> {
-    guest("races", &["--disk", "48M,bps=2500000"], &["resync"])
+    guest("races", &["--disk", "48M,bps=1200000"], &["resync"])
 }
 
 #[test]

@@ -27,7 +27,13 @@ struct Load {
 }
 
 impl Load {
-    fn start((socket, export): &(PathBuf, String), clients: u64, most: usize, pause: Duration, seed: u64) -> Load {
+    fn start(
+        (socket, export): &(PathBuf, String),
+        clients: u64,
+        most: usize,
+        pause: Duration,
+        seed: u64,
+    ) -> Load {
         let (stop, bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let threads = (0..clients).map(|client| {
             let (socket, export, stop, bytes) = (socket.clone(), export.clone(), stop.clone(), bytes.clone());
@@ -143,7 +149,11 @@ fn an_overflow_under_load_repairs_itself() -> Result<()> {
         let points = pair.receiver.points(GROUP)?;
         let gaps = points["gaps"].as_array().context("gaps")?;
         ensure!(!gaps.is_empty() && points.to_string().contains("overflowed"), "{points}");
-        home.figure(format!("{} MiB written, {} gaps told, replica equal, epoch {epoch}", written >> 20, gaps.len()));
+        home.figure(format!(
+            "{} MiB written, {} gaps told, replica equal, epoch {epoch}",
+            written >> 20,
+            gaps.len()
+        ));
         Ok(())
     })
 }

@@ -110,7 +110,8 @@ fn a_full_source_journal_degrades_the_group_and_never_the_disk() -> Result<()> {
         // The receiver's return makes room, and then everything else happens by itself, under load.
         pair.start_receiver()?;
         flood(&pair, 16 << 20, home.seed() + 1)?;
-        let group = pair.source.until("repaired by itself", MINUTE, |group| group.state() == "replicating")?;
+        let group =
+            pair.source.until("repaired by itself", MINUTE, |group| group.state() == "replicating")?;
         ensure!(group.number("epoch") == epoch, "what was given up is told in the stream: {}", group.0);
         pair.assert_replica_equals_source()?;
         home.figure("repaired by itself, in the same epoch");
