@@ -36,8 +36,7 @@ case ${1:-attach} in
             start_receiver
             big_write 31457280 & writer=$!
             big_write $((round * 4096)) & lower=$!
-            sleep 1
-            [ "$(in_flight "$A")" -gt 16 ] || fail "nothing is in flight: $(in_flight "$A")"
+            wait_for 20 eval '[ "$(in_flight "$A")" -gt 16 ]'
             start_source
             wait_state replicating 180
             wait $writer; wait $lower
@@ -53,8 +52,7 @@ case ${1:-attach} in
         for ((round = 1; round <= rounds; round++)); do
             kill -STOP "$agent"
             big_write $((round * 4096)) & writer=$!
-            sleep 1.5
-            [ "$(in_flight "$A")" -gt 16 ] || fail "nothing is in flight: $(in_flight "$A")"
+            wait_for 20 eval '[ "$(in_flight "$A")" -gt 16 ]'
             kill -CONT "$agent"
             wait $writer
             wait_for 60 eval '[ "$(points_json | jq ".gaps | length")" -ge $round ]'
