@@ -192,8 +192,9 @@ pub const ATTACHED_BIO_BASED: u32 = 1;
 
 /// A device becomes a volume. From its return on every write is captured; writes submitted before it may still be on
 /// their way: `BARRIER`. `ENXIO` no such device; `EBUSY` attached already; `EMEDIUMTYPE` a kind that cannot be captured
-/// exactly (zoned, DAX, part of an md array, …); `EINVAL` smaller than the volume. A device that has
-/// grown states its new size in the stream.
+/// exactly (zoned, DAX, hidden, a driver without requests other than device mapper): what holds the device (md, bcache,
+/// multipath) is the agent's to look at; `EINVAL` smaller than the volume. What a device has grown by is dirty, and its new
+/// size in the stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Attach {

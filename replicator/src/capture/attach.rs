@@ -16,6 +16,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long `dmsetup` may take: a suspend waits for every write in flight.
 const SUSPEND: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(2);
+/// Where control groups (version 2) are, and how deep they are looked into.
+const CGROUPS: &str = "/sys/fs/cgroup";
+const CGROUP_DEPTH: u32 = 16;
 
 /// Opens a device and says what speaks against capturing it.
 ///
@@ -120,6 +123,22 @@ pub fn drain(disk: &Disk) -> Result<()> {
         let at = format!("{}: find its device-mapper name", disk.path().display());
         Error::because(ErrorKind::Io, at, error)
     })?;
+    let refuse = |why: String| {
+        let at = format!("{}: {why}", disk.path().display());
+        Err(Error::new(ErrorKind::NotPossible, at))
+    };
+    // Resuming it would undo what somebody else is in the middle of, and what waits in it would come out later.
+    if fs::read_to_string(disk.sysfs().join("dm/suspended")).is_ok_and(|suspended| suspended.trim() == "1") {
+        return refuse("it is suspended by somebody else; it is synchronised when it was resumed".to_owned());
+    }
+    let number = fs::read_to_string(disk.sysfs().join("dev")).unwrap_or_default();
+    if let Some(cgroup) = throttled(Path::new(CGROUPS), number.trim(), CGROUP_DEPTH) {
+        // Parts of writes wait there, where no suspend and no task shows them.
+        let cgroup = cgroup.display();
+        return refuse(format!(
+            "a limit in {cgroup}/io.max holds writes back: lift it while it is synchronised"
+        ));
+    }
     let program = find_program("dmsetup").ok_or_else(|| {
         Error::new(ErrorKind::Settings, "`dmsetup` is missing: install the package dmsetup")
     })?;
@@ -134,6 +153,16 @@ pub fn drain(disk: &Disk) -> Result<()> {
         tracing::error!(%error, device = name, "the device may be suspended: run `dmsetup resume` on it");
     }
     suspended.and(resumed)
+}
+
+/// The control group that limits a device, if one does.
+fn throttled(cgroup: &Path, number: &str, depth: u32) -> Option<PathBuf> {
+    let limits = fs::read_to_string(cgroup.join("io.max")).unwrap_or_default();
+    if limits.lines().any(|line| line.split(' ').next() == Some(number)) {
+        return Some(cgroup.to_owned());
+    }
+    let children = children(cgroup).into_iter().filter(|child| depth > 0 && child.is_dir());
+    children.filter_map(|child| throttled(&child, number, depth - 1)).next()
 }
 
 /// Runs a program, within a time.
@@ -210,6 +239,15 @@ mod tests {
         assert!(refused(|_| (), &line("8:17", "dax=always")).unwrap().contains("DAX"));
         assert_eq!(refused(|_| (), &line("8:17", "dax=never")), None);
         assert_eq!(refused(|_| (), &line("8:18", "dax")), None, "another device");
+    }
+
+    #[test]
+    fn limits_are_found_wherever_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        put(&dir.path().join("a/b/io.max"), "8:16 wiops=100\n253:0 rbps=max wbps=1048576\n");
+        let found = |number| throttled(dir.path(), number, CGROUP_DEPTH);
+        assert_eq!(found("253:0"), Some(dir.path().join("a/b")));
+        assert_eq!((found("253:1"), found("8:1")), (None, None));
     }
 
     #[test]
