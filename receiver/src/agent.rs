@@ -11,6 +11,7 @@ mod clock;
 mod failure;
 pub(crate) mod group;
 mod heartbeats;
+mod orders;
 pub(crate) mod progress;
 mod report;
 mod schedule;
@@ -30,11 +31,13 @@ use wire::{Fingerprint, Identity, Server, Tuning};
 pub(crate) use clock::{ReceiptClock, Times, now_ns};
 use failure::Failure;
 use group::{Claim, Group, Setup, lock};
+use orders::Order;
 
+use crate::apply::{HoldReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ingest::Refusal;
 use crate::link;
-use crate::point::Points;
+use crate::point::{At, Points};
 use crate::restore::{self, RestoreReport, RestoreRequest};
 use crate::state::GROUP_FILE;
 use crate::status::Status;
@@ -267,6 +270,35 @@ impl Handle {
     ) -> Result<RestoreReport> {
         let history = self.known(group)?.history.clone();
         blocking("restore", move || restore::restore(&history, &request, &mut progress)).await
+    }
+
+    /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on being received.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for the point; what kept it from being
+    /// carried out.
+    pub async fn rewind(&self, group: &str, at: At) -> Result<RewindReport> {
+        let group = self.known(group)?;
+        group.orders.give(&group.bell, |answer| Order::Rewind(at, answer)).await
+    }
+
+    /// Lets the replicas of a rewound group roll forward to the newest; returns when that has begun.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] where it is not rewound.
+    pub async fn resume(&self, group: &str) -> Result<ResumeReport> {
+        let group = self.known(group)?;
+        group.orders.give(&group.bell, Order::Resume).await
+    }
+
+    /// Keeps a bookmark, and everything behind it, from retention; or lets it go again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for a name that is not in the history,
+    /// or not under hold.
+    pub async fn hold(&self, group: &str, name: &str, release: bool) -> Result<HoldReport> {
+        let group = self.known(group)?;
+        group.orders.give(&group.bell, |answer| Order::Hold(name.to_owned(), release, answer)).await
     }
 
     /// Waits until everything that is received by now is on the replicas.

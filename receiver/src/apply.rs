@@ -35,6 +35,12 @@ use crate::undo::{UndoOwner, UndoSummary, UndoWriter, file_name, file_number, re
 use crate::volumes::{self, VolumePlan};
 use crate::{Error, ErrorKind, Result};
 
+mod hold;
+mod rewind;
+
+pub use hold::HoldReport;
+pub use rewind::{ResumeReport, RewindReport};
+
 /// The default quota is never below this (DESIGN: 4 × the used size): a small disk that is overwritten again and again within
 /// `history.min` would otherwise stop being acknowledged within minutes. As large as the source journal's own default.
 const MIN_DEFAULT_QUOTA_BYTES: u64 = 10 << 30;
@@ -56,7 +62,7 @@ pub struct ApplySettings {
     pub undo_bytes: u64,
     /// How undo is packed.
     pub undo_compression: Compression,
-    /// Directory of replicas without a path of their own.
+    /// Directory of replicas without a path of their own; empty: no replica is created.
     pub replica_dir: PathBuf,
     /// Replicas with a path of their own, by volume name.
     pub replica_paths: BTreeMap<String, PathBuf>,
@@ -81,6 +87,8 @@ pub struct BatchDone {
     pub written_bytes: u64,
     /// It was cut short so that its boundary is the end of a resync.
     pub ends_resync: bool,
+    /// It was a rewind, from this checkpoint.
+    pub went_back_from: Option<Lsn>,
 }
 
 /// What retention did.
@@ -171,6 +179,11 @@ impl Applier {
             scratch: Vec::new(),
         };
         applier.sweep()?;
+        match applier.settle_rewound() {
+            Err(error) if error.kind == ErrorKind::Sync => return Err(error),
+            Err(error) => applier.note_failure(&error),
+            Ok(()) => {}
+        }
         Ok(applier)
     }
 
@@ -226,7 +239,8 @@ impl Applier {
         self.failed.as_ref().map(|(kind, at)| Error::new(*kind, at.clone()))
     }
 
-    /// Applies at most one batch of what is durable in the journal up to `durable`. `None`: there is nothing to apply.
+    /// Applies at most one batch of what is durable in the journal up to `durable`; a rewind that is ordered comes first.
+    /// `None`: there is nothing to apply, or the group is rewound.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`]: the volume named cannot be written; the same error is returned from then on, until the
@@ -236,7 +250,21 @@ impl Applier {
         if let Some(error) = self.failure() {
             return Err(error);
         }
-        if durable.lsn <= self.store.state().checkpoint.lsn {
+        if self.rewinds_now() {
+            let was_untouched = self.cut.is_none();
+            let done = self.follow_intent();
+            // What was taken back concerns whoever ordered it, and nobody else.
+            let was_taken_back = was_untouched && !self.is_rewinding();
+            match &done {
+                Err(error) if !was_taken_back => self.note_failure(error),
+                _ => {}
+            }
+            return done;
+        }
+        let state = self.store.state();
+        if state.wishes.rewound.is_some() && state.wishes.intent.is_none()
+            || durable.lsn <= state.checkpoint.lsn
+        {
             return Ok(None);
         }
         let mut done = self.apply_one();
@@ -266,17 +294,19 @@ impl Applier {
         }
         match &done {
             Ok(_) => self.halvings = self.halvings.saturating_sub(1),
-            Err(error) => {
-                self.gatherer.reset();
-                // A full disk and a passing read error may be tried again; what the stream or the replica is may not.
-                match error.kind {
-                    ErrorKind::NoSpace => self.halvings = MAX_HALVINGS.min(self.halvings + 1),
-                    ErrorKind::Io => {}
-                    kind => self.failed = Some((kind, error.in_full())),
-                }
-            }
+            Err(error) => self.note_failure(error),
         }
         done
+    }
+
+    /// A full disk and a passing read error may be tried again; what the stream or the replica is may not.
+    fn note_failure(&mut self, error: &Error) {
+        self.gatherer.reset();
+        match error.kind {
+            ErrorKind::NoSpace => self.halvings = MAX_HALVINGS.min(self.halvings + 1),
+            ErrorKind::Io => {}
+            kind => self.failed = Some((kind, error.in_full())),
+        }
     }
 
     fn apply_one(&mut self) -> Result<Option<BatchDone>> {
@@ -330,6 +360,7 @@ impl Applier {
             undo_bytes,
             written_bytes,
             ends_resync: batch.ends_resync,
+            went_back_from: None,
         }))
     }
 
@@ -340,31 +371,24 @@ impl Applier {
         if state.needs_resync.is_none() || (state.oldest_batch == 0 && !state.clean) {
             return Ok(());
         }
-        let state = GroupState {
-            clean: false,
-            oldest_batch: 0,
-            first_consistent: None,
-            consistent_lsn: None,
-            history_start: Moment::default(),
-            ..state.clone()
-        };
+        let mut state = state.clone();
+        state.end_history();
         self.store.store(state)?;
-        self.history.follow(self.store.state(), Moment::default(), &[]);
+        self.follow_state();
         self.sweep()
     }
 
     fn gather(&mut self) -> Result<Option<Gathered>> {
         let state = self.store.state();
+        // What is to be applied to a replica that others changed begins anew, above everything it ever held.
+        let newest_epoch = state.reached().position.epoch.number.max(state.checkpoint.epoch.number);
         let behind = Behind {
             moment: state.checkpoint_moment(),
             epoch: state.checkpoint.epoch,
             nothing: state.applied_batch == 0,
             consistent: state.is_consistent(),
-            skip_through: state
-                .needs_resync
-                .as_ref()
-                .map(|_| state.checkpoint.epoch.number)
-                .max(self.skip_through),
+            skip_through: state.needs_resync.as_ref().map(|_| newest_epoch).max(self.skip_through),
+            until: self.rewind_ahead(),
         };
         let want = match &self.cut {
             Some(cut) => Want::UpTo(cut.last.lsn),
@@ -404,12 +428,7 @@ impl Applier {
         changes: &mut BTreeMap<VolumeId, Vec<std::ops::Range<u64>>>,
     ) -> Result<UndoSummary> {
         let dir = undo_dir(&self.group_dir);
-        let state = self.store.state();
-        let owner = UndoOwner {
-            group: state.group,
-            lineage: state.checkpoint.lineage,
-            compression: self.settings.undo_compression,
-        };
+        let owner = self.undo_owner();
         let summary = UndoSummary {
             number,
             epoch: batch.epoch,
@@ -437,10 +456,30 @@ impl Applier {
         written
     }
 
+    fn undo_owner(&self) -> UndoOwner {
+        let state = self.store.state();
+        UndoOwner {
+            group: state.group,
+            lineage: state.checkpoint.lineage,
+            compression: self.settings.undo_compression,
+        }
+    }
+
+    /// The history learns of a state that became durable and brought nothing new from the stream.
+    fn follow_state(&self) {
+        self.history.follow(self.store.state(), Moment::default(), &[]);
+    }
+
     /// What the batch's volume records mean; refused as a whole, before anything is written.
     fn plan_volumes(&self, batch: &Gathered) -> Result<VolumePlan> {
         let state = self.store.state();
         let plan = volumes::plan(&state.replicas, batch.volumes(), |name| {
+            if self.settings.replica_dir.as_os_str().is_empty() {
+                let at = format!(
+                    "volume {name} has no replica yet: start the receiver, which knows where it goes"
+                );
+                return Err(Error::new(ErrorKind::ReplicaFailed, at));
+            }
             let own = self.settings.replica_paths.get(name).cloned();
             let path = own.unwrap_or_else(|| self.settings.replica_dir.join(format!("{name}.img")));
             Replica::check_vacant(&*self.disk, &path, name)?;
@@ -482,7 +521,10 @@ impl Applier {
             self.events = log;
             self.remove(&old)?;
         }
-        self.events.append(&batch.events, self.store.state().events_bytes)
+        // What is applied for the second time, after a rewind, is in the log already.
+        let reached = self.store.state().reached().position.lsn;
+        let known = batch.events.iter().take_while(|event| event.at.lsn <= reached).count();
+        self.events.append(&batch.events[known..], self.store.state().events_bytes)
     }
 
     fn state_after(&self, number: u64, batch: &Gathered, events_bytes: u64) -> GroupState {
@@ -494,6 +536,7 @@ impl Applier {
         state.checkpoint_time_ns = batch.last.time_ns;
         state.applied_batch = number;
         state.events_bytes = events_bytes;
+        state.wishes.reached = rewind::still_reached(state.wishes.reached, batch.last.lsn);
         if new_epoch {
             state.needs_resync = None;
         }
@@ -524,7 +567,7 @@ impl Applier {
         }
         let state = GroupState { heartbeat: Some(heartbeat), ..self.store.state().clone() };
         self.store.store(state)?;
-        self.history.follow(self.store.state(), Moment::default(), &[]);
+        self.follow_state();
         Ok(())
     }
 
@@ -632,7 +675,10 @@ impl Applier {
     pub fn close(mut self) -> Result<()> {
         // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is. One that others
         // changed keeps the stamps of what we left.
-        if self.cut.is_some() || self.failed.is_some() || self.store.state().needs_resync.is_some() {
+        // Where it is rewound it was stamped when it came to stand, and has not been written since.
+        let state = self.store.state();
+        let stamped = state.needs_resync.is_some() || state.wishes.rewound.is_some();
+        if self.cut.is_some() || self.failed.is_some() || stamped {
             return Ok(());
         }
         let mut state = GroupState { clean: true, ..self.store.state().clone() };
@@ -667,11 +713,7 @@ fn forget_given_up(disk: &dyn Disk, group_dir: &Path, state: &mut GroupState) {
     let Some(path) = state.replicas.iter().find_map(given_up) else { return };
     state.replicas.retain(|known| given_up(known).is_none());
     state.needs_resync = Some(format!("replica {} is made anew: an empty file stands there", path.display()));
-    state.clean = false;
-    state.oldest_batch = 0;
-    state.first_consistent = None;
-    state.consistent_lsn = None;
-    state.history_start = Moment::default();
+    state.end_history();
 }
 
 /// Bytes in a range that may hold something other than zeros, counted until they are more than `most`.
@@ -688,7 +730,7 @@ fn data_bytes_up_to(replica: &Replica, range: std::ops::Range<u64>, most: u64) -
 }
 
 /// Compares the replicas with their stamps. Where one differs the clean mark stays, as nothing is written until a new
-/// epoch comes: should the replica be put back, the stamps still say so.
+/// epoch comes: should the replica be put back, the stamps still say so. It stays where the group is rewound, too.
 fn note_changed(group_dir: &Path, state: &mut GroupState, held: bool) {
     if !(held && state.clean) {
         state.clean = false;
@@ -702,7 +744,7 @@ fn note_changed(group_dir: &Path, state: &mut GroupState, held: bool) {
         let path = replica_path(group_dir, &known.path);
         format!("replica {} was changed by others while the receiver was away", path.display())
     });
-    state.clean = state.needs_resync.is_some();
+    state.clean = state.needs_resync.is_some() || state.wishes.rewound.is_some();
 }
 
 /// The first journal segment to keep where redo up to `floor` may go.

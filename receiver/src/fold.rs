@@ -75,6 +75,29 @@ impl Fold {
         self.volumes.entry(record.volume).or_default().insert(offset..offset + len, piece);
     }
 
+    /// Lays content that is held at `at` of a buffer, or zeros, over what is there.
+    pub fn put(&mut self, volume: VolumeId, range: Range<u64>, content: Redo) {
+        self.volumes.entry(volume).or_default().insert(range, content);
+    }
+
+    /// Lays what `newer` holds of a range over what is there; its buffers are shared.
+    pub fn lay_over(&mut self, newer: &Fold, volume: VolumeId, range: Range<u64>) {
+        let Some(map) = newer.volumes.get(&volume) else { return };
+        let mut shared: BTreeMap<u32, u32> = BTreeMap::new();
+        for (extent, piece) in map.overlapping(range) {
+            let piece = match piece {
+                Redo::Zeros => Redo::Zeros,
+                Redo::Bytes { buffer, at } => {
+                    let ours = *shared
+                        .entry(buffer)
+                        .or_insert_with(|| self.hold(Arc::clone(&newer.buffers[buffer as usize])));
+                    Redo::Bytes { buffer: ours, at }
+                }
+            };
+            self.put(volume, extent, piece);
+        }
+    }
+
     /// Parts of a range that nothing laid so far changes.
     pub fn gaps(&self, volume: VolumeId, range: Range<u64>) -> Vec<Range<u64>> {
         match self.volumes.get(&volume) {
@@ -181,6 +204,29 @@ mod tests {
             fold.lay(buffer, &located.unwrap());
         }
         fold
+    }
+
+    #[test]
+    fn a_newer_fold_is_laid_over_an_older_one_in_a_range() {
+        let mut fold = fold_of(&[(Op::Write, 0, vec![1; 4096], 4096)]);
+        let newer = fold_of(&[
+            (Op::Write, 512, vec![2; 512], 512),
+            (Op::Discard, 1024, vec![], 512),
+            (Op::Write, 2048, vec![3; 4096], 4096),
+        ]);
+        fold.lay_over(&newer, VolumeId(1), 0..3072);
+        let mut seen = vec![9; 4096];
+        fold.runs(VolumeId(1), 0..u64::MAX, &mut Vec::new(), |run| {
+            let place = |offset: u64| usize::try_from(offset).unwrap();
+            match run {
+                Run::Zeros(range) => seen[place(range.start)..place(range.end)].fill(0),
+                Run::Bytes(at, bytes) => seen[place(at)..place(at) + bytes.len()].copy_from_slice(bytes),
+            }
+            Ok::<_, ()>(())
+        })
+        .unwrap();
+        let at = |offset: usize| seen[offset];
+        assert_eq!([at(0), at(512), at(1024), at(1536), at(2048), at(3071), at(3072)], [1, 2, 0, 1, 3, 3, 1]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! the volumes that exist, and stops where a batch must end:
 //! * at its bounds in redo and undo bytes (but never empty: one lsn is never split);
 //! * before another epoch, before a `resync-begin`, after a `resync-end`, so that consistent points are boundaries;
+//! * at the point that a rewind asks for;
 //! * exactly at the range that an undo segment names, when a cut batch is redone.
 //!
 //! A batch may end in the middle of a frame; the rest of that frame is carried to the next one. A frame is checked as a
@@ -61,6 +62,8 @@ pub struct Behind {
     /// Pass over what is left of epochs up to this number: the replica is not what their records were made for. Every
     /// epoch begins with the whole content.
     pub skip_through: Option<u64>,
+    /// Records above this lsn are not wanted yet.
+    pub until: Option<Lsn>,
 }
 
 /// The records of one batch, folded.
@@ -226,7 +229,7 @@ impl Gatherer {
                 Some(batch) => batch,
                 empty => empty.insert(begin(&carry.header, behind)),
             };
-            let all = take(batch, &mut carry, behind.moment.lsn, want, &mut sizes, undo_of);
+            let all = take(batch, &mut carry, behind, want, &mut sizes, undo_of);
             if all.as_ref().is_err_and(|error| error.kind == ErrorKind::Malformed) {
                 self.refused = Some(carry.header.epoch.number);
             }
@@ -268,7 +271,7 @@ fn begin(header: &FrameHeader, behind: &Behind) -> Gathered {
 fn take(
     batch: &mut Gathered,
     carry: &mut Carry,
-    after: Lsn,
+    behind: &Behind,
     want: Want,
     sizes: &mut BTreeMap<VolumeId, u64>,
     undo_of: &UndoEstimate<'_>,
@@ -279,9 +282,12 @@ fn take(
         let (record, payload, bytes) = Record::decode(&raw[carry.at..]).map_err(damage)?;
         let payload_at = carry.at + bytes - payload.len();
         let located = Located { record, payload, payload_at };
-        if record.lsn <= after {
+        if record.lsn <= behind.moment.lsn {
             carry.at += bytes;
             continue;
+        }
+        if behind.until.is_some_and(|until| record.lsn > until) {
+            return Ok(false);
         }
         let undo = undo_bytes(batch, &located, want, undo_of)?;
         let weight = payload.len() as u64 + RECORD_WEIGHT_BYTES;

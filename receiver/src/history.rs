@@ -2,9 +2,13 @@
 //!
 //! Shared by the applier (which adds to it), ingest (which tells it what was received) and any number of views and
 //! restores. State at the boundary of batch `b` = replica with the undo of all batches above `b` laid over it, the
-//! smallest batch first. State at lsn `T` = the boundary at or below `T`, then redo records up to `T`.
+//! smallest batch first. State at lsn `T` = a boundary at or below `T`, then redo records up to `T`.
+//!
+//! A rewind is a batch whose boundary lies *below* that of the batch before it. So boundaries do not rise with their
+//! numbers, several may stand at one lsn, and each of them is right: what a replica holds depends on its lsn alone.
 //!
 //! Invariants:
+//! * no boundary that is kept lies below the oldest point: the redo below that is gone;
 //! * ⚠ a batch is registered before the applier overwrites the first byte of it; a reader reads the replica first and
 //!   asks for batches second, so whatever it read is either unharmed or told by a batch that it finds;
 //! * a [`Pin`] keeps its boundary: neither undo nor redo that leads to it is dropped;
@@ -100,14 +104,15 @@ impl History {
         let state = GroupStore::read(&*disk, group_dir)?;
         let mut events = EventList::default();
         EventLog::load(&*disk, group_dir, state.events_file, state.events_bytes, |event| events.add(event))?;
-        let received = state.checkpoint_moment();
+        let reached = state.reached();
+        let received = reached.moment();
         let history = History {
             inner: Mutex::new(Inner {
                 batches: BTreeMap::new(),
                 events,
                 received,
                 damage: None,
-                received_epoch: state.checkpoint.epoch,
+                received_epoch: reached.position.epoch,
                 receipts: VecDeque::new(),
                 newest_receipt_ns: 0,
                 pins: BTreeMap::new(),
@@ -153,7 +158,7 @@ impl History {
         Ok(())
     }
 
-    /// Notes what the journal holds above the checkpoint. Whatever cannot be read there ends the window, nothing else: the
+    /// Notes what the journal holds above everything ever applied. Whatever cannot be read there ends the window, nothing else: the
     /// older points do not need it.
     fn read_received(&self) -> Result<()> {
         let dir = journal_dir(&self.group_dir);
@@ -162,7 +167,8 @@ impl History {
         }
         let behind = {
             let state = &self.lock().state;
-            (state.applied_batch > 0).then_some(state.checkpoint.lsn)
+            // The event log tells of what was applied once, also where the checkpoint was set back below it.
+            (state.applied_batch > 0).then_some(state.reached().position.lsn)
         };
         let read = || -> Result<()> {
             let Some(mut reader) = read_behind(&self.disk, &dir, behind)? else { return Ok(()) };
@@ -290,11 +296,11 @@ impl History {
         inner.check_room(&events[first_new..])
     }
 
-    /// All events up to the checkpoint that the history still needs.
+    /// All events that were applied once and that the history still needs.
     pub(crate) fn applied_events(&self) -> Vec<Event> {
         let inner = self.lock();
-        let checkpoint = inner.state.checkpoint.lsn;
-        inner.events.iter().filter(|event| event.at.lsn <= checkpoint).cloned().collect()
+        let reached = inner.state.reached().position.lsn;
+        inner.events.iter().filter(|event| event.at.lsn <= reached).cloned().collect()
     }
 
     /// Receipt time of a batch that ends at `lsn`: never earlier than the real one, so that nothing expires too soon.
@@ -363,18 +369,27 @@ impl History {
     pub(crate) fn aged(&self) -> (Vec<Aged>, u64, u64) {
         let inner = self.lock();
         let applied = inner.state.applied_batch;
+        let may_begin = inner.may_begin();
         let batches = inner.batches.range(..=applied).map(|(number, slot)| match slot {
             Slot::Kept(summary) => Aged {
                 number: *number,
                 last_lsn: summary.last.lsn,
                 received_ns: summary.received_ns,
                 undo_bytes: summary.bytes.max(MIN_BATCH_BYTES),
+                may_begin: may_begin.binary_search(number).is_ok(),
             },
             // Damaged undo ages like its neighbours: as soon as they may go.
-            Slot::Damaged(_) => Aged { number: *number, last_lsn: Lsn::ZERO, received_ns: 0, undo_bytes: 0 },
+            Slot::Damaged(_) => {
+                Aged { number: *number, last_lsn: Lsn::ZERO, received_ns: 0, undo_bytes: 0, may_begin: false }
+            }
         });
         let pinned = inner.pins.values().copied().min().unwrap_or(u64::MAX);
-        let floor = pinned.min(inner.state.consistent_batch).min(applied);
+        // What a rewind that is ordered is derived from stays until it is carried out.
+        let back = inner.state.wishes.intent.as_ref().and_then(|intent| intent.back);
+        let floor = pinned
+            .min(inner.state.consistent_batch)
+            .min(applied)
+            .min(back.map_or(u64::MAX, |back| back.boundary));
         (batches.collect(), inner.newest_receipt_ns, floor)
     }
 
@@ -414,7 +429,9 @@ impl History {
     pub(crate) fn reserve_drop(&self, keep_from: u64) -> u64 {
         let mut inner = self.lock();
         let pinned = inner.pins.values().copied().min().unwrap_or(u64::MAX);
-        inner.leaving = keep_from.min(pinned.saturating_add(1));
+        let most = keep_from.min(pinned.saturating_add(1));
+        let allowed = inner.may_begin().into_iter().rfind(|number| *number < most);
+        inner.leaving = allowed.map_or(inner.state.oldest_batch, |number| number + 1);
         inner.leaving
     }
 
@@ -515,16 +532,38 @@ impl Inner {
         self.batches.get(&number).and_then(Slot::kept).map(|summary| summary.last)
     }
 
-    /// The newest applied boundary at or below an lsn, within the history.
+    /// The applied boundary at or below an lsn, within the history, that the least has to be replayed from; of several
+    /// the newest. One that damage separates from the replica only where there is no other.
     pub(crate) fn boundary_below(&self, lsn: Lsn) -> Option<u64> {
         let (oldest, applied) = (self.state.oldest_batch.checked_sub(1)?, self.state.applied_batch);
-        if self.state.checkpoint.lsn <= lsn {
-            return Some(applied);
-        }
-        let kept = self.batches.range(..applied).rev();
-        let found = kept.filter_map(|(number, slot)| Some((*number, slot.kept()?.last.lsn)));
-        let found = found.into_iter().find(|(_, last)| *last <= lsn).map(|(number, _)| number);
-        found.or_else(|| (self.state.history_start.lsn <= lsn).then_some(oldest))
+        let damaged = self.batches.range(..=applied).rev().find(|(_, slot)| slot.kept().is_none());
+        let reached_from = damaged.map_or(0, |(number, _)| *number);
+        let kept =
+            self.batches.range(..applied).filter_map(|(number, slot)| Some((*number, slot.kept()?.last.lsn)));
+        let ends = [(oldest, self.state.history_start.lsn), (applied, self.state.checkpoint.lsn)];
+        kept.chain(ends)
+            .filter(|(_, last)| *last <= lsn)
+            .max_by_key(|(number, last)| (*number >= reached_from, *last, *number))
+            .map(|(number, _)| number)
+    }
+
+    /// Batches whose boundary may become the oldest point, in rising order: no later boundary lies below it, and no hold.
+    /// What a rewind took back goes with the rewind, not before it.
+    fn may_begin(&self) -> Vec<u64> {
+        let applied = self.state.applied_batch;
+        let held = self.state.wishes.holds.iter().map(|hold| hold.at.lsn).min();
+        let mut lowest = held.unwrap_or(Lsn(u64::MAX)).min(self.state.checkpoint.lsn);
+        let kept = self.batches.range(..=applied).rev();
+        let mut allowed: Vec<u64> = kept
+            .filter_map(|(number, slot)| {
+                let last = slot.kept()?.last.lsn;
+                let may = last <= lowest;
+                lowest = lowest.min(last);
+                may.then_some(*number)
+            })
+            .collect();
+        allowed.reverse();
+        allowed
     }
 
     /// Whether a frame is the next to be noted. Behind damage only the one that follows what was applied meanwhile is.
@@ -576,6 +615,20 @@ mod tests {
         (state.applied_batch, state.oldest_batch) = (9, 1);
         GroupStore::create(Arc::clone(&disk), dir, state).unwrap();
         let history = History::open(disk, dir).unwrap();
+        for number in 1..10 {
+            let at = Moment { lsn: Lsn(10 * number), time_ns: 0 };
+            let (path, epoch) = (PathBuf::new(), Epoch::default());
+            history.register(UndoSummary {
+                number,
+                epoch,
+                first: at,
+                last: at,
+                received_ns: 0,
+                bytes: 0,
+                path,
+            });
+        }
+        history.lock().state.checkpoint.lsn = Lsn(90);
         let refused = |number: u64| history.pin(number).err().map(|error| error.kind);
         let pin = history.pin(3).unwrap();
         assert_eq!(history.reserve_drop(7), 4, "as far as the pin allows");
@@ -585,5 +638,22 @@ mod tests {
         assert_eq!(refused(2), None, "nothing was dropped");
         drop(pin);
         assert_eq!(history.reserve_drop(7), 7);
+        history.end_drop();
+
+        // After a rewind from batch 9 to lsn 40 what it took back goes with it.
+        {
+            let mut inner = history.lock();
+            (inner.state.applied_batch, inner.state.checkpoint.lsn) = (10, Lsn(40));
+        }
+        assert_eq!(history.reserve_drop(7), 5, "boundaries 5 and 6 lie above it");
+        assert_eq!(history.boundary_at(Lsn(40)), Some(10), "nothing has to be undone");
+        assert_eq!(history.boundary_at(Lsn(55)), Some(5), "the least to be replayed");
+        assert_eq!(history.boundary_at(Lsn(35)), Some(3));
+    }
+
+    impl History {
+        fn boundary_at(&self, lsn: Lsn) -> Option<u64> {
+            self.lock().boundary_below(lsn)
+        }
     }
 }

@@ -8,7 +8,8 @@
 //! ```
 //! The network half (`link`, `ingest`, `agent`, `status`, `lock`) takes frames, makes them durable and acknowledges
 //! them. The storage half applies them in numbered batches ([`apply`]), keeps what each batch overwrote ([`undo`]),
-//! and gives back any past write ([`history`], [`view`], [`restore`]). A failed or slow replica never stops ingest.
+//! and gives back any past write ([`history`], [`view`], [`restore`]); the replica itself goes to any of them and back
+//! ([`apply`], [`bare`]). A failed or slow replica never stops ingest.
 //!
 //! # A group's directory
 //! ```text
@@ -22,6 +23,7 @@
 
 pub mod agent;
 pub mod apply;
+pub mod bare;
 pub mod error;
 pub mod event_list;
 pub mod events;
@@ -31,6 +33,7 @@ pub mod history;
 pub mod ingest;
 pub mod link;
 pub mod lock;
+mod past;
 pub mod point;
 pub mod replica;
 pub mod restore;

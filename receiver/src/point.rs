@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use journal::compress::Decoder;
-use journal::record::{Record, Records};
-use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+use journal::frame::chain_seed;
+use journal::record::{Record, Records, VolumeRecord};
+use journal::{Epoch, GroupId, Lineage, Lsn, Position, VolumeId};
 use serde::{Deserialize, Serialize};
 
 use crate::events::EventKind;
 use crate::history::{History, Inner, Pin};
-use crate::state::Moment;
+use crate::state::{Hold, Moment};
 use crate::undo::damage;
 use crate::{Error, ErrorKind, Result};
 
@@ -115,6 +116,28 @@ pub struct ShownBookmark {
     pub lsn: Lsn,
     /// Source's clock, RFC 3339 UTC.
     pub time: String,
+    /// Retention may not drop it (`afterimage hold`).
+    pub held: bool,
+}
+
+/// A hold as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownHold {
+    /// Name of the bookmark.
+    pub name: String,
+    /// Where it stands.
+    pub lsn: Lsn,
+    /// Source's clock, RFC 3339 UTC.
+    pub time: String,
+    /// When it was put under hold, this machine's clock, RFC 3339 UTC.
+    pub since: String,
+}
+
+impl From<&Hold> for ShownHold {
+    fn from(hold: &Hold) -> ShownHold {
+        let Hold { name, at, since_ns } = hold;
+        ShownHold { name: name.clone(), lsn: at.lsn, time: rfc3339(at.time_ns), since: rfc3339(*since_ns) }
+    }
 }
 
 /// A gap as it is shown: no points between the two, which are points themselves.
@@ -153,7 +176,9 @@ pub struct Points {
     pub batches: u64,
     /// Bookmarks, oldest first.
     pub bookmarks: Vec<ShownBookmark>,
-    /// Stretches without points.
+    /// Bookmarks under hold, oldest hold first: what keeps the history from being shortened.
+    pub holds: Vec<ShownHold>,
+    /// Stretches without points; while the last one is open, `newest` is the last consistent point before it.
     pub gaps: Vec<ShownGap>,
     /// What makes times or contents inexact, and why there is no point where there is none.
     pub warnings: Vec<String>,
@@ -298,6 +323,7 @@ impl History {
 
     fn find_bookmark(&self, name: &str) -> Result<Lsn> {
         let inner = self.lock();
+        let held = inner.state.wishes.holds.iter().find(|hold| hold.name == name).map(|hold| hold.at.lsn);
         let mut known: Vec<&str> = Vec::new();
         for event in inner.events.iter().rev() {
             if let EventKind::Bookmark(bookmark) = &event.kind {
@@ -310,7 +336,10 @@ impl History {
             }
         }
         let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        Err(not_possible(format!("no bookmark {name:?} in the history; newest bookmarks: {known}")))
+        // One under hold outlives the list of bookmarks, which is bounded.
+        let unknown =
+            || not_possible(format!("no bookmark {name:?} in the history; newest bookmarks: {known}"));
+        held.ok_or_else(unknown)
     }
 
     fn find_time(
@@ -384,6 +413,45 @@ impl History {
         )))
     }
 
+    /// Epoch and chain of a point, which a checkpoint there must name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] where the journal does not hold what it should.
+    pub(crate) fn position_at(&self, lsn: Lsn) -> Result<Position> {
+        let mut reader = self.reader()?;
+        let oldest = reader.oldest();
+        if oldest.lsn == lsn {
+            // Its own record may be dropped; what follows joins it, unless it begins an epoch.
+            let begins = oldest.chain == chain_seed(oldest.lineage, oldest.epoch);
+            let before = Epoch { number: oldest.epoch.number.saturating_sub(1), ..Epoch::default() };
+            return Ok(if begins { Position { epoch: before, ..oldest } } else { oldest });
+        }
+        reader.seek_lsn(lsn).map_err(damage)?;
+        let header = reader.next(&mut Vec::new(), self.limit()).map_err(damage)?;
+        let held = header.filter(|header| header.first_lsn <= lsn && lsn <= header.last_lsn);
+        let header = held.ok_or_else(|| {
+            let group = self.group();
+            Error::corrupt(format!("journal of group {group}: lsn {lsn} is not held, though it should be"))
+        })?;
+        Ok(Position { lsn, ..header.position() })
+    }
+
+    /// Size of a volume at a point: 0 where it did not exist yet, `None` where nothing tells.
+    pub(crate) fn size_at(&self, volume: VolumeId, lsn: Lsn) -> Option<u64> {
+        let inner = self.lock();
+        let records = inner.events.iter().filter_map(|event| match &event.kind {
+            EventKind::Volume(id, record) if *id == volume => Some((event.at.lsn, record)),
+            _ => None,
+        });
+        let (before, after): (Vec<_>, Vec<_>) = records.partition(|(at, _)| *at <= lsn);
+        let size = |(_, record): &(Lsn, &VolumeRecord)| record.present.then_some(record.size_bytes);
+        if before.is_empty() {
+            return Some(0);
+        }
+        // Of one that had left, and came back later, only what it came back with is known.
+        before.iter().rev().find_map(size).or_else(|| after.iter().find_map(size))
+    }
+
     /// Lists what can be had back.
     pub fn points(&self) -> Points {
         let inner = self.lock();
@@ -394,7 +462,11 @@ impl History {
         for event in inner.events.iter() {
             let (lsn, time) = (event.at.lsn, rfc3339(event.at.time_ns));
             match &event.kind {
-                EventKind::Bookmark(name) => bookmarks.push(ShownBookmark { name: name.clone(), lsn, time }),
+                EventKind::Bookmark(name) => {
+                    let holds = &inner.state.wishes.holds;
+                    let held = holds.iter().any(|hold| hold.at.lsn == lsn && hold.name == *name);
+                    bookmarks.push(ShownBookmark { name: name.clone(), lsn, time, held });
+                }
                 EventKind::ClockJump(by_ns) => {
                     let by_ms = by_ns / 1_000_000;
                     warnings.push(format!(
@@ -452,6 +524,7 @@ impl History {
             checkpoint_lsn: inner.state.checkpoint.lsn,
             batches: inner.batches.len() as u64,
             bookmarks,
+            holds: inner.state.wishes.holds.iter().map(ShownHold::from).collect(),
             gaps: if window.is_some() { gaps.iter().map(shown).collect() } else { Vec::new() },
             warnings,
         }

@@ -203,6 +203,19 @@ impl Replica {
         Ok(())
     }
 
+    /// Cuts the replica to a size that its volume had before; a block device keeps its own. Not durable by itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn shrink(&mut self, size_bytes: u64) -> Result<()> {
+        let have = self.file.size().map_err(|e| self.error("size of", 0, e))?;
+        if have > size_bytes && !self.is_device {
+            self.file.set_size(size_bytes).map_err(|e| self.error("shrink", size_bytes, e))?;
+        }
+        self.size_bytes = size_bytes;
+        Ok(())
+    }
+
     /// Reads; what lies beyond the end of the file reads as zeros.
     ///
     /// # Errors

@@ -2,8 +2,8 @@
 //!
 //! Age is counted by the receiver's clock, from a batch's receipt to the group's *newest* receipt, so nothing ages
 //! while nothing arrives and no source's clock can expire it. Dropping batch `k` makes its boundary the oldest point.
-//! Never dropped: what leads to the last consistent point or a running restore (`floor`), and what is younger than
-//! `min_ns`.
+//! Never dropped: what leads to the last consistent point or a running restore (`floor`), what is younger than `min_ns`,
+//! and what a hold keeps (`may_begin`).
 
 use journal::Lsn;
 
@@ -29,6 +29,8 @@ pub struct Aged {
     pub received_ns: u64,
     /// Size of its undo segment.
     pub undo_bytes: u64,
+    /// Its boundary may become the oldest point; otherwise the batch goes with a later one.
+    pub may_begin: bool,
 }
 
 /// An applied journal segment.
@@ -67,15 +69,22 @@ pub fn decide(
     let mut kept_bytes = undo_bytes + redo_bytes;
     let mut redo = redo.iter().peekable();
     let mut verdict = Verdict::default();
+    // What goes together with the next batch that may go.
+    let (mut bytes, mut shortened) = (0, false);
     for batch in batches.iter().take_while(|batch| batch.number <= floor) {
         let age_ns = newest_ns.saturating_sub(batch.received_ns);
         let outlived = age_ns > policy.window_ns;
         if !outlived && (kept_bytes <= quota_bytes || age_ns <= policy.min_ns) {
             break;
         }
-        verdict.shortened |= !outlived;
+        bytes += batch.undo_bytes;
+        shortened |= !outlived;
+        if !batch.may_begin {
+            continue;
+        }
+        verdict.shortened |= shortened;
         verdict.keep_from = Some(batch.number + 1);
-        kept_bytes -= batch.undo_bytes;
+        kept_bytes -= std::mem::take(&mut bytes);
         while let Some(part) = redo.next_if(|part| part.last_lsn <= batch.last_lsn) {
             kept_bytes -= part.bytes;
         }
@@ -92,8 +101,13 @@ mod tests {
 
     /// One batch an hour, 10 bytes of undo each, one redo segment of 5 bytes each.
     fn day(hours: u64) -> (Vec<Aged>, Vec<RedoPart>) {
-        let batch =
-            |n: u64| Aged { number: n, last_lsn: Lsn(n * 100), received_ns: n * HOUR, undo_bytes: 10 };
+        let batch = |n: u64| Aged {
+            number: n,
+            last_lsn: Lsn(n * 100),
+            received_ns: n * HOUR,
+            undo_bytes: 10,
+            may_begin: true,
+        };
         let part = |n: u64| RedoPart { last_lsn: Lsn(n * 100), bytes: 5 };
         ((1..=hours).map(batch).collect(), (1..=hours).map(part).collect())
     }
@@ -118,6 +132,22 @@ mod tests {
         let verdict = decide(&POLICY, 10, &batches, &redo, 30 * HOUR, 30);
         assert_eq!(verdict.keep_from, Some(26), "4 hours stay, whatever the quota says");
         assert_eq!(verdict.over_quota_bytes, 5 * 15 - 10);
+    }
+
+    #[test]
+    fn what_may_not_begin_the_history_goes_with_the_next_that_may() {
+        let (mut batches, redo) = day(30);
+        batches[2..8].iter_mut().for_each(|batch| batch.may_begin = false);
+        let verdict = decide(&POLICY, u64::MAX, &batches, &redo, 30 * HOUR, 30);
+        assert_eq!(verdict.keep_from, Some(3), "5 are outlived, of which 3, 4 and 5 wait for batch 9");
+        assert_eq!(verdict.kept_bytes, 28 * 15);
+        let verdict = decide(&POLICY, u64::MAX, &batches, &redo, 34 * HOUR, 30);
+        assert_eq!(verdict.keep_from, Some(10));
+        assert_eq!(verdict.kept_bytes, 21 * 15);
+        batches.iter_mut().for_each(|batch| batch.may_begin = false);
+        let verdict = decide(&POLICY, 10, &batches, &redo, 99 * HOUR, 30);
+        assert_eq!((verdict.keep_from, verdict.shortened), (None, false), "a hold keeps all");
+        assert_eq!(verdict.over_quota_bytes, 30 * 15 - 10, "and is told");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a group durably is: owner, checkpoint, batches, replicas.
 //!
-//! Stored in `groups/NAME/group`, a two-slot control file with slots of 32 KiB: room for 64 volumes; payload = version byte, then postcard of [`GroupState`].
+//! Stored in `groups/NAME/group`, a two-slot control file with slots of 32 KiB: room for 64 volumes; payload = version byte,
+//! then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`]. Version 1 is read, too.
 //! One owner writes it: the agent when it creates the group, from then on the applier.
 //!
 //! Invariants:
@@ -19,13 +20,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, ErrorKind, Result};
 
+mod wishes;
+
+pub use wishes::{Back, Hold, MAX_HOLDS, Reached, Rewind, Wishes};
+
 /// Name of the control file in a group's directory.
 pub const GROUP_FILE: &str = "group";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Before there were rewinds and holds.
+const VERSION_WITHOUT_WISHES: u8 = 1;
 /// Size of its slots. A replica takes about 280 bytes in its default place.
 const SLOT_BYTES: usize = 32 << 10;
-/// Kept free when a replica is added, for what grows later: numbers, a reason, and of each replica a stamp.
-const RESERVE_BYTES: usize = 2048;
+/// Kept free when a replica or a hold is added, for what grows later: numbers, a reason, a rewind and the next one, and of
+/// each replica a stamp.
+const RESERVE_BYTES: usize = 4096;
 const RESERVE_REPLICA_BYTES: usize = 40;
 /// Longest reason that is kept.
 const MAX_REASON_BYTES: usize = 1024;
@@ -100,6 +108,9 @@ pub struct GroupState {
     pub heartbeat: Option<Moment>,
     /// Why nothing but a new epoch may be applied, where that is so.
     pub needs_resync: Option<String>,
+    /// What the operator asked for: rewinds and holds.
+    #[serde(skip)]
+    pub wishes: Wishes,
 }
 
 impl GroupState {
@@ -124,7 +135,27 @@ impl GroupState {
             clean: false,
             heartbeat: None,
             needs_resync: None,
+            wishes: Wishes::default(),
         }
+    }
+
+    /// The newest record that was ever applied: above the checkpoint where that was set back.
+    pub fn reached(&self) -> Reached {
+        let checkpoint = Reached { position: self.checkpoint, time_ns: self.checkpoint_time_ns };
+        self.wishes.reached.filter(|reached| reached.position.lsn > self.checkpoint.lsn).unwrap_or(checkpoint)
+    }
+
+    /// The history ends: nothing kept so far fits the replica any more, and no wish about it can be fulfilled.
+    pub fn end_history(&mut self) {
+        for hold in self.wishes.holds.drain(..) {
+            tracing::warn!(group = self.name, bookmark = hold.name, "the history ends, and a hold with it");
+        }
+        self.clean = false;
+        self.oldest_batch = 0;
+        self.first_consistent = None;
+        self.consistent_lsn = None;
+        self.history_start = Moment::default();
+        (self.wishes.intent, self.wishes.rewound) = (None, None);
     }
 
     /// The checkpoint with its time.
@@ -137,19 +168,20 @@ impl GroupState {
         self.consistent_lsn == Some(self.checkpoint.lsn)
     }
 
-    /// Whether the control file holds this state, and what it will grow to without another replica.
+    /// Whether the control file holds this state, and what it will grow to without another replica or hold.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`]: the replicas' paths are too long.
+    /// [`ErrorKind::ReplicaFailed`]: the replicas' paths are too long, or the names under hold too many.
     pub fn check_room(&self) -> Result<()> {
         let bytes = self.encode()?.len() + RESERVE_BYTES + RESERVE_REPLICA_BYTES * self.replicas.len();
         let most = payload_bytes(SLOT_BYTES);
         if bytes > most {
             let at = format!(
-                "group {}: its {} replicas take {bytes} bytes of the {most} that its control file holds: give them shorter \
-                 paths",
+                "group {}: its {} replicas and {} holds take {bytes} bytes of the {most} that its control file holds: give the \
+                 replicas shorter paths, or release holds",
                 self.name,
-                self.replicas.len()
+                self.replicas.len(),
+                self.wishes.holds.len()
             );
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
@@ -159,17 +191,23 @@ impl GroupState {
     fn encode(&self) -> Result<Vec<u8>> {
         let malformed =
             |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
-        postcard::to_extend(self, vec![VERSION]).map_err(malformed)
+        let state = postcard::to_extend(self, vec![VERSION]).map_err(malformed)?;
+        postcard::to_extend(&self.wishes, state).map_err(malformed)
     }
 
     fn decode(bytes: &[u8], path: &Path) -> Result<GroupState> {
         let malformed =
             |what: String| Error::new(ErrorKind::Malformed, format!("{}: {what}", path.display()));
+        let broken = |e: postcard::Error| malformed(format!("group state: {e}"));
         match bytes.split_first() {
             Some((&VERSION, rest)) => {
-                postcard::from_bytes(rest).map_err(|e| malformed(format!("group state: {e}")))
+                let (state, rest) = postcard::take_from_bytes::<GroupState>(rest).map_err(broken)?;
+                Ok(GroupState { wishes: postcard::from_bytes(rest).map_err(broken)?, ..state })
             }
-            Some((other, _)) => Err(malformed(format!("version {other} (this program reads {VERSION})"))),
+            Some((&VERSION_WITHOUT_WISHES, rest)) => postcard::from_bytes(rest).map_err(broken),
+            Some((other, _)) => {
+                Err(malformed(format!("version {other} (this program reads up to {VERSION}): upgrade it")))
+            }
             None => Err(malformed("empty".into())),
         }
     }

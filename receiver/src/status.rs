@@ -45,6 +45,21 @@ pub struct GroupStatus {
     pub used: UsedStatus,
     /// Why apply does not go on, if it does not.
     pub apply_error: Option<String>,
+    /// Where the replica stands by the operator's wish, if it does.
+    pub rewound: Option<RewoundStatus>,
+}
+
+/// A group that is rewound.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RewoundStatus {
+    /// The point as it was asked for.
+    pub at: String,
+    /// The point.
+    pub point: ShownMoment,
+    /// Since when, this machine's clock, RFC 3339 UTC.
+    pub since: String,
+    /// About how many bytes were received and wait for `resume`.
+    pub waiting_bytes: u64,
 }
 
 /// One volume.
@@ -132,6 +147,7 @@ mod tests {
             history: None,
             used: UsedStatus::default(),
             apply_error: None,
+            rewound: None,
         };
         let status = Status { groups: vec![group] };
         let json = serde_json::to_value(&status).unwrap();

@@ -200,3 +200,84 @@ fn a_failed_sync_is_final() {
     assert_eq!(applier.next_batch(&durable).unwrap_err().kind, receiver::ErrorKind::Sync, "for ever");
     assert_eq!(applier.state().checkpoint, checkpoint, "no false checkpoint");
 }
+
+/// The same for a rewind and the resume after it, from a group that has applied everything: whatever is lost and wherever,
+/// each point is still there, and exactly the rewind that was ordered is done.
+#[test]
+fn a_rewind_and_its_resume_survive_a_cut_at_every_operation() {
+    for (seed, middle) in [(1_u64, false), (2, true)] {
+        let source = script(seed);
+        let (base, durable) = prepared(&source);
+        {
+            let disk: Arc<dyn Disk> = Arc::new(base.clone());
+            let (_, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(20_000)).unwrap();
+            apply_all(&mut applier, &durable).unwrap();
+        }
+        let base = base.crash(0);
+        let models = models(&source);
+        // Far back, below the second epoch; or a little, into the middle of a batch.
+        let to = match middle {
+            false => source.points[12],
+            true => source.points[source.points.len() - 11],
+        };
+        let replicas = |sim: &SimDisk, lsn: Lsn, context: &str| {
+            for (name, expected) in source.model(lsn) {
+                let found = sim.contents(Path::new(&format!("/r/replica/g/{name}.img"))).expect(context);
+                assert_same(&found, &expected, &format!("{context}: replica {name} at lsn {lsn}"));
+            }
+        };
+        // What a daemon does: orders, carries out, is told to resume, rolls forward.
+        let run = |disk: &Arc<dyn Disk>, batch_bytes: u64, order: bool| -> receiver::Result<()> {
+            let (_history, mut applier) = open(disk, Path::new(GROUP_DIR), settings(batch_bytes))?;
+            if order {
+                applier.rewind(&receiver::point::At::Lsn(to), 1)?;
+            }
+            apply_all(&mut applier, &durable)?;
+            if applier.state().wishes.rewound.is_some() {
+                applier.resume(Lsn::ZERO)?;
+            }
+            apply_all(&mut applier, &durable)?;
+            Ok(())
+        };
+        let operations = {
+            let sim = base.crash(0);
+            let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+            let before = sim.ops();
+            run(&disk, 20_000, true).unwrap();
+            replicas(&sim, source.last(), "uncut");
+            sim.ops() - before
+        };
+        assert!(operations > 30, "{operations} operations");
+        let (mut rewound, mut ordered) = (0, 0);
+        for cut in 0..operations {
+            let sim = base.crash(0);
+            let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+            sim.cut_at(sim.ops() + cut);
+            drop(run(&disk, 20_000, true));
+            let sim = sim.crash(seed.wrapping_mul(1000) + cut);
+            let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+            let context = format!("seed {seed}, cut at operation {cut}");
+
+            let bare = History::open(Arc::clone(&disk), Path::new(GROUP_DIR)).expect(&context);
+            check_all(&disk, &models, &bare, 16);
+
+            let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(9_000)).expect(&context);
+            ordered += usize::from(applier.is_rewinding());
+            while applier.is_rewinding() {
+                applier.next_batch(&durable).expect(&context);
+                assert_eq!(applier.state().checkpoint.lsn, to, "{context}: the rewind that was ordered");
+            }
+            if applier.state().wishes.rewound.is_some() {
+                rewound += 1;
+                replicas(&sim, to, &context);
+            }
+            check_all(&disk, &models, &history, 9);
+            drop((history, applier));
+            run(&disk, 9_000, false).expect(&context);
+            replicas(&sim, source.last(), &context);
+            let history = History::open(Arc::clone(&disk), Path::new(GROUP_DIR)).expect(&context);
+            check_all(&disk, &models, &history, 9);
+        }
+        assert!(ordered > 3 && rewound > ordered, "{ordered} cut in the rewind, {rewound} in all rewound");
+    }
+}

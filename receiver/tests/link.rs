@@ -443,3 +443,102 @@ async fn a_replica_without_its_journal_is_refused_and_its_journal_makes_it_whole
     site.assert_replicas(&source);
     handle.shutdown().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rewound_group_goes_on_receiving_and_waits_for_its_resume() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    source.begin_epoch();
+    source.write(10);
+    source.bookmark("noon");
+    let noon = source.lsn;
+    let at_noon = source.model.clone();
+    source.write(20);
+    let handle = site.start(&[&source]).await;
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    let refused = handle.resume("g").await.unwrap_err();
+    assert_eq!(refused.kind, receiver::ErrorKind::NotPossible, "{refused}");
+    let unknown = handle.rewind("g", "bookmark:night".parse().unwrap()).await.unwrap_err();
+    assert_eq!(unknown.kind, receiver::ErrorKind::NotPossible, "{unknown}");
+
+    let report = handle.rewind("g", "bookmark:noon".parse().unwrap()).await.unwrap();
+    assert_eq!((report.lsn.0, report.from_lsn.0), (noon, source.lsn));
+    assert!(report.undo_bytes > 0 && report.written_bytes > 0, "{report:?}");
+    let replica = |id: u32| site.dir.path().join(format!("r/replica/g/vol{id}.img"));
+    let assert_noon = || at_noon.iter().for_each(|(id, content)| assert_equal(&replica(*id), content));
+    assert_noon();
+    while link.state.code != ReceiverCode::Rewound {
+        link.hear().await;
+    }
+    // Ingest and acknowledgement go on; whoever waits for the replica hears at once that it will not come.
+    let before = source.lsn;
+    source.write(5);
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    let refused = handle.wait(PATIENCE).await.unwrap_err();
+    assert_eq!(refused.kind, receiver::ErrorKind::NotPossible);
+    assert!(refused.to_string().contains("bookmark:noon"), "{refused}");
+    let group = &handle.status().groups[0];
+    assert_eq!(group.state, State::Rewound);
+    assert_eq!((group.positions.checkpoint_lsn.0, group.positions.received_lsn.0), (noon, source.lsn));
+    let why = group.why.as_ref().unwrap();
+    assert!(why.contains(&format!("lsn {noon}")) && why.contains("afterimage resume g"), "{why}");
+    assert!(why.contains(&format!("{} records", source.lsn - noon)), "{why}");
+    assert_eq!(group.rewound.as_ref().unwrap().at, "bookmark:noon");
+    assert!(group.backlog_bytes > 0);
+    assert_eq!(handle.points("g").unwrap().newest.unwrap().lsn.0, source.lsn, "all points are still there");
+    handle.shutdown().await.unwrap();
+
+    // Nothing but the resume ends it, not even a restart; and from here it may go further, or back.
+    let handle = site.start(&[&source]).await;
+    assert_eq!(handle.status().groups[0].state, State::Rewound);
+    assert_noon();
+    let forward = handle.rewind("g", At::Lsn(journal::Lsn(before))).await.unwrap();
+    assert_eq!((forward.from_lsn.0, forward.lsn.0), (noon, before));
+    handle.rewind("g", "bookmark:noon".parse().unwrap()).await.unwrap();
+    assert_noon();
+    let mut link = site.connect(&source, &handle).await;
+    assert_eq!(link.state.code, ReceiverCode::Rewound);
+    let resumed = handle.resume("g").await.unwrap();
+    assert_eq!((resumed.from_lsn.0, resumed.received_lsn.0), (noon, source.lsn));
+    handle.wait(PATIENCE).await.unwrap();
+    source.write(3);
+    link.send(&source.frames).await;
+    link.on_replica(source.lsn).await;
+    site.assert_replicas(&source);
+    assert_eq!(link.state.code, ReceiverCode::Ok);
+    assert_eq!(handle.status().groups[0].state, State::Replicating);
+    assert_eq!(handle.points("g").unwrap().bookmarks.len(), 1);
+    handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bookmark_is_held_by_its_name_and_let_go() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    source.begin_epoch();
+    source.bookmark("noon");
+    source.write(5);
+    let handle = site.start(&[&source]).await;
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    let refused = handle.hold("g", "night", false).await.unwrap_err();
+    assert_eq!(refused.kind, receiver::ErrorKind::NotPossible);
+    assert!(refused.to_string().contains("noon"), "the names that there are: {refused}");
+    let held = handle.hold("g", "noon", false).await.unwrap();
+    assert!(held.held);
+    let points = handle.points("g").unwrap();
+    assert!(points.bookmarks[0].held && points.holds[0].lsn == held.at.lsn);
+    assert!(handle.hold("g", "noon", false).await.unwrap_err().to_string().contains("already"));
+    handle.shutdown().await.unwrap();
+    let handle = site.start(&[&source]).await;
+    assert!(!handle.hold("g", "noon", true).await.unwrap().held);
+    assert!(handle.points("g").unwrap().holds.is_empty());
+    assert_eq!(handle.hold("g", "noon", true).await.unwrap_err().kind, receiver::ErrorKind::NotPossible);
+    handle.shutdown().await.unwrap();
+}

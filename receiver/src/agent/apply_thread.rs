@@ -18,12 +18,15 @@ use super::bell::{Bell, Wake};
 use super::failure::Failure;
 use super::group::{Setup, lock};
 use super::heartbeats::Heartbeats;
+use super::now_ns;
+use super::orders::{Answer, Order, Orders};
 use super::progress::{Progress, Stall};
 use super::schedule::HASTE;
-use crate::apply::{Applier, ApplySettings, Expired};
+use crate::apply::{Applier, ApplySettings, Expired, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
 use crate::ingest::queue::Ingest;
+use crate::point::At;
 use crate::retention::Policy;
 
 /// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
@@ -41,6 +44,7 @@ pub(super) struct Parts {
     pub bell: Arc<Bell>,
     pub heartbeats: Arc<Mutex<Heartbeats>>,
     pub segments: Arc<Mutex<Vec<SegmentSummary>>>,
+    pub orders: Arc<Orders>,
     pub ingest: Ingest,
     pub progress: watch::Sender<Progress>,
 }
@@ -89,17 +93,21 @@ impl ApplyThread {
         if let Err(errno) = rustix::process::setpriority_process(None, NICENESS) {
             tracing::debug!(%errno, "the apply thread keeps its priority");
         }
+        self.go_on_rewinding()?;
         let mut housekeeping = Instant::now() + HOUSEKEEPING;
         loop {
             let wake = self.parts.bell.wait(self.checkpoint(), housekeeping);
             if wake == Wake::Stop || self.failure.get().is_some() {
                 break;
             }
-            if wake == Wake::Batch {
-                self.batch()?;
+            match wake {
+                Wake::Batch => self.batch()?,
+                Wake::Order => self.carry_out_orders()?,
+                Wake::Pause | Wake::Stop => {}
             }
             if Instant::now() >= housekeeping {
                 self.reopen_if_due()?;
+                self.go_on_rewinding()?;
                 self.keep_house()?;
                 housekeeping = Instant::now() + HOUSEKEEPING;
             }
@@ -128,13 +136,15 @@ impl ApplyThread {
             Ok(done) => {
                 let state = applier.state();
                 let checkpoint = state.checkpoint.lsn;
-                let stall = state.needs_resync.clone().map(Stall::NeedsResync);
+                let stall = Stall::of(state);
+                let stands = state.wishes.rewound.is_some() && state.wishes.intent.is_none();
                 let now = Instant::now();
                 let after_resync = self.setup.settings.apply.min_interval / HASTE;
                 // Before the checkpoint is told: whoever waits for it sees nothing waiting below it any more.
                 self.parts.bell.ring(|schedule| {
                     schedule.applied(checkpoint, now);
                     match done {
+                        None if stands => schedule.hold(now + HOUSEKEEPING),
                         None => schedule.hold(now + RETRY),
                         // A source that resyncs over and over makes no more batches than one that asks for haste.
                         Some(done) if done.ends_resync => schedule.hold(now + after_resync),
@@ -170,6 +180,128 @@ impl ApplyThread {
         Ok(())
     }
 
+    fn carry_out_orders(&mut self) -> Result<()> {
+        self.reopen_if_due()?;
+        while let Some(order) = self.parts.orders.next() {
+            self.carry_out(order)?;
+        }
+        Ok(())
+    }
+
+    /// Carries out one order. Only a final error is returned: everything else is the order's answer.
+    fn carry_out(&mut self, order: Order) -> Result<()> {
+        fn answered<T>(answer: Answer<T>, outcome: Result<T>) -> Result<()> {
+            let (told, fatal) = match outcome {
+                Err(error) if error.kind == ErrorKind::Sync => {
+                    let told = Error::new(error.kind, error.in_full());
+                    (Err(told), Err(error))
+                }
+                outcome => (outcome, Ok(())),
+            };
+            // Whoever asked may be gone.
+            let _ = answer.send(told);
+            fatal
+        }
+        match order {
+            Order::Rewind(at, answer) => answered(answer, self.rewind(&at)),
+            Order::Resume(answer) => answered(answer, self.resume()),
+            Order::Hold(name, release, answer) => {
+                let held = self.applier().and_then(|applier| applier.hold(&name, release, now_ns()));
+                answered(answer, held)
+            }
+        }
+    }
+
+    fn applier(&mut self) -> Result<&mut Applier> {
+        let why = self.parts.progress.borrow().stalled.as_ref().map(|stall| stall.why().to_owned());
+        self.applier.as_mut().ok_or_else(|| {
+            Error::new(ErrorKind::NotPossible, why.unwrap_or_else(|| "the group cannot be opened".to_owned()))
+        })
+    }
+
+    fn rewind(&mut self, at: &At) -> Result<RewindReport> {
+        let mut report = self.applier()?.rewind(at, now_ns())?;
+        loop {
+            let durable = self.parts.progress.borrow().durable;
+            let applier = self.applier()?;
+            // Whoever waits for the replica hears at once that it will not come.
+            let (checkpoint, stall) = (applier.state().checkpoint.lsn, Stall::of(applier.state()));
+            self.publish(checkpoint, stall);
+            if !self.applier()?.is_rewinding() {
+                break;
+            }
+            if self.parts.bell.is_stopping() {
+                let at = "the receiver is stopping: the rewind goes on at its next start";
+                return Err(Error::new(ErrorKind::NotPossible, at));
+            }
+            match self.applier()?.next_batch(&durable) {
+                Ok(done) => report.add(done.as_ref()),
+                Err(error) => return Err(self.rewind_failed(error)?),
+            }
+        }
+        report.received_lsn = self.parts.progress.borrow().durable.lsn;
+        self.wait_again();
+        Ok(report)
+    }
+
+    /// A rewind that was cut or failed goes on, whether or not anything waits to be applied.
+    fn go_on_rewinding(&mut self) -> Result<()> {
+        let place = |thread: &ApplyThread| {
+            let applier = thread.applier.as_ref().filter(|applier| applier.is_rewinding());
+            applier.map(|applier| applier.state().applied_batch)
+        };
+        let Some(mut at) = place(self) else { return Ok(()) };
+        while !self.parts.bell.is_stopping() {
+            self.batch()?;
+            match place(self) {
+                Some(now) if now != at => at = now,
+                Some(_) => return Ok(()),
+                None => break,
+            }
+        }
+        self.wait_again();
+        Ok(())
+    }
+
+    /// A rewind that was taken back is over; one that was begun is tried again like any batch.
+    fn rewind_failed(&mut self, error: Error) -> Result<Error> {
+        let told = Error::new(error.kind, error.in_full());
+        let applier = self.applier()?;
+        if !applier.is_rewinding() {
+            let (checkpoint, stall) = (applier.state().checkpoint.lsn, Stall::of(applier.state()));
+            self.publish(checkpoint, stall);
+            return Ok(told);
+        }
+        self.stalled(error)?;
+        Ok(told.during("the rewind is under way, is tried again, and is given up by `afterimage resume`"))
+    }
+
+    fn resume(&mut self) -> Result<ResumeReport> {
+        let received_lsn = self.parts.progress.borrow().durable.lsn;
+        let report = self.applier()?.resume(received_lsn)?;
+        let stall = Stall::of(self.applier()?.state());
+        self.publish(report.from_lsn, stall);
+        self.wait_again();
+        self.parts.bell.ring(|schedule| {
+            schedule.release();
+            schedule.want(received_lsn);
+        });
+        Ok(report)
+    }
+
+    /// What lies behind the checkpoint waits, also if it was applied once.
+    fn wait_again(&self) {
+        let (checkpoint, durable) = {
+            let progress = self.parts.progress.borrow();
+            (progress.checkpoint, progress.durable.lsn)
+        };
+        let segments = lock(&self.parts.segments).clone();
+        let behind = segments.iter().filter(|segment| !segment.sealed || segment.last_lsn > checkpoint);
+        let bytes: u64 = behind.map(|segment| segment.bytes.max(1)).sum();
+        let bytes = if durable > checkpoint { bytes } else { 0 };
+        self.parts.bell.ring(|schedule| schedule.set_back(durable, bytes, Instant::now()));
+    }
+
     fn reopen_if_due(&mut self) -> Result<()> {
         match self.reopen_at {
             Some(at) if Instant::now() >= at => self.reopen(),
@@ -185,7 +317,7 @@ impl ApplyThread {
             Ok(applier) => {
                 let state = applier.state();
                 let checkpoint = state.checkpoint.lsn;
-                let stall = state.needs_resync.clone().map(Stall::NeedsResync);
+                let stall = Stall::of(state);
                 let failure = applier.failure();
                 self.applier = Some(applier);
                 match failure {
@@ -208,6 +340,11 @@ impl ApplyThread {
                     Some(stall) => tracing::warn!(why = stall.why(), "apply stands still"),
                     None => tracing::info!("apply goes on"),
                 }
+            }
+            if matches!(stalled, Some(Stall::Rewound(_)))
+                && !matches!(progress.stalled, Some(Stall::Rewound(_)))
+            {
+                progress.rewinds += 1;
             }
             progress.applied = checkpoint;
             progress.checkpoint = checkpoint;
@@ -248,10 +385,23 @@ impl ApplyThread {
         }
         self.shortened = verdict.shortened;
         let over = verdict.over_quota_bytes;
+        let holds: Vec<String> = self
+            .parts
+            .history
+            .state()
+            .wishes
+            .holds
+            .into_iter()
+            .map(|hold| format!("{:?}", hold.name))
+            .collect();
+        let (kept_for, help) = match holds.is_empty() {
+            true => (String::new(), ""),
+            false => (format!("the hold of {}, ", holds.join(", ")), ", or release a hold"),
+        };
         let why = (over > 0).then(|| {
             format!(
-                "the history that must be kept (history.min, or what leads to the last consistent point) takes {over} \
-                 bytes more than the quota of {}: raise history.quota",
+                "the history that must be kept ({kept_for}history.min, or what leads to the last consistent point) takes \
+                 {over} bytes more than the quota of {}: raise history.quota{help}",
                 expired.quota_bytes
             )
         });

@@ -1,6 +1,7 @@
 //! How the apply thread is woken: the schedule under a lock, and a condition variable beside it.
 //!
-//! Ingest rings when something became durable, the link when the source asks for haste, the agent when it stops. The
+//! Ingest rings when something became durable, the link when the source asks for haste, the operator when there is an
+//! order, the agent when it stops. The
 //! lock is held for arithmetic only, so nobody ever waits for a batch.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,12 +21,15 @@ pub struct Bell {
 #[derive(Debug)]
 struct State {
     schedule: Schedule,
+    ordered: bool,
     stop: bool,
 }
 
 /// Why the apply thread was woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
+    /// The operator left an order.
+    Order,
     /// A batch is due.
     Batch,
     /// The given time passed and nothing is due.
@@ -37,7 +41,8 @@ pub enum Wake {
 impl Bell {
     /// Nothing waits.
     pub fn new(pace: Pace) -> Bell {
-        Bell { state: Mutex::new(State { schedule: Schedule::new(pace), stop: false }), rung: Condvar::new() }
+        let state = State { schedule: Schedule::new(pace), ordered: false, stop: false };
+        Bell { state: Mutex::new(state), rung: Condvar::new() }
     }
 
     /// Changes the schedule and wakes the apply thread.
@@ -49,6 +54,17 @@ impl Bell {
     /// Raw bytes that are durable and not applied.
     pub fn bytes_waiting(&self) -> u64 {
         self.lock().schedule.bytes_waiting()
+    }
+
+    /// There is an order for the apply thread.
+    pub fn order(&self) {
+        self.lock().ordered = true;
+        self.rung.notify_one();
+    }
+
+    /// Whether the apply thread is to end.
+    pub fn is_stopping(&self) -> bool {
+        self.lock().stop
     }
 
     /// The apply thread ends after the batch that it is at.
@@ -63,6 +79,9 @@ impl Bell {
         loop {
             if state.stop {
                 return Wake::Stop;
+            }
+            if std::mem::take(&mut state.ordered) {
+                return Wake::Order;
             }
             let now = Instant::now();
             let next = match state.schedule.due(checkpoint, now) {
@@ -104,6 +123,15 @@ mod tests {
             assert_eq!(sleeper.join().unwrap(), Wake::Batch);
         });
         assert_eq!(bell.bytes_waiting(), 1000);
+    }
+
+    #[test]
+    fn an_order_comes_before_a_batch() {
+        let bell = bell();
+        bell.ring(|schedule| schedule.received(Lsn(1), 1000, Instant::now()));
+        bell.order();
+        let far = Instant::now() + Duration::from_secs(3600);
+        assert_eq!([bell.wait(Lsn(0), far), bell.wait(Lsn(0), far)], [Wake::Order, Wake::Batch]);
     }
 
     #[test]

@@ -26,6 +26,7 @@ use super::bell::Bell;
 use super::clock::ReceiptClock;
 use super::failure::{self, Failure};
 use super::heartbeats::Heartbeats;
+use super::orders::Orders;
 use super::progress::Progress;
 use super::schedule::Pace;
 use crate::error::{Error, Result};
@@ -80,6 +81,7 @@ pub struct Group {
     pub(super) bell: Arc<Bell>,
     pub(super) history: Arc<History>,
     pub(super) heartbeats: Arc<Mutex<Heartbeats>>,
+    pub(super) orders: Arc<Orders>,
     pub(super) berth: Berth,
     threads: Mutex<Vec<JoinHandle<()>>>,
     // Last: let go when everything that uses the directory has ended.
@@ -133,11 +135,13 @@ impl Group {
         let (ingest, runner) = Runner::new(core, writer, progress.clone(), told, place);
         // 2. Then the replica; whatever is wrong with it, ingest goes on.
         let heartbeats = Arc::new(Mutex::new(Heartbeats::new(state.heartbeat)));
+        let orders = Arc::new(Orders::default());
         let parts = Parts {
             history: history.clone(),
             bell: bell.clone(),
             heartbeats: heartbeats.clone(),
             segments,
+            orders: orders.clone(),
             ingest: ingest.clone(),
             progress: progress.clone(),
         };
@@ -158,6 +162,7 @@ impl Group {
             bell,
             history,
             heartbeats,
+            orders,
             berth: Berth::default(),
             threads: Mutex::new(threads),
             _lock: lock,
@@ -246,10 +251,10 @@ fn open_journal(setup: &Setup, name: &str, state: &GroupState) -> Result<Writer>
         if let Some((offset, why)) = recovery.torn {
             tracing::info!(group = name, segment = recovery.segment, offset, why, "cut a torn tail");
         }
-        let (durable, applied) = (writer.durable(), &state.checkpoint);
+        let (durable, applied) = (writer.durable(), &state.reached().position);
         if durable.order() < applied.order() {
             return Err(Error::corrupt(format!(
-                "{}: the journal ends at lsn {} of epoch {}, the replica is at lsn {} of epoch {}: it was replaced or \
+                "{}: the journal ends at lsn {} of epoch {}, the replica was at lsn {} of epoch {}: it was replaced or \
                  rolled back; bring its own journal back, or remove the group's directory and synchronise again",
                 dir.display(),
                 durable.lsn,

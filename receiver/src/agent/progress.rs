@@ -6,6 +6,9 @@ use journal::writer::Writer;
 use journal::{Lsn, Position};
 use wire::message::{ReceiverCode, ReceiverState};
 
+use crate::point::rfc3339;
+use crate::state::{GroupState, Rewind};
+
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -19,6 +22,8 @@ pub struct Progress {
     pub applied: Lsn,
     /// The replica durably is exactly this.
     pub checkpoint: Lsn,
+    /// Rewinds that were begun: what was read of a replica counts only where none was begun meanwhile.
+    pub rewinds: u64,
     /// Why nothing more is acknowledged, if so.
     pub full: Option<String>,
     /// Why apply stands still, if so.
@@ -28,6 +33,8 @@ pub struct Progress {
 /// Why apply stands still.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stall {
+    /// The replica stands at an earlier point, or is on its way there, by the operator's wish.
+    Rewound(String),
     /// The replica is not what we left: only a new epoch repairs it.
     NeedsResync(String),
     /// The replica could not be written; tried again.
@@ -37,10 +44,36 @@ pub enum Stall {
 }
 
 impl Stall {
+    /// Why nothing is applied, as far as the group's durable state says so.
+    pub fn of(state: &GroupState) -> Option<Stall> {
+        let wishes = &state.wishes;
+        let told = |rewind: &Rewind| {
+            let (lsn, time) = (rewind.position.lsn, rfc3339(rewind.time_ns));
+            let asked =
+                if rewind.at == format!("lsn:{lsn}") { String::new() } else { format!("{}, ", rewind.at) };
+            format!("to lsn {lsn} ({asked}{time})")
+        };
+        let also = state.needs_resync.as_ref().map_or(String::new(), |why| format!("; besides, {why}"));
+        let why = match (&wishes.intent, &wishes.rewound) {
+            (Some(intent), _) => format!("is being rewound {}{also}", told(intent)),
+            (None, Some(rewound)) => format!(
+                "rewound {} since {}; nothing is applied until `afterimage resume {}`{also}",
+                told(rewound),
+                rfc3339(rewound.since_ns),
+                state.name
+            ),
+            (None, None) => return state.needs_resync.clone().map(Stall::NeedsResync),
+        };
+        Some(Stall::Rewound(why))
+    }
+
     /// The reason in words.
     pub fn why(&self) -> &str {
         match self {
-            Stall::NeedsResync(why) | Stall::ReplicaFailed(why) | Stall::Stopped(why) => why,
+            Stall::Rewound(why)
+            | Stall::NeedsResync(why)
+            | Stall::ReplicaFailed(why)
+            | Stall::Stopped(why) => why,
         }
     }
 }
@@ -54,6 +87,7 @@ impl Progress {
             journal_bytes: writer.journal_bytes(),
             applied: checkpoint,
             checkpoint,
+            rewinds: 0,
             full: None,
             stalled: None,
         }
@@ -62,6 +96,7 @@ impl Progress {
     /// What the source is told: the worst first.
     pub fn receiver_state(&self) -> ReceiverState {
         let (code, why) = match (&self.stalled, &self.full) {
+            (Some(Stall::Rewound(why)), _) => (ReceiverCode::Rewound, why.as_str()),
             (Some(Stall::NeedsResync(why)), _) => (ReceiverCode::NeedsResync, why.as_str()),
             (_, Some(why)) => (ReceiverCode::JournalFull, why.as_str()),
             (Some(Stall::ReplicaFailed(why)), _) => (ReceiverCode::ReplicaFailed, why.as_str()),

@@ -10,8 +10,9 @@ use journal::Positions;
 use super::group::{Group, lock};
 use super::now_ns;
 use super::progress::{Progress, Stall};
+use crate::point::rfc3339;
 use crate::state::replica_path;
-use crate::status::{GroupStatus, HistoryStatus, State, UsedStatus, VolumeStatus};
+use crate::status::{GroupStatus, HistoryStatus, RewoundStatus, State, UsedStatus, VolumeStatus};
 
 /// The status of an open group.
 pub(super) fn group(group: &Group) -> GroupStatus {
@@ -35,7 +36,15 @@ pub(super) fn group(group: &Group) -> GroupStatus {
     let durable = group.history.state();
     let gap = points.gaps.last().filter(|gap| gap.to_lsn.is_none()).map(|gap| gap.reason.as_str());
     let resyncing = gap.or((!durable.is_consistent()).then_some("the replica is not consistent yet"));
-    let (state, why) = state(&progress, resyncing, points.oldest.is_some(), peer.is_some());
+    let (state, mut why) = state(&progress, resyncing, points.oldest.is_some(), peer.is_some());
+    let waiting_bytes = group.bell.bytes_waiting();
+    if state == State::Rewound {
+        let waits = format!(
+            "; {} records, about {waiting_bytes} bytes, wait",
+            received.0.saturating_sub(checkpoint.0)
+        );
+        why = why.map(|why| why + &waits);
+    }
     let volumes = durable.replicas.iter().map(|replica| VolumeStatus {
         name: replica.name.clone(),
         state,
@@ -51,12 +60,21 @@ pub(super) fn group(group: &Group) -> GroupStatus {
         epoch: progress.durable.epoch.number,
         positions,
         rpo_ms: rpo_ms(&positions, &progress, newest.map(|beat| beat.time_ns), heard_at, peer.is_some()),
-        backlog_bytes: group.bell.bytes_waiting(),
+        backlog_bytes: waiting_bytes,
         volumes: volumes.collect(),
         peer,
         history: points.oldest.zip(points.newest).map(|(oldest, newest)| HistoryStatus { oldest, newest }),
         used: UsedStatus { journal_bytes: progress.journal_bytes, undo_bytes: group.history.undo_bytes() },
-        apply_error: progress.stalled.as_ref().map(|stall| stall.why().to_owned()),
+        apply_error: progress.stalled.as_ref().and_then(|stall| match stall {
+            Stall::Rewound(_) => None,
+            stall => Some(stall.why().to_owned()),
+        }),
+        rewound: durable.wishes.rewound.as_ref().map(|rewind| RewoundStatus {
+            at: rewind.at.clone(),
+            point: rewind.to().into(),
+            since: rfc3339(rewind.since_ns),
+            waiting_bytes,
+        }),
     }
 }
 
@@ -75,6 +93,7 @@ pub(super) fn broken(name: &str, why: &str) -> GroupStatus {
         history: None,
         used: UsedStatus::default(),
         apply_error: Some(why.to_owned()),
+        rewound: None,
     }
 }
 
@@ -86,6 +105,10 @@ fn state(
     connected: bool,
 ) -> (State, Option<String>) {
     match (&progress.stalled, &progress.full, resyncing) {
+        (Some(Stall::Rewound(why)), Some(full), _) => {
+            (State::Rewound, Some(format!("{why}; besides, {full}")))
+        }
+        (Some(Stall::Rewound(why)), ..) => (State::Rewound, Some(why.clone())),
         (Some(Stall::NeedsResync(why)), ..) => (State::NeedsResync, Some(why.clone())),
         (_, Some(why), _) => (State::Degraded, Some(why.clone())),
         (Some(stall), ..) => (State::Degraded, Some(stall.why().to_owned())),

@@ -109,6 +109,21 @@ impl Schedule {
         self.held_until = Some(until);
     }
 
+    /// The checkpoint was set back: everything behind it up to `last` waits again, about `bytes` of it.
+    pub fn set_back(&mut self, last: Lsn, bytes: u64, now: Instant) {
+        self.waiting.clear();
+        self.bytes = 0;
+        self.held_until = None;
+        if bytes > 0 {
+            self.received(last, bytes, now);
+        }
+    }
+
+    /// Nothing is held up any more.
+    pub fn release(&mut self) {
+        self.held_until = None;
+    }
+
     /// Raw bytes that are durable and not applied.
     pub fn bytes_waiting(&self) -> u64 {
         self.bytes
@@ -192,6 +207,20 @@ mod tests {
         schedule.want(Lsn(u64::MAX));
         schedule.received(Lsn(5), 512, t0 + 20 * MS);
         assert_eq!(schedule.due(Lsn(4), t0 + 20 * MS), Due::At(t0 + 260 * MS));
+    }
+
+    #[test]
+    fn what_was_applied_waits_again_after_the_checkpoint_was_set_back() {
+        let (mut schedule, t0) = schedule();
+        schedule.received(Lsn(5), 4096, t0);
+        schedule.set_back(Lsn(5), 10_000, t0);
+        assert_eq!(schedule.bytes_waiting(), 10_000);
+        schedule.hold(t0 + 5000 * MS);
+        assert_eq!(schedule.due(Lsn(0), t0 + 200 * MS), Due::At(t0 + 5000 * MS));
+        schedule.release();
+        assert_eq!(schedule.due(Lsn(0), t0 + 200 * MS), Due::Now);
+        schedule.set_back(Lsn(5), 0, t0);
+        assert_eq!(schedule.due(Lsn(0), t0 + 200 * MS), Due::Never);
     }
 
     #[test]

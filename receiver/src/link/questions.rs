@@ -3,6 +3,9 @@
 //! A question is answered only when the replica holds everything up to the lsn that it names, the begin of the
 //! synchronisation that asks. Apply goes on meanwhile: a chunk that it writes while we read hashes to something else, and
 //! is sent without need, never the other way round.
+//!
+//! ⚠ A rewind that is begun while we read makes the answer worthless: old content may equal the source's, and be rolled
+//! forward to something else after the resume.
 
 use journal::io::File;
 use journal::{Lsn, VolumeId};
@@ -80,6 +83,7 @@ impl Question {
 
     async fn answer(self, group: &Group) -> Result<Message, End> {
         let not_possible = |reason| Message::Error { code: ErrorCode::NotPossible, reason };
+        let rewinds = group.progress().borrow().rewinds;
         let applied = match self.applied(group).await? {
             Ok(applied) => applied,
             Err(why) => return Ok(not_possible(why)),
@@ -91,6 +95,9 @@ impl Question {
         let read =
             move || self.hashes(&*file).map_err(|error| crate::Error::replica("read the replica", error));
         Ok(match blocking("compare", read).await {
+            Ok(_) if group.progress().borrow().rewinds != rewinds => {
+                not_possible("the replica was rewound meanwhile".to_owned())
+            }
             Ok(hashes) => Message::Hashes { applied_lsn: applied.0, hashes },
             Err(error) => not_possible(Chain(&error).to_string()),
         })
