@@ -40,6 +40,12 @@ pub enum Command {
     Bookmark(BookmarkArgs),
     /// Write a group or volume as it was at any past write into a file, directory or device
     Restore(RestoreArgs),
+    /// Bring a group's replica to a past moment, in place, and keep it there; frames go on being received
+    Rewind(RewindArgs),
+    /// Let a rewound replica roll forward to the newest again
+    Resume(ResumeArgs),
+    /// Keep a bookmark, and everything since, from being dropped by retention
+    Hold(HoldArgs),
     /// List, check or print journal and undo files
     #[command(subcommand)]
     Journal(JournalCommand),
@@ -157,6 +163,57 @@ pub struct RestoreArgs {
     /// Overwrite the target if it exists
     #[arg(long)]
     pub force: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `rewind`.
+#[derive(Debug, Args)]
+pub struct RewindArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Which moment: latest (the last consistent one), lsn:N, time:RFC3339 or bookmark:NAME
+    #[arg(long, value_name = "POINT", value_parser = crate::restore::parse_point)]
+    pub at: String,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// `resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// `hold`.
+#[derive(Debug, Args)]
+pub struct HoldArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Name of the bookmark; where a name is used twice, the newer one is meant
+    pub name: String,
+    /// Let it go again
+    #[arg(long)]
+    pub release: bool,
+    #[command(flatten)]
+    pub place: Place,
+}
+
+/// Whom an order about a replica is given to.
+#[derive(Debug, Args)]
+pub struct Place {
+    /// Work on a directory whose daemon does not run: groups/NAME, or the receiver's directory
+    #[arg(long, value_name = "DIR", conflicts_with = "control", conflicts_with = "dir")]
+    pub journal: Option<PathBuf>,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,

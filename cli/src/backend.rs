@@ -12,6 +12,9 @@ use crate::exit::{Fault, Kind};
 use crate::restore;
 use crate::status::{Group, Status};
 
+/// The state that only the receiver knows of.
+const REWOUND: &str = "rewound";
+
 type SourceHandle = Arc<replicator::Handle>;
 type ReceiverHandle = Arc<receiver::agent::Handle>;
 
@@ -46,6 +49,18 @@ impl Backend for Source {
         Box::pin(bookmark(&self.0, group, name))
     }
 
+    fn rewind(&self, _group: String, _at: String) -> Answer<'_, Value> {
+        Box::pin(async { Err(not_here("replicas are", "receiver")) })
+    }
+
+    fn resume(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async { Err(not_here("replicas are", "receiver")) })
+    }
+
+    fn hold(&self, _group: String, _name: String, _release: bool) -> Answer<'_, Value> {
+        Box::pin(async { Err(not_here("history is", "receiver")) })
+    }
+
     fn restore(&self, _order: RestoreOrder, _progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(async { Err(not_here("history is", "receiver")) })
     }
@@ -66,6 +81,18 @@ impl Backend for Receiver {
 
     fn bookmark(&self, _group: String, _name: String) -> Answer<'_, u64> {
         Box::pin(async { Err(not_here("bookmarks are made", "source")) })
+    }
+
+    fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
+        Box::pin(rewound(&self.0, group, at))
+    }
+
+    fn resume(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(resumed(&self.0, group))
+    }
+
+    fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value> {
+        Box::pin(held(&self.0, group, name, release))
     }
 
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
@@ -90,6 +117,18 @@ impl Backend for Both {
 
     fn bookmark(&self, group: String, name: String) -> Answer<'_, u64> {
         Box::pin(bookmark(&self.source, group, name))
+    }
+
+    fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
+        Box::pin(rewound(&self.receiver, group, at))
+    }
+
+    fn resume(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(resumed(&self.receiver, group))
+    }
+
+    fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value> {
+        Box::pin(held(&self.receiver, group, name, release))
     }
 
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
@@ -134,6 +173,24 @@ async fn points(receiver: &receiver::agent::Handle, group: String) -> Result<Val
     json(&receiver.points(&group).map_err(Fault::from_error)?)
 }
 
+async fn rewound(receiver: &receiver::agent::Handle, group: String, at: String) -> Result<Value, Fault> {
+    let at = at.parse().map_err(|error: receiver::Error| Fault::usage(error.to_string()))?;
+    json(&receiver.rewind(&group, at).await.map_err(Fault::from_error)?)
+}
+
+async fn resumed(receiver: &receiver::agent::Handle, group: String) -> Result<Value, Fault> {
+    json(&receiver.resume(&group).await.map_err(Fault::from_error)?)
+}
+
+async fn held(
+    receiver: &receiver::agent::Handle,
+    group: String,
+    name: String,
+    release: bool,
+) -> Result<Value, Fault> {
+    json(&receiver.hold(&group, &name, release).await.map_err(Fault::from_error)?)
+}
+
 async fn restored(
     receiver: &receiver::agent::Handle,
     order: RestoreOrder,
@@ -165,6 +222,12 @@ fn join_group(group: &mut Group, other: &Group) {
     group.received_lsn = other.received_lsn;
     group.applied_lsn = other.applied_lsn;
     group.checkpoint_lsn = other.checkpoint_lsn;
+    // The operator's own wish comes before whatever the source makes of it.
+    if other.state == REWOUND {
+        group.state.clone_from(&other.state);
+        group.why.clone_from(&other.why);
+        group.volumes.iter_mut().for_each(|volume| volume.state.clone_from(&other.state));
+    }
     for volume in &mut group.volumes {
         if let Some(other) = other.volumes.iter().find(|other| other.name == volume.name) {
             volume.replica.clone_from(&other.replica);

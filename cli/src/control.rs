@@ -6,6 +6,9 @@
 //! GET  /v1/version             {"version":"0.1.0"}
 //! POST /v1/wait                {"timeout_ms":N}             → {"lsn":N}
 //! POST /v1/bookmark            {"group":G,"name":N}         → {"lsn":N}
+//! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
+//! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
+//! POST /v1/hold                {"group":G,"name":N,"release":B} → HoldReport
 //! POST /v1/restore             RestoreOrder                 → JSON lines: {"progress":{…}}*, then {"result":…} or {"error":…}
 //! any error                    {"error":{"kind":K,"message":M}}
 //! ```
@@ -59,6 +62,12 @@ pub trait Backend: Send + Sync + 'static {
     fn points(&self, group: String) -> Answer<'_, Value>;
     /// Names the present moment; its lsn.
     fn bookmark(&self, group: String, name: String) -> Answer<'_, u64>;
+    /// Brings the replica of a group to a point.
+    fn rewind(&self, group: String, at: String) -> Answer<'_, Value>;
+    /// Lets it roll forward again.
+    fn resume(&self, group: String) -> Answer<'_, Value>;
+    /// Puts a bookmark under hold, or releases it.
+    fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value>;
     /// Restores; `progress` is told as it goes, and may be full.
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value>;
 }
@@ -116,6 +125,28 @@ struct WaitBody {
 struct BookmarkBody {
     group: String,
     name: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RewindBody {
+    group: String,
+    at: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ResumeBody {
+    group: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HoldBody {
+    group: String,
+    name: String,
+    #[serde(default)]
+    release: bool,
 }
 
 /// A control socket that is served.
@@ -215,6 +246,9 @@ fn router(desk: Desk) -> Router {
         .route("/v1/wait", post(wait))
         .route("/v1/points/{group}", get(points))
         .route("/v1/bookmark", post(bookmark))
+        .route("/v1/rewind", post(rewind))
+        .route("/v1/resume", post(resume))
+        .route("/v1/hold", post(hold))
         .route("/v1/restore", post(restore))
         .route("/v1/version", get(version))
         .fallback(unknown)
@@ -256,6 +290,25 @@ async fn points(State(desk): Shared, UrlPath(group): UrlPath<String>) -> Result<
 async fn bookmark(State(desk): Shared, body: Body<BookmarkBody>) -> Result<Json<Value>, Fault> {
     let BookmarkBody { group, name } = parsed(body)?;
     Ok(Json(json!({ "lsn": desk.backend.bookmark(group, name).await? })))
+}
+
+/// What was begun goes on when the client goes away or the daemon stops.
+async fn rewind(State(desk): Shared, body: Body<RewindBody>) -> Result<Json<Value>, Fault> {
+    let RewindBody { group, at } = parsed(body)?;
+    let report = tokio::select! {
+        report = desk.backend.rewind(group, at) => report?,
+        () = stopped(desk.stop.clone()) => return Err(stopping()),
+    };
+    Ok(Json(report))
+}
+
+async fn resume(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
+    desk.backend.resume(parsed(body)?.group).await.map(Json)
+}
+
+async fn hold(State(desk): Shared, body: Body<HoldBody>) -> Result<Json<Value>, Fault> {
+    let HoldBody { group, name, release } = parsed(body)?;
+    desk.backend.hold(group, name, release).await.map(Json)
 }
 
 /// Streams progress, then the result. What fails before the first progress has a proper HTTP status.

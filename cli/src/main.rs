@@ -20,6 +20,7 @@ mod journal;
 mod nbd_client;
 mod output;
 mod restore;
+mod rewind;
 mod status;
 mod up;
 mod up_disk;
@@ -57,6 +58,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Points(args) => call(status::points(Client::find(&args.target)?, args.group, args.json)),
         Command::Bookmark(args) => call(status::bookmark(Client::find(&args.target)?, args.group, args.name)),
         Command::Restore(args) => call(restore::run(args)),
+        Command::Rewind(args) => call(rewind::rewind(args)),
+        Command::Resume(args) => call(rewind::resume(args)),
+        Command::Hold(args) => call(rewind::hold(args)),
         Command::Journal(command) => journal::run(command),
         Command::Identity(command) => identity::run(command),
         Command::Conf(ConfCommand::Check { file, role }) => conf_check::run(&file, role),

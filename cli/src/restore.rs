@@ -42,19 +42,24 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
 fn bare(dir: &Path, order: &RestoreOrder, mut progress: impl FnMut(u64, u64)) -> Result<RestoreReport> {
     let home = group_dir(dir, &order.group)?;
     let disk = std::sync::Arc::new(journal::io::RealDisk);
-    let (_lock, history) = receiver::restore::open_bare(disk, &home).map_err(|error| match error.kind {
+    let (_lock, history) = receiver::restore::open_bare(disk, &home).map_err(of_bare)?;
+    Ok(receiver::restore::restore(&history, &request(order)?, &mut progress)?)
+}
+
+/// What it means that a bare directory cannot be opened.
+pub fn of_bare(error: receiver::Error) -> anyhow::Error {
+    match error.kind {
         receiver::ErrorKind::Busy => Fault::new(
             Kind::Busy,
             format!("{error}; where that is its daemon, leave --journal out and name the daemon by --dir or --control"),
         )
         .into(),
         _ => anyhow::Error::new(error),
-    })?;
-    Ok(receiver::restore::restore(&history, &request(order)?, &mut progress)?)
+    }
 }
 
 /// A group's directory from what people point at: itself, the receiver's directory, or the directory of `up`.
-fn group_dir(dir: &Path, group: &str) -> Result<PathBuf> {
+pub fn group_dir(dir: &Path, group: &str) -> Result<PathBuf> {
     let below = ["groups", "receiver/groups"].map(|below| dir.join(below).join(group));
     if let Some(found) = below.into_iter().find(|path| path.join("group").exists()) {
         return Ok(found);

@@ -199,10 +199,18 @@ fn render_points(points: &Value) -> String {
     let list = |key: &str| points[key].as_array().cloned().unwrap_or_default();
     let mut lines = vec![format!("{}", text(&points["group"])), point("oldest"), point("newest")];
     lines.extend(list("bookmarks").iter().map(|mark| {
-        format!("bookmark {}: lsn {} at {}", text(&mark["name"]), mark["lsn"], text(&mark["time"]))
+        let held = if mark["held"] == true { ", under hold" } else { "" };
+        format!("bookmark {}: lsn {} at {}{held}", text(&mark["name"]), mark["lsn"], text(&mark["time"]))
     }));
     lines.extend(list("gaps").iter().map(|gap| {
         let (from, to) = (text(&gap["from_time"]), text(&gap["to_time"]));
+        if gap["to_lsn"].is_null() {
+            let reason = text(&gap["reason"]);
+            return format!(
+                "no points behind lsn {} ({from}) until the resync ends: {reason}",
+                gap["from_lsn"]
+            );
+        }
         format!(
             "no points from lsn {} to {} ({from} to {to}): {}",
             gap["from_lsn"],
@@ -242,14 +250,16 @@ mod tests {
     #[test]
     fn points_are_told_with_gaps_and_their_reasons() {
         let points = json!({"group":"db","oldest":{"lsn":5,"time":"T0"},"newest":null,
-            "bookmarks":[{"name":"before","lsn":7,"time":"T1"}],
-            "gaps":[{"from_lsn":8,"to_lsn":9,"from_time":"T2","to_time":"T3","reason":"ring lost"}],"warnings":[]});
+            "bookmarks":[{"name":"before","lsn":7,"time":"T1","held":true}],
+            "gaps":[{"from_lsn":8,"to_lsn":9,"from_time":"T2","to_time":"T3","reason":"ring lost"},
+                {"from_lsn":20,"to_lsn":null,"from_time":"T4","to_time":null,"reason":"quota"}],"warnings":[]});
         let text = render_points(&points);
         for part in [
             "oldest: lsn 5 at T0",
             "newest: none yet",
-            "bookmark before: lsn 7",
+            "bookmark before: lsn 7 at T1, under hold",
             "8 to 9 (T2 to T3): ring lost",
+            "no points behind lsn 20 (T4) until the resync ends: quota",
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }

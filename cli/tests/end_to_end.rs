@@ -298,3 +298,64 @@ fn two_daemons_pair_by_settings_and_each_answers_for_its_side() {
     done(&restore_bare);
     std::fs::remove_dir_all(format!("/dev/shm/afterimage-cli-test-{port}")).unwrap();
 }
+
+/// The replica itself goes back in time and forth again, with the daemon and without.
+#[test]
+fn a_replica_is_rewound_and_resumed_and_a_bookmark_held() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("d");
+    let d = dir.to_str().unwrap();
+    let (first, second, third) = (image(home.path(), 1), image(home.path(), 2), image(home.path(), 3));
+    let json = |args: &[&str]| -> Value { serde_json::from_str(&done(args)).unwrap() };
+    let replica = dir.join("receiver/replica/default/db.img");
+
+    let up = Up::start(&["up", "--dir", d, "--size", "8MiB", "--volume", "db"], 1);
+    write(&first, &up.uris[0]);
+    let lsn: u64 = done(&["bookmark", "default", "before", "--dir", d]).parse().unwrap();
+    write(&second, &up.uris[0]);
+    done(&["wait", "--dir", d, "--timeout", "60s"]);
+    assert!(ends(3, &["resume", "default", "--dir", d]).contains("not rewound"));
+    ends(3, &["rewind", "default", "--at", "bookmark:none", "--dir", d]);
+    ends(2, &["rewind", "default", "--at", "yesterday", "--dir", d]);
+    ends(2, &["rewind", "nobody", "--at", "latest", "--dir", d]);
+
+    let report = json(&["rewind", "default", "--at", "bookmark:before", "--dir", d, "--json"]);
+    assert_eq!(report["lsn"], lsn);
+    same(&first, &replica);
+    let status = &json(&["status", "--json", "--dir", d])["groups"][0];
+    assert_eq!(
+        (status["state"].as_str(), &status["volumes"][0]["state"]),
+        (Some("rewound"), &"rewound".into())
+    );
+    assert!(status["why"].as_str().unwrap().contains("bookmark:before"), "{status}");
+    assert_eq!(status["checkpoint_lsn"], lsn);
+    // The disk is written to as before; that it does not reach the replica is said at once.
+    write(&third, &up.uris[0]);
+    let begun = std::time::Instant::now();
+    assert!(ends(3, &["wait", "--dir", d, "--timeout", "60s"]).contains("rewound"));
+    assert!(begun.elapsed().as_secs() < 30);
+    same(&first, &replica);
+    assert!(done(&["resume", "default", "--dir", d]).contains(&format!("from lsn {lsn}")));
+    done(&["wait", "--dir", d, "--timeout", "60s"]);
+    same(&third, &replica);
+
+    assert!(ends(3, &["hold", "default", "none", "--dir", d]).contains("before"), "known names are told");
+    assert_eq!(json(&["hold", "default", "before", "--json", "--dir", d])["held"], true);
+    let points = json(&["points", "default", "--json", "--dir", d]);
+    assert_eq!((&points["bookmarks"][0]["held"], &points["holds"][0]["lsn"]), (&true.into(), &lsn.into()));
+    assert!(done(&["points", "default", "--dir", d]).contains("under hold"));
+    let held = ends(1, &["rewind", "default", "--at", "latest", "--journal", d]);
+    assert!(held.contains("--journal out"), "{held}");
+    up.stop();
+
+    done(&["rewind", "default", "--at", "bookmark:before", "--journal", d]);
+    same(&first, &replica);
+    assert!(done(&["resume", "default", "--journal", d]).contains("rolled forward"));
+    same(&third, &replica);
+    done(&["hold", "default", "before", "--release", "--journal", d]);
+    ends(3, &["hold", "default", "before", "--release", "--journal", d]);
+    let up = Up::start(&["up", "--dir", d], 1);
+    done(&["wait", "--dir", d, "--timeout", "60s"]);
+    same(&third, &replica);
+    up.stop();
+}

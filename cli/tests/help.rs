@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 22] = [
     &[],
     &["up"],
     &["replicate"],
@@ -14,6 +14,9 @@ const COMMANDS: [&[&str]; 19] = [
     &["points"],
     &["bookmark"],
     &["restore"],
+    &["rewind"],
+    &["resume"],
+    &["hold"],
     &["journal"],
     &["journal", "ls"],
     &["journal", "verify"],

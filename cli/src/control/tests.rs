@@ -29,6 +29,18 @@ impl Backend for Fake {
         Box::pin(async move { Ok(name.len() as u64) })
     }
 
+    fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
+        Box::pin(async move { Ok(json!({ "group": group, "at": at })) })
+    }
+
+    fn resume(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async { Err(Fault::not_possible("not rewound")) })
+    }
+
+    fn hold(&self, _group: String, name: String, release: bool) -> Answer<'_, Value> {
+        Box::pin(async move { Ok(json!({ "name": name, "held": !release })) })
+    }
+
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(async move {
             if order.at == "lsn:0" {
@@ -70,7 +82,17 @@ async fn answers_and_faults_cross_the_socket() {
     assert_eq!(kind(wait(0).await.unwrap_err()), Kind::TimedOut);
     let marked = client.post("/v1/bookmark", &json!({ "group": "g", "name": "four" })).await.unwrap();
     assert_eq!(marked["lsn"], 4);
+    let rewound = client.post("/v1/rewind", &json!({ "group": "g", "at": "lsn:4" })).await.unwrap();
+    assert_eq!(rewound["at"], "lsn:4");
+    assert_eq!(
+        kind(client.post("/v1/resume", &json!({ "group": "g" })).await.unwrap_err()),
+        Kind::NotPossible
+    );
+    let held = client.post("/v1/hold", &json!({ "group": "g", "name": "n" })).await.unwrap();
+    assert_eq!(held["held"], true);
     for (path, body) in [
+        ("/v1/rewind", json!({ "group": "g" })),
+        ("/v1/hold", json!({ "group": "g", "name": "n", "realease": true })),
         ("/v1/bookmark", json!({ "group": "g" })),
         ("/v1/bookmark", json!({ "group": "g", "name": "n", "nmae": "typo" })),
         ("/v1/nothing", json!({})),
