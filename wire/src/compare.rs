@@ -33,7 +33,7 @@ pub fn is_sound(offset: u64, length: u64, chunk_bytes: u32) -> bool {
     let chunk = u64::from(chunk_bytes);
     (MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES).contains(&chunk_bytes)
         && chunk_bytes.is_power_of_two()
-        && offset % chunk == 0
+        && offset.is_multiple_of(chunk)
         && length > 0
         && length.div_ceil(chunk) <= MAX_CHUNKS
         && offset.checked_add(length).is_some()
