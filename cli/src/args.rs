@@ -38,6 +38,10 @@ pub enum Command {
     Points(PointsArgs),
     /// Name the present moment of a group; prints its lsn
     Bookmark(BookmarkArgs),
+    /// Capture a device by the kernel module again, and synchronise it
+    Attach(DeviceArgs),
+    /// End the capture of a device, until it is attached again
+    Detach(DeviceArgs),
     /// Write a group or volume as it was at any past write into a file, directory or device
     Restore(RestoreArgs),
     /// Bring a group's replica to a past moment, in place, and keep it there; frames go on being received
@@ -135,6 +139,15 @@ pub struct BookmarkArgs {
     pub group: String,
     /// Name of the bookmark; where a name is used twice, the newer one is meant
     pub name: String,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `attach`, `detach`.
+#[derive(Debug, Args)]
+pub struct DeviceArgs {
+    /// The device as the settings name it, or its volume's name
+    pub device: PathBuf,
     #[command(flatten)]
     pub target: Target,
 }

@@ -1,5 +1,6 @@
 //! What each daemon answers on its control socket: the source, the receiver, or both in one process.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,14 @@ impl Backend for Source {
         Box::pin(bookmark(&self.0, group, name))
     }
 
+    fn attach(&self, device: PathBuf) -> Answer<'_, String> {
+        Box::pin(async { self.0.attach(device).await.map_err(Fault::from_error) })
+    }
+
+    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)> {
+        Box::pin(detach(&self.0, device))
+    }
+
     fn rewind(&self, _group: String, _at: String) -> Answer<'_, Value> {
         Box::pin(async { Err(not_here("replicas are", "receiver")) })
     }
@@ -81,6 +90,14 @@ impl Backend for Receiver {
 
     fn bookmark(&self, _group: String, _name: String) -> Answer<'_, u64> {
         Box::pin(async { Err(not_here("bookmarks are made", "source")) })
+    }
+
+    fn attach(&self, _device: PathBuf) -> Answer<'_, String> {
+        Box::pin(async { Err(not_here("devices are captured", "source")) })
+    }
+
+    fn detach(&self, _device: PathBuf) -> Answer<'_, (String, u64)> {
+        Box::pin(async { Err(not_here("devices are captured", "source")) })
     }
 
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
@@ -119,6 +136,14 @@ impl Backend for Both {
         Box::pin(bookmark(&self.source, group, name))
     }
 
+    fn attach(&self, device: PathBuf) -> Answer<'_, String> {
+        Box::pin(async { self.source.attach(device).await.map_err(Fault::from_error) })
+    }
+
+    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)> {
+        Box::pin(detach(&self.source, device))
+    }
+
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
         Box::pin(rewound(&self.receiver, group, at))
     }
@@ -138,6 +163,11 @@ impl Backend for Both {
 
 fn not_here(what: &str, side: &str) -> Fault {
     Fault::not_possible(format!("{what} at the {side}: ask the {side}'s control socket"))
+}
+
+async fn detach(source: &replicator::Handle, device: PathBuf) -> Result<(String, u64), Fault> {
+    let (volume, lsn) = source.detach(device).await.map_err(Fault::from_error)?;
+    Ok((volume, lsn.0))
 }
 
 async fn wait_at_source(source: &replicator::Handle, timeout: Duration) -> Result<u64, Fault> {

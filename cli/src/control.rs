@@ -6,6 +6,8 @@
 //! GET  /v1/version             {"version":"0.1.0"}
 //! POST /v1/wait                {"timeout_ms":N}             → {"lsn":N}
 //! POST /v1/bookmark            {"group":G,"name":N}         → {"lsn":N}
+//! POST /v1/attach              {"device":D}                 → {"volume":V}
+//! POST /v1/detach              {"device":D}                 → {"volume":V,"lsn":N}
 //! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
 //! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
 //! POST /v1/hold                {"group":G,"name":N,"release":B} → HoldReport
@@ -62,6 +64,10 @@ pub trait Backend: Send + Sync + 'static {
     fn points(&self, group: String) -> Answer<'_, Value>;
     /// Names the present moment; its lsn.
     fn bookmark(&self, group: String, name: String) -> Answer<'_, u64>;
+    /// Captures a device again; its volume's name.
+    fn attach(&self, device: PathBuf) -> Answer<'_, String>;
+    /// Ends the capture of a device; its volume's name and the newest lsn.
+    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)>;
     /// Brings the replica of a group to a point.
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value>;
     /// Lets it roll forward again.
@@ -125,6 +131,13 @@ struct WaitBody {
 struct BookmarkBody {
     group: String,
     name: String,
+}
+
+/// A device, or the name of its volume.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeviceBody {
+    device: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -246,6 +259,8 @@ fn router(desk: Desk) -> Router {
         .route("/v1/wait", post(wait))
         .route("/v1/points/{group}", get(points))
         .route("/v1/bookmark", post(bookmark))
+        .route("/v1/attach", post(attach))
+        .route("/v1/detach", post(detach))
         .route("/v1/rewind", post(rewind))
         .route("/v1/resume", post(resume))
         .route("/v1/hold", post(hold))
@@ -290,6 +305,15 @@ async fn points(State(desk): Shared, UrlPath(group): UrlPath<String>) -> Result<
 async fn bookmark(State(desk): Shared, body: Body<BookmarkBody>) -> Result<Json<Value>, Fault> {
     let BookmarkBody { group, name } = parsed(body)?;
     Ok(Json(json!({ "lsn": desk.backend.bookmark(group, name).await? })))
+}
+
+async fn attach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Value>, Fault> {
+    Ok(Json(json!({ "volume": desk.backend.attach(parsed(body)?.device).await? })))
+}
+
+async fn detach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Value>, Fault> {
+    let (volume, lsn) = desk.backend.detach(parsed(body)?.device).await?;
+    Ok(Json(json!({ "volume": volume, "lsn": lsn })))
 }
 
 /// What was begun goes on when the client goes away or the daemon stops.

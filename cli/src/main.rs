@@ -57,6 +57,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Wait(args) => call(status::wait(Client::find(&args.target)?, args.timeout)),
         Command::Points(args) => call(status::points(Client::find(&args.target)?, args.group, args.json)),
         Command::Bookmark(args) => call(status::bookmark(Client::find(&args.target)?, args.group, args.name)),
+        Command::Attach(args) => call(status::attach(Client::find(&args.target)?, args.device)),
+        Command::Detach(args) => call(status::detach(Client::find(&args.target)?, args.device)),
         Command::Restore(args) => call(restore::run(args)),
         Command::Rewind(args) => call(rewind::rewind(args)),
         Command::Resume(args) => call(rewind::resume(args)),

@@ -1,9 +1,10 @@
-//! `status`, `wait`, `points`, `bookmark`: what a daemon says, for people.
+//! `status`, `wait`, `points`, `bookmark`, `attach`, `detach`: what a daemon says, for people.
 //!
 //! [`Status`] is the JSON that both daemons share. It keeps keys that it does not know, so that one daemon's extras
 //! reach `status --json` unchanged.
 
 use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -121,6 +122,30 @@ pub async fn wait(client: Client, timeout: Duration) -> Result<()> {
 pub async fn bookmark(client: Client, group: String, name: String) -> Result<()> {
     let answer = client.post("/v1/bookmark", &json!({ "group": group, "name": name })).await?;
     output::line(answer["lsn"].to_string())
+}
+
+/// `afterimage attach`.
+pub async fn attach(client: Client, device: PathBuf) -> Result<()> {
+    let answer = client.post("/v1/attach", &json!({ "device": named(&device)? })).await?;
+    let volume = answer["volume"].as_str().unwrap_or_default();
+    output::line(format!(
+        "volume {volume} is captured, and synchronised; `afterimage status` shows how far it is"
+    ))
+}
+
+/// `afterimage detach`.
+pub async fn detach(client: Client, device: PathBuf) -> Result<()> {
+    let answer = client.post("/v1/detach", &json!({ "device": named(&device)? })).await?;
+    let volume = answer["volume"].as_str().unwrap_or_default();
+    output::line(format!("volume {volume} is detached; its replica stays at lsn {}", answer["lsn"]))
+}
+
+/// A device as the daemon finds it: its directory is another. What has no slash is a volume's name.
+fn named(device: &Path) -> Result<PathBuf> {
+    if device.components().count() == 1 && device.is_relative() {
+        return Ok(device.to_owned());
+    }
+    std::path::absolute(device).with_context(|| format!("find {}", device.display()))
 }
 
 /// `afterimage points`.

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&[&str]; 22] = [
+const COMMANDS: [&[&str]; 24] = [
     &[],
     &["up"],
     &["replicate"],
@@ -13,6 +13,8 @@ const COMMANDS: [&[&str]; 22] = [
     &["wait"],
     &["points"],
     &["bookmark"],
+    &["attach"],
+    &["detach"],
     &["restore"],
     &["rewind"],
     &["resume"],

@@ -67,6 +67,10 @@ pub(crate) struct Agent {
     pub(crate) servers: Mutex<Vec<nbd::Server>>,
     pub(crate) serving: AtomicBool,
     pub(crate) halt: Halt,
+    /// One order of the operator at a time.
+    pub(crate) operator: Mutex<()>,
+    /// Why the next synchronisation is due, where the ring cannot tell.
+    pub(crate) due: Mutex<Option<String>>,
     failure: watch::Sender<Option<Arc<Error>>>,
 }
 
@@ -100,6 +104,9 @@ impl Replicator {
             }
             Err(_) => Progress::new(epoch_start, std::iter::empty()),
         };
+        for out in known.volumes.iter().filter(|volume| volume.detached && volume.present) {
+            board.take_out(&out.name);
+        }
         let state = Arc::new(Mutex::new(state));
         let (ring, volumes) = assemble(ring, volumes, &state, &board);
         let shared = Shared {
@@ -131,6 +138,8 @@ impl Replicator {
             servers: Mutex::new(Vec::new()),
             serving: AtomicBool::new(false),
             halt: Halt::default(),
+            operator: Mutex::default(),
+            due: Mutex::default(),
             failure: watch::Sender::new(None),
         });
         let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {

@@ -30,6 +30,9 @@ impl Agent {
         if let Some(gap) = &self.state().get().needs_resync {
             return gap.cause.clone();
         }
+        if let Some(due) = &*self.due.lock().unwrap_or_else(PoisonError::into_inner) {
+            return due.clone();
+        }
         match self.shared.ring.loss().map(|loss| loss.cause) {
             Some(CAUSE_RING_FULL) => {
                 let mib = self.shared.ring.ring_bytes() >> 20;

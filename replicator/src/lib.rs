@@ -13,6 +13,7 @@
 //! ring becomes dirty bits.
 
 pub mod agent;
+mod attach;
 pub mod buffered_disk;
 pub mod capture;
 pub mod clock;

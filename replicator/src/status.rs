@@ -88,14 +88,22 @@ pub struct Board {
 }
 
 struct Inner {
-    volumes: Vec<(String, State)>,
+    volumes: Vec<Shown>,
     why: String,
+}
+
+/// A volume on the board.
+struct Shown {
+    name: String,
+    state: State,
+    /// Taken out of capture by the operator: it stays `detached`, whatever becomes of the others.
+    out: bool,
 }
 
 impl Board {
     /// All volumes start `detached`.
     pub fn new(group: &str, volumes: impl Iterator<Item = String>) -> Board {
-        let volumes = volumes.map(|name| (name, State::Detached)).collect();
+        let volumes = volumes.map(|name| Shown { name, state: State::Detached, out: false }).collect();
         let why = "starting".to_owned();
         Board { group: group.to_owned(), inner: Mutex::new(Inner { volumes, why }) }
     }
@@ -121,10 +129,28 @@ impl Board {
         if from != to {
             tracing::info!(group = %self.group, ?from, ?to, why = %why, "state");
         }
-        for volume in &mut inner.volumes {
-            volume.1 = to;
+        for volume in inner.volumes.iter_mut().filter(|volume| !volume.out) {
+            volume.state = to;
         }
         inner.why = why;
+    }
+
+    /// The operator takes a volume out of capture.
+    pub fn take_out(&self, name: &str) {
+        let mut inner = self.lock();
+        for volume in inner.volumes.iter_mut().filter(|volume| volume.name == name) {
+            (volume.state, volume.out) = (State::Detached, true);
+        }
+        tracing::info!(group = %self.group, volume = name, "detached");
+    }
+
+    /// The operator puts a volume under capture again: a synchronisation is due.
+    pub fn put_back(&self, name: &str, to: State) {
+        let mut inner = self.lock();
+        for volume in inner.volumes.iter_mut().filter(|volume| volume.name == name) {
+            (volume.state, volume.out) = (to, false);
+        }
+        tracing::info!(group = %self.group, volume = name, "attached");
     }
 
     /// How far a synchronisation is: new words for the state it runs under; nothing when that is no longer the state.
@@ -135,7 +161,7 @@ impl Board {
         }
     }
 
-    /// Worst state and its cause.
+    /// Worst state of the volumes that are captured, and its cause; `detached` when none is.
     pub fn state(&self) -> (State, String) {
         let inner = self.lock();
         (worst(&inner.volumes), inner.why.clone())
@@ -144,12 +170,13 @@ impl Board {
     /// State of one volume.
     pub fn volume(&self, name: &str) -> State {
         let inner = self.lock();
-        inner.volumes.iter().find(|(known, _)| known == name).map_or(State::Detached, |(_, state)| *state)
+        inner.volumes.iter().find(|volume| volume.name == name).map_or(State::Detached, |volume| volume.state)
     }
 }
 
-fn worst(volumes: &[(String, State)]) -> State {
-    volumes.iter().map(|(_, state)| *state).max().unwrap_or(State::Detached)
+fn worst(volumes: &[Shown]) -> State {
+    let captured = volumes.iter().filter(|volume| !volume.out);
+    captured.map(|volume| volume.state).max().unwrap_or(State::Detached)
 }
 
 #[cfg(test)]
@@ -191,6 +218,23 @@ mod tests {
         ] {
             assert!(group.get(key).is_some(), "{key}");
         }
+    }
+
+    #[test]
+    fn a_volume_that_was_taken_out_stays_out_of_the_others_way() {
+        let board = Board::new("g", ["a".to_owned(), "b".to_owned()].into_iter());
+        board.change(State::Replicating, "");
+        board.take_out("b");
+        board.change(State::Degraded, "ring full");
+        assert_eq!((board.volume("a"), board.volume("b")), (State::Degraded, State::Detached));
+        board.change(State::Resyncing, "repair");
+        board.change(State::Replicating, "detached: b");
+        assert_eq!(board.state(), (State::Replicating, "detached: b".to_owned()));
+        board.put_back("b", State::Resyncing);
+        assert_eq!(board.state().0, State::Resyncing);
+        board.take_out("a");
+        board.take_out("b");
+        assert_eq!(board.state().0, State::Detached);
     }
 
     #[test]

@@ -1,16 +1,61 @@
 //! How a run ends: clients first, then the volumes, then the journal, and a clean mark only when nothing is owed.
 
 use std::fs::File;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use journal::Position;
 use journal::io::RealDisk;
+use kfilter::Mode;
 
-use crate::agent::{Handle, STOP_DEADLINE, on_thread};
+use crate::agent::{Agent, Handle, STOP_DEADLINE, on_thread};
+use crate::attach::end_capture;
 use crate::buffered_disk::BufferedDisk;
+use crate::capture::disk::Disk;
+use crate::capture::{Ring, usage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::start;
+use crate::status::State;
+
+/// A device whose capture ended, and what had been written to it just before.
+struct Detached {
+    id: u32,
+    disk: Arc<Disk>,
+    written: [u64; 2],
+}
+
+impl Agent {
+    /// What `kfilter.on_stop` says: ends the capture of all devices, or of none. The pipeline still runs, and takes what
+    /// was captured last.
+    fn detach_at_stop(&self) -> Result<Vec<Detached>> {
+        let Ring::Kernel(group) = &*self.shared.ring else { return Ok(Vec::new()) };
+        let disks: Vec<_> =
+            self.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
+        let whole = self.shared.board.state().0 == State::Replicating
+            && self.shared.health.is_good()
+            && self.shared.ring.mode() == Mode::Ring
+            && !disks.iter().any(|(id, _)| self.shared.ring.is_dirty(*id));
+        let detaches = match self.settings.kfilter.on_stop {
+            conf::OnStop::Keep => false,
+            conf::OnStop::Detach => whole,
+            conf::OnStop::Auto => {
+                whole && usage::machine_stops() && !disks.iter().any(|(_, disk)| usage::is_in_use(disk))
+            }
+        };
+        if !detaches {
+            tracing::info!("the kernel captures on; the next start takes over");
+            return Ok(Vec::new());
+        }
+        let mut detached = Vec::new();
+        for (id, disk) in disks {
+            let written = start::stamp::written(&disk.sysfs()).unwrap_or([u64::MAX; 2]);
+            end_capture(group, id)?;
+            tracing::info!(device = %disk.path().display(), "detached for a clean stop");
+            detached.push(Detached { id, disk, written });
+        }
+        Ok(detached)
+    }
+}
 
 impl Handle {
     /// Stops cleanly: requests in flight are answered, everything captured is journaled and synced, and a clean mark
@@ -37,6 +82,8 @@ impl Handle {
             closed
         };
         let closed = on_thread("af-stop", closing).await?;
+        let agent = self.agent.clone();
+        let detached = on_thread("af-stop", move || agent.detach_at_stop()).await??;
         self.upkeep.abort();
         // It ends as cancelled; until then it holds the agent, and with it the backings.
         let _ = (&mut self.upkeep).await;
@@ -56,20 +103,56 @@ impl Handle {
             Some((position, true)) if served && left == 0 && closed && self.agent.is_whole(&position) => {
                 match self.agent.settings.capture {
                     conf::Capture::Nbd => on_thread("af-stop", move || self.mark_clean(&position)).await?,
-                    // The kernel captures on; the next start takes over.
-                    conf::Capture::Kfilter => Ok(()),
+                    conf::Capture::Kfilter => {
+                        on_thread("af-stop", move || self.mark_detached(&position, &detached)).await?
+                    }
                 }
             }
             _ => Ok(()),
         }
     }
 
+    /// Order: 1 journal is durable, 2 the clean mark with the devices' stamps, 3 the kernel forgets the group (its ring holds
+    /// nothing). Without devices that were detached the kernel captures on, and the next start takes over.
+    fn mark_detached(&self, last: &Position, detached: &[Detached]) -> Result<()> {
+        let Ring::Kernel(group) = &*self.agent.shared.ring else { return Ok(()) };
+        if detached.is_empty() {
+            return Ok(());
+        }
+        self.settle_journal()?;
+        let mut stamps = Vec::new();
+        for Detached { id, disk, written } in detached {
+            let stamp = start::stamp::of_device(disk)?;
+            if stamp.written != *written {
+                let device = disk.path().display();
+                tracing::warn!(%device, "somebody wrote while its capture ended: the next start synchronises");
+                return Ok(());
+            }
+            stamps.push((*id, stamp));
+        }
+        self.agent.state().update(|state| {
+            for known in &mut state.volumes {
+                let stamp = stamps.iter().find(|(id, _)| *id == known.id.0);
+                known.device = stamp.map(|(_, stamp)| stamp.clone());
+            }
+            state.clean = Some(last.lsn);
+        })?;
+        if let Err(error) = group.destroy() {
+            tracing::warn!(%error, "the kernel does not forget the empty group");
+        }
+        Ok(())
+    }
+
+    fn settle_journal(&self) -> Result<()> {
+        let dir = self.agent.settings.dir.join("journal");
+        BufferedDisk::settle(&RealDisk, &dir)
+            .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))
+    }
+
     /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' stamps, 3 the ring goes (it holds
     /// nothing).
     fn mark_clean(&self, last: &Position) -> Result<()> {
-        let dir = self.agent.settings.dir.join("journal");
-        BufferedDisk::settle(&RealDisk, &dir)
-            .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))?;
+        self.settle_journal()?;
         for volume in self.agent.volumes.iter().filter_map(|volume| volume.served()) {
             nbd::Export::sync(volume.as_ref()).map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)

@@ -7,6 +7,7 @@ pub mod in_flight;
 pub mod nbd;
 pub mod pace;
 pub mod ring;
+pub mod usage;
 pub mod volume;
 
 pub use ring::{Refusal, Ring, Tap};

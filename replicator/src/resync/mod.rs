@@ -196,6 +196,7 @@ impl<'a> Engine<'a> {
                         return Ok(());
                     }
                     self.retry = None;
+                    *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
                     agent.state().update(|state| {
                         state.was_consistent = true;
                         // Only the gap that this one began with: a newer one is not repaired by it.

@@ -10,6 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 use super::map::{Content, SECTOR, SharedMap};
 
 const SECTORS: usize = 64;
+const SECTOR_BYTES: usize = 512;
 /// Sectors read at once; two slots.
 const CHUNK: usize = 8;
 
@@ -100,7 +101,8 @@ impl Rig {
         match *action {
             Action::Submit { at, length, value } => {
                 let range = at..(at + length).min(SECTORS);
-                let overlaps = |other: &InFlight| other.range.start < range.end && range.start < other.range.end;
+                let overlaps =
+                    |other: &InFlight| other.range.start < range.end && range.start < other.range.end;
                 if self.in_flight.iter().any(overlaps) {
                     return;
                 }
@@ -140,7 +142,7 @@ impl Rig {
         let Some((chunk, content)) = self.read.take() else { return };
         for (half, content) in content.chunks(CHUNK / 2).enumerate() {
             let start = chunk * CHUNK + half * CHUNK / 2;
-            let bytes: Vec<u8> = content.iter().flat_map(|value| [*value; SECTOR as usize]).collect();
+            let bytes: Vec<u8> = content.iter().flat_map(|value| [*value; SECTOR_BYTES]).collect();
             let zeros = content.iter().all(|value| *value == 0);
             self.slot(start..start + CHUNK / 2, if zeros { Content::Zeros } else { Content::Bytes(bytes) });
         }
@@ -165,7 +167,7 @@ impl Rig {
                     Content::Bytes(content) => {
                         for piece in &slot.pieces {
                             for sector in sectors(piece) {
-                                let at = sector * SECTOR as usize - usize::try_from(slot.offset).unwrap();
+                                let at = sector * SECTOR_BYTES - usize::try_from(slot.offset).unwrap();
                                 self.replica[sector] = content[at];
                             }
                         }

@@ -8,6 +8,7 @@ use kfilter::dirty::CAUSE_AGENT;
 use kfilter::{Device, ErrorKind as Cause, Group, Op};
 
 use super::{Found, OpenVolume, Opened, ring_identity, stamp, volume_record};
+use crate::attach::end_capture;
 use crate::capture::attach;
 use crate::capture::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,7 +46,13 @@ pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::res
         }
     };
     for volume in found.volumes {
-        let Opened::Device(Some(disk)) = &volume.content else { continue };
+        let Opened::Device(Some(disk)) = &volume.content else {
+            // Taken out by the operator; the agent may have died before the kernel heard of it.
+            if group.volume(volume.known.id.0).is_ok_and(|status| status.device != 0) {
+                end_capture(&group, volume.known.id.0)?;
+            }
+            continue;
+        };
         match group.volume(volume.known.id.0) {
             Ok(status) if status.device == 0 => {
                 // It was being attached, or detached, when the agent died: from now on, and all of it is dirty.

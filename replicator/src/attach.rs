@@ -1,0 +1,172 @@
+//! `afterimage attach` and `detach`: the operator takes a device out of capture, and puts it back.
+//!
+//! Orders, each crash-safe by what `start` does with what it finds: detach is durable before the kernel is told, so a new
+//! agent ends a capture that should have ended; attach is durable after the kernel was told, so a new agent ends one whose
+//! operator was never answered. A volume that is attached again is synchronised as a whole.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use journal::Lsn;
+use kfilter::dirty::CAUSE_AGENT;
+use kfilter::{ErrorKind as Cause, Group};
+
+use crate::agent::{Agent, Handle, on_thread};
+use crate::capture::{Ring, Volume, attach};
+use crate::error::{Error, ErrorKind, Result};
+use crate::state::KnownVolume;
+use crate::status::State;
+
+/// How long writes in flight may take to come back.
+const RETURN: Duration = Duration::from_secs(60);
+/// One call to the kernel to the next.
+const STEP: Duration = Duration::from_millis(500);
+/// How long the journal may take for what was captured.
+const DRAIN: Duration = Duration::from_secs(60);
+
+impl Handle {
+    /// Captures a device of the settings again, and synchronises it. Returns its volume's name.
+    ///
+    /// # Errors
+    /// What speaks against it, in an operator's words.
+    pub async fn attach(&self, device: PathBuf) -> Result<String> {
+        let agent = self.agent.clone();
+        on_thread("af-attach", move || agent.attach(&device)).await?
+    }
+
+    /// Ends the capture of a device, until it is attached again: also over restarts. Everything captured is journaled
+    /// when this returns; the replica stays at that point. Returns its volume's name, and the newest lsn.
+    ///
+    /// # Errors
+    /// What speaks against it, in an operator's words.
+    pub async fn detach(&self, device: PathBuf) -> Result<(String, Lsn)> {
+        let agent = self.agent.clone();
+        on_thread("af-detach", move || agent.detach(&device)).await?
+    }
+}
+
+impl Agent {
+    fn attach(&self, device: &Path) -> Result<String> {
+        let _one = self.operator.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (group, volume, path) = self.captured(device)?;
+        let name = volume.name.clone();
+        if volume.is_attached() {
+            let at = format!("{} is captured already, as volume {name}", path.display());
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
+        let disk = attach::open(&path)?;
+        let known = self.known(volume.id)?;
+        if disk.size_bytes() < known.size_bytes {
+            let at = format!(
+                "volume {name}: {} has {} bytes, and had {}; a volume never shrinks: protect it under a new name",
+                path.display(),
+                disk.size_bytes(),
+                known.size_bytes
+            );
+            return Err(Error::new(ErrorKind::Settings, at));
+        }
+        // Until the synchronisation begins, writes only set bits: no point of the time between may be offered.
+        *self.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+            Some(format!("volume {name} was attached"));
+        self.shared.ring.set_mode_bitmap(CAUSE_AGENT)?;
+        attach::attach(&group, volume.id, &disk, false)?;
+        self.update(volume.id, |known| known.detached = false)?;
+        volume.set_disk(Some(disk));
+        self.shared.board.put_back(&name, State::Resyncing);
+        Ok(name)
+    }
+
+    fn detach(&self, device: &Path) -> Result<(String, Lsn)> {
+        let _one = self.operator.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (group, volume, path) = self.captured(device)?;
+        let name = volume.name.clone();
+        if !volume.is_attached() {
+            let at = format!("{} is detached already", path.display());
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
+        let (state, why) = self.shared.board.state();
+        self.update(volume.id, |known| known.detached = true)?;
+        let last_lsn = Lsn(end_capture(&group, volume.id)?);
+        volume.set_disk(None);
+        self.shared.board.take_out(&name);
+        let begun = Instant::now();
+        let mut at = self.shared.progress.position();
+        while at.lsn < last_lsn && self.shared.health.is_good() && begun.elapsed() < DRAIN {
+            self.shared.progress.wait_beyond(&at, STEP);
+            at = self.shared.progress.position();
+        }
+        if state == State::Replicating {
+            self.shared.board.change(State::Replicating, self.detached_words());
+        } else {
+            tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
+        }
+        Ok((name, last_lsn))
+    }
+
+    /// The volume of a device, or of a name.
+    fn captured(&self, device: &Path) -> Result<(Arc<Group>, Arc<Volume>, PathBuf)> {
+        let Ring::Kernel(group) = &*self.shared.ring else {
+            let at =
+                "this group is captured by the NBD front: its disks are captured as long as the agent runs";
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        };
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let wanted = real(device);
+        let found = self.settings.volume.iter().find(|volume| {
+            Path::new(&volume.name) == device || volume.path == device || real(&volume.path) == wanted
+        });
+        let found = found.and_then(|settings| {
+            let volume = self.volumes.iter().find(|volume| volume.name == settings.name)?;
+            Some((group.clone(), volume.clone(), settings.path.clone()))
+        });
+        found.ok_or_else(|| {
+            let devices: Vec<String> =
+                self.settings.volume.iter().map(|volume| volume.path.display().to_string()).collect();
+            let at = format!(
+                "{} is no volume of this group, which has {}; add a [[volume]] to the settings and restart the agent",
+                device.display(),
+                devices.join(", ")
+            );
+            Error::new(ErrorKind::Settings, at)
+        })
+    }
+
+    fn known(&self, id: u32) -> Result<KnownVolume> {
+        let known = self.state().get().volumes.iter().find(|known| known.id.0 == id).cloned();
+        known.ok_or_else(|| Error::new(ErrorKind::Settings, format!("volume {id} is not known")))
+    }
+
+    fn update(&self, id: u32, change: impl FnOnce(&mut KnownVolume)) -> Result<()> {
+        self.state().update(|state| {
+            if let Some(known) = state.volumes.iter_mut().find(|known| known.id.0 == id) {
+                change(known);
+            }
+        })
+    }
+}
+
+/// Ends a capture, and waits for writes in flight; the newest lsn then.
+///
+/// # Errors
+/// The kernel module's. Writes that do not come back are told in the log: capture has ended all the same.
+pub(crate) fn end_capture(group: &Group, volume: u32) -> Result<u64> {
+    let begun = Instant::now();
+    loop {
+        match group.detach(volume, STEP) {
+            Ok(lsn) => return Ok(lsn),
+            Err(error) if error.kind == Cause::TimedOut && begun.elapsed() < RETURN => {}
+            Err(error) if error.kind == Cause::TimedOut => {
+                tracing::warn!(
+                    volume,
+                    "writes in flight do not come back from the device; detached without them"
+                );
+                let status = group.status();
+                return status
+                    .map(|status| status.captured_lsn)
+                    .map_err(|error| Error::because(ErrorKind::Ring, "ask the kernel module", error));
+            }
+            Err(error) => return Err(Error::because(ErrorKind::Ring, "end the capture", error)),
+        }
+    }
+}
