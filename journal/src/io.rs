@@ -261,7 +261,7 @@ impl File for RealFile {
 }
 
 /// Eight random bytes: tells apart two lives of a file that may hold the same bytes.
-pub(crate) fn random_u64() -> io::Result<u64> {
+pub fn random_u64() -> io::Result<u64> {
     let mut bytes = [0; 8];
     rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     Ok(u64::from_le_bytes(bytes))

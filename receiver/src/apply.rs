@@ -211,6 +211,7 @@ impl Applier {
                 _ => self.remove(&dir.join(name))?,
             }
         }
+        self.history.sweep_merged();
         let current = log_path(Path::new(""), state.events_file);
         for name in self.disk.list(&self.group_dir).map_err(|e| Error::io("list the group's directory", e))? {
             if name.starts_with("events") && Path::new(&name) != current {
@@ -437,6 +438,7 @@ impl Applier {
             received_ns: self.history.receipt_of(batch.last.lsn),
             bytes: 0,
             path: PathBuf::new(),
+            nonce: 0,
         };
         let (replicas, scratch, encoder) = (&self.replicas, &mut self.scratch, &mut self.encoder);
         let written = UndoWriter::create(&self.disk, &dir, owner, summary, encoder).and_then(|mut undo| {
@@ -453,7 +455,8 @@ impl Applier {
             // removed at the next open.
             let _ = self.disk.remove(&dir.join(format!("{}.tmp", file_name(number))));
         }
-        written
+        written?;
+        read_summary(&*self.disk, &dir, number, owner.group)
     }
 
     fn undo_owner(&self) -> UndoOwner {
@@ -639,8 +642,15 @@ impl Applier {
         for number in oldest..keep_from {
             self.remove(&undo_dir(&self.group_dir).join(file_name(number)))?;
         }
+        self.history.sweep_merged();
         self.shorten_log()?;
         Ok(keep_from - oldest)
+    }
+
+    /// Makes at most so many of the merged indexes that are missing; says how many. Derived from what is durable, so it may
+    /// be done at any time, or never.
+    pub fn merge(&mut self, at_most: usize) -> usize {
+        self.history.merge(at_most)
     }
 
     /// Writes the log anew once most of it has left the history.

@@ -14,7 +14,7 @@
 //! * a [`Pin`] keeps its boundary: neither undo nor redo that leads to it is dropped;
 //! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open, with [`MAX_OPEN_BYTES`] of indexes; a reader holds what it uses.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -29,6 +29,7 @@ use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
 
 use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
 use crate::events::{Event, EventLog};
+use crate::merged::{Node, OpenIndexes};
 use crate::retention::Aged;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
 use crate::undo::{self, UndoSegment, UndoSummary, damage, read_summary};
@@ -70,6 +71,10 @@ pub(crate) struct Inner {
     next_pin: u64,
     /// Batches below this one are being dropped right now.
     leaving: u64,
+    /// Merged indexes that there are.
+    pub(crate) merged: BTreeSet<Node>,
+    /// Those that cannot be made: a segment is damaged, or too large.
+    pub(crate) hopeless: BTreeSet<Node>,
 }
 
 /// The history of one group.
@@ -78,6 +83,7 @@ pub struct History {
     pub(crate) group_dir: PathBuf,
     inner: Mutex<Inner>,
     open_segments: Mutex<VecDeque<(u64, Arc<UndoSegment>)>>,
+    pub(crate) open_indexes: Mutex<OpenIndexes>,
     tail: OnceLock<Arc<Tail>>,
 }
 
@@ -118,14 +124,18 @@ impl History {
                 pins: BTreeMap::new(),
                 next_pin: 0,
                 leaving: 0,
+                merged: BTreeSet::new(),
+                hopeless: BTreeSet::new(),
                 state,
             }),
             disk,
             group_dir: group_dir.to_path_buf(),
             open_segments: Mutex::new(VecDeque::new()),
+            open_indexes: Mutex::default(),
             tail: OnceLock::new(),
         };
         history.find_batches()?;
+        history.find_merged()?;
         history.read_received()?;
         Ok(Arc::new(history))
     }
@@ -332,9 +342,14 @@ impl History {
         inner.state = state.clone();
         let oldest = inner.state.oldest_batch;
         inner.batches.retain(|number, _| oldest != 0 && *number >= oldest);
+        inner.merged.retain(|node| oldest != 0 && node.first >= oldest);
+        inner.hopeless.retain(|node| oldest != 0 && node.first >= oldest);
         let start = inner.state.history_start.lsn;
         inner.events.forget_before(start);
         drop(inner);
+        let mut open = self.open_indexes.lock().expect("nothing panics while it holds the open indexes");
+        open.forget_below(oldest);
+        drop(open);
         let mut open = self.open_segments.lock().expect("nothing panics while it holds the open segments");
         open.retain(|(number, _)| *number >= oldest);
     }
@@ -509,7 +524,7 @@ impl History {
 }
 
 impl Slot {
-    fn kept(&self) -> Option<&UndoSummary> {
+    pub(crate) fn kept(&self) -> Option<&UndoSummary> {
         match self {
             Slot::Kept(summary) => Some(summary),
             Slot::Damaged(_) => None,
@@ -626,6 +641,7 @@ mod tests {
                 received_ns: 0,
                 bytes: 0,
                 path,
+                nonce: 0,
             });
         }
         history.lock().state.checkpoint.lsn = Lsn(90);

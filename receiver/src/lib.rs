@@ -17,6 +17,7 @@
 //! groups/NAME/group      two slots of GroupState (state.rs)
 //! groups/NAME/journal/   the receiver's journal
 //! groups/NAME/undo/      one undo segment for each apply batch
+//! groups/NAME/merged/    indexes over many undo segments, derived from them (merged.rs)
 //! groups/NAME/events     bookmarks, volumes, gaps (events.rs)
 //! replica/NAME/VOL.img   default place of a replica
 //! ```
@@ -33,6 +34,7 @@ pub mod history;
 pub mod ingest;
 pub mod link;
 pub mod lock;
+mod merged;
 mod past;
 pub mod point;
 pub mod replica;

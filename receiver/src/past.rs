@@ -111,13 +111,9 @@ impl<'a> Past<'a> {
     /// What the batches behind the boundary overwrote in a window; `None` where it is too much for one.
     fn lay(&self, volume: VolumeId, window: &Range<u64>) -> Result<Option<ExtentMap<UndoPiece>>> {
         let mut pieces = ExtentMap::new();
-        for number in self.boundary + 1..=self.newest {
-            self.history.segment(number)?.lay_under(&mut pieces, volume, window);
-            if pieces.len() > MAX_EXTENTS && window.end - window.start > MIN_WINDOW_BYTES {
-                return Ok(None);
-            }
-        }
-        Ok(Some(pieces))
+        let most = if window.end - window.start > MIN_WINDOW_BYTES { MAX_EXTENTS } else { usize::MAX };
+        let all = self.history.lay_under(self.boundary, self.newest, &mut pieces, volume, window, most)?;
+        Ok(all.then_some(pieces))
     }
 
     /// The content of one part.

@@ -304,13 +304,9 @@ impl<'a> Content<'a> {
         window_bytes: u64,
     ) -> Result<Option<u64>> {
         let newest = self.history.newest_registered();
-        for number in laid + 1..=newest {
-            self.history.segment(number)?.lay_under(pieces, self.volume, window);
-            if pieces.len() > MAX_EXTENTS && window_bytes > MIN_WINDOW_BYTES {
-                return Ok(None);
-            }
-        }
-        Ok(Some(newest))
+        let most = if window_bytes > MIN_WINDOW_BYTES { MAX_EXTENTS } else { usize::MAX };
+        let all = self.history.lay_under(laid, newest, pieces, self.volume, window, most)?;
+        Ok(all.then_some(newest))
     }
 
     fn write_window(

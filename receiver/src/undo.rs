@@ -24,6 +24,7 @@ use journal::segment::{SegmentHeader, SegmentKind};
 use journal::{Epoch, Extent, GroupId, Lineage, Lsn, Position, SECTOR_BYTES, VolumeId};
 
 use crate::fold::{Fold, MAX_RUN_BYTES, Run, push_range};
+use crate::merged::lay_under;
 use crate::replica::Replica;
 use crate::state::Moment;
 use crate::{Error, ErrorKind, Result};
@@ -50,6 +51,8 @@ pub struct UndoSummary {
     pub bytes: u64,
     /// The segment file.
     pub path: PathBuf,
+    /// Its nonce; 0 until it is read from the file.
+    pub nonce: u64,
 }
 
 /// File name of a batch's undo segment.
@@ -94,6 +97,7 @@ pub fn read_summary(disk: &dyn Disk, dir: &Path, number: u64, group: GroupId) ->
         received_ns: header.received_ns,
         bytes,
         path,
+        nonce: header.nonce,
     })
 }
 
@@ -371,21 +375,14 @@ impl UndoSegment {
 
     /// Lays this batch's old content under what `map` holds already: smaller batches come first and win.
     pub fn lay_under(&self, map: &mut ExtentMap<UndoPiece>, volume: VolumeId, range: &Range<u64>) {
-        let mut gaps = Vec::new();
         for entry in self.index.extents_in(volume, range.clone()) {
             let whole = entry.offset..entry.offset.saturating_add(entry.length);
-            let clipped = whole.start.max(range.start)..whole.end.min(range.end);
-            gaps.clear();
-            gaps.extend(map.gaps(clipped));
-            for gap in gaps.drain(..) {
-                let mut piece = if entry.flags & EXTENT_ZEROS != 0 {
-                    UndoPiece::Zeros
-                } else {
-                    UndoPiece::Bytes { batch: self.summary.number, frame: entry.frame, at: entry.payload_at }
-                };
-                piece.advance(gap.start - whole.start);
-                map.insert(gap, piece);
-            }
+            let piece = if entry.flags & EXTENT_ZEROS != 0 {
+                UndoPiece::Zeros
+            } else {
+                UndoPiece::Bytes { batch: self.summary.number, frame: entry.frame, at: entry.payload_at }
+            };
+            lay_under(map, whole, range, piece);
         }
     }
 

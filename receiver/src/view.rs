@@ -180,18 +180,9 @@ impl View {
 
     fn lay_undo(&self, buffer: &mut [u8], range: &Range<u64>) -> Result<()> {
         let mut pieces = ExtentMap::new();
-        let mut segments: Vec<(u64, Arc<UndoSegment>)> = Vec::new();
-        for number in self.point.boundary + 1..=self.history.newest_registered() {
-            if pieces.covered_bytes() == buffer.len() as u64 {
-                break;
-            }
-            let before = pieces.len();
-            let segment = self.history.segment(number)?;
-            segment.lay_under(&mut pieces, self.volume, range);
-            if pieces.len() != before {
-                segments.push((number, segment));
-            }
-        }
+        let newest = self.history.newest_registered();
+        self.history.lay_under(self.point.boundary, newest, &mut pieces, self.volume, range, usize::MAX)?;
+        let mut open: Option<(u64, Arc<UndoSegment>)> = None;
         let mut last = self.last.lock().expect("nothing panics while it holds the frame");
         for (extent, piece) in in_frame_order(&pieces) {
             let target = part(buffer, range, &extent);
@@ -199,14 +190,18 @@ impl View {
                 target.fill(0);
                 continue;
             };
-            let found = segments.iter().find(|(number, _)| *number == batch);
-            let segment = &found.expect("each batch with a piece was kept above").1;
+            // The pieces of one batch come together.
+            let segment = match open.take() {
+                Some((known, segment)) if known == batch => segment,
+                _ => self.history.segment(batch)?,
+            };
             if last.undo != Some((batch, frame)) {
                 last.undo = None;
                 segment.read_frame(frame, &mut last.buffers)?;
                 last.undo = Some((batch, frame));
             }
             target.copy_from_slice(last.buffers.slice(at, extent.end - extent.start, segment.path())?);
+            open = Some((batch, segment));
         }
         Ok(())
     }

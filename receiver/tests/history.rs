@@ -552,3 +552,124 @@ fn targets_are_not_overwritten_by_accident() {
     assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::NotPossible);
     drop(lock);
 }
+
+/// A disk that counts the files that are opened for reading.
+struct Counting {
+    disk: Arc<dyn Disk>,
+    opened: AtomicU64,
+}
+
+impl Disk for Counting {
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.disk.create(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.disk.open(path)
+    }
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.opened.fetch_add(1, Ordering::Relaxed);
+        self.disk.open_read(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.sync_dir(dir)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+    fn create_dir(&self, dir: &Path) -> io::Result<()> {
+        self.disk.create_dir(dir)
+    }
+}
+
+/// Merged indexes change nothing but the number of files that are asked: whatever of them is missing, damaged, cut, of other
+/// batches or half dropped.
+#[test]
+fn merged_indexes_give_the_same_content_from_few_files() {
+    let source = live(41, 900);
+    let (sim, plain) = sim();
+    let counting = Arc::new(Counting { disk: plain, opened: AtomicU64::new(0) });
+    let disk: Arc<dyn Disk> = Arc::clone(&counting) as Arc<dyn Disk>;
+    let dir = Path::new(GROUP_DIR);
+    let mut group = Group::create(Arc::clone(&disk), dir, &source);
+    let (history, mut applier) = open(&disk, dir, settings(5_000)).unwrap();
+    let durable = group.receive(&source, usize::MAX, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    let batches = applier.state().applied_batch;
+    assert!(batches > 280, "{batches}");
+    let oldest = history.state().history_start.lsn;
+    let far = |history: &Arc<History>| {
+        let (point, _pin) = history.resolve_pinned(&At::Lsn(oldest)).unwrap();
+        let view = View::open(history, point, "v0").unwrap();
+        let read = |offset: u64| {
+            let before = counting.opened.load(Ordering::Relaxed);
+            view.read_at(&mut [0; 512], offset).unwrap();
+            counting.opened.load(Ordering::Relaxed) - before
+        };
+        (0..SIZES[0]).step_by(4096).map(read).max().unwrap()
+    };
+    let without = far(&history);
+    assert!(without > 100, "one by one: {without}");
+    let merged = applier.merge(1000);
+    assert!(merged > 17 && applier.merge(1000) == 0, "all at once: {merged}");
+    drop((history, applier));
+    let (history, mut applier) = open(&disk, dir, settings(5_000)).unwrap();
+    assert_eq!(applier.merge(1000), 0, "known after a restart");
+    let with = far(&history);
+    assert!(
+        with <= 2 + 3 * 16,
+        "at most 16 a level, and the segment that holds the content: {with} of {without}"
+    );
+    let points: Vec<Lsn> = source.points.iter().copied().filter(|lsn| *lsn >= oldest).collect();
+    let check = |history: &Arc<History>, every: usize| {
+        let start = history.state().history_start.lsn;
+        for lsn in points.iter().filter(|lsn| **lsn >= start).step_by(every) {
+            assert_exact(history, &source, *lsn);
+        }
+    };
+    check(&history, 37);
+    // A rewind finds its content through them too, and is a batch that they hold later.
+    applier.rewind(&At::Lsn(points[5]), 1).unwrap();
+    apply_all(&mut applier, &durable).unwrap();
+    applier.resume(Lsn::ZERO).unwrap();
+    apply_all(&mut applier, &durable).unwrap();
+    assert!(applier.merge(1000) > 17);
+    check(&history, 37);
+
+    let merged_dir = dir.join("merged");
+    let names = disk.list(&merged_dir).unwrap();
+    let mut random = Random(42);
+    for name in &names {
+        let path = merged_dir.join(name);
+        let bytes = sim.contents(&path).unwrap();
+        match random.below(4) {
+            0 => sim.corrupt(&path, random.below(bytes.len() as u64), |byte| byte ^ 1),
+            1 => sim.put(&path, bytes[..random.below(bytes.len() as u64) as usize].to_vec()),
+            2 => disk.remove(&path).unwrap(),
+            _ => {}
+        }
+    }
+    sim.put(&merged_dir.join("1-00000000000000000001.idx.tmp"), vec![1; 100]);
+    check(&history, 37);
+    drop((history, applier));
+    let (history, mut applier) = open(&disk, dir, settings(5_000)).unwrap();
+    check(&history, 37);
+    applier.merge(1000);
+    check(&history, 37);
+
+    // They go with the first of their batches.
+    let newest_ns = history.newest_receipt_ns();
+    history.note_waiting(newest_ns + 1);
+    let middle = source.records[source.records.len() / 2].0.time_ns;
+    let policy = Policy { window_ns: newest_ns - middle, min_ns: 0, quota_bytes: Some(u64::MAX) };
+    applier.expire(&policy, group.writer.segments()).unwrap();
+    let state = history.state();
+    let first = |name: &String| name[2..22].parse::<u64>().unwrap();
+    assert!(disk.list(&merged_dir).unwrap().iter().all(|name| first(name) >= state.oldest_batch));
+    check(&history, 37);
+}

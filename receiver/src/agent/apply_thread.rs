@@ -35,6 +35,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(500);
 /// Pause before a failed replica is opened again.
 const REOPEN: Duration = Duration::from_secs(10);
+/// Merged indexes made in one round of housekeeping: 200 batches a second could not outrun them.
+const MERGES: usize = 64;
 /// Apply is work that can wait: acknowledgements cannot.
 const NICENESS: i32 = 10;
 
@@ -363,6 +365,7 @@ impl ApplyThread {
         match kept.and_then(|()| applier.expire(&self.policy, &segments)) {
             Ok(expired) => {
                 self.follow(&expired);
+                self.merge();
                 Ok(())
             }
             Err(error) if error.kind == ErrorKind::Sync => Err(error),
@@ -370,6 +373,13 @@ impl ApplyThread {
                 tracing::warn!(%error, "cannot shorten the history");
                 Ok(())
             }
+        }
+    }
+
+    /// Merged indexes, a few at a time: they make a search far back fast, and nothing rests on them.
+    fn merge(&mut self) {
+        if let Some(applier) = &mut self.applier {
+            applier.merge(MERGES);
         }
     }
 

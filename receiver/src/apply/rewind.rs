@@ -23,7 +23,7 @@ use super::{Applier, BatchDone, note_changed};
 use crate::past::Past;
 use crate::point::{At, Point, rfc3339};
 use crate::state::{Back, GroupState, Reached, Rewind, undo_dir};
-use crate::undo::{UndoSummary, UndoWriter, file_name};
+use crate::undo::{UndoSummary, UndoWriter, file_name, read_summary};
 use crate::{Error, ErrorKind, Result};
 
 /// What a rewind did.
@@ -271,6 +271,7 @@ impl Applier {
             received_ns: self.history.newest_receipt_ns(),
             bytes: 0,
             path: std::path::PathBuf::new(),
+            nonce: 0,
         };
         let owner = self.undo_owner();
         let (replicas, scratch, encoder) = (&self.replicas, &mut self.scratch, &mut self.encoder);
@@ -287,7 +288,8 @@ impl Applier {
             // It has no name yet, unless the last sync failed, and that is final. What stays is removed at the next open.
             let _ = self.disk.remove(&dir.join(format!("{}.tmp", file_name(back.batch))));
         }
-        written
+        written?;
+        read_summary(&*self.disk, &dir, back.batch, owner.group)
     }
 
     fn withdraw(&mut self) -> Result<()> {
