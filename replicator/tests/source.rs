@@ -147,12 +147,18 @@ async fn what_clients_write_is_in_the_journal_and_a_clean_stop_leaves_no_gap() {
     let file = std::fs::File::options().write(true).open(dirs.state.path().join("disk.img")).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xee; 512], 3 << 20).unwrap();
     drop(file);
-    let handle = Replicator::start(settings).await.unwrap();
-    let changed = until(&handle, "synchronised", |group| group.state == State::Replicating).await;
-    assert_eq!(changed.epoch, 2, "a change behind our back starts a new epoch");
+    let handle = Replicator::start(settings.clone()).await.unwrap();
+    let changed = until(&handle, "waiting", |group| group.why.contains("waiting for the receiver")).await;
+    assert_eq!(
+        (changed.epoch, changed.state),
+        (2, State::Resyncing),
+        "a change behind our back: a new epoch"
+    );
+    assert!(changed.why.contains("changed while it was not protected"), "{}", changed.why);
+    // What the receiver holds already is not sent again, so it is waited for: by nobody but the synchronisation.
+    qemu_io(&settings, &["write -P 11 1M 64k", "flush", "read -P 11 1M 64k"]);
     handle.shutdown().await.unwrap();
-    let (image, ops) = replay(dirs.state.path());
-    assert!(image == std::fs::read(dirs.state.path().join("disk.img")).unwrap());
+    let (_, ops) = replay(dirs.state.path());
     assert_eq!(ops.iter().filter(|op| **op == Op::ResyncBegin).count(), 2);
 }
 
@@ -164,14 +170,15 @@ async fn a_used_up_quota_degrades_and_the_clients_go_on() {
     settings.journal.compression = conf::Compression::Off;
     let handle = Replicator::start(settings.clone()).await.unwrap();
     until(&handle, "replicating", |group| group.state == State::Replicating).await;
-    for round in 0..6 {
-        qemu_io(&settings, &[&format!("write -P {} 0 4M", round + 1)]);
+    // Short enough not to be compared with what a receiver holds: here is none.
+    for round in 0..8 {
+        qemu_io(&settings, &[&format!("write -P {} 0 3M", round + 1)]);
     }
     let group = until(&handle, "degraded", |group| group.state == State::Degraded).await;
     assert!(group.why.contains("quota"), "{}", group.why);
     assert!(matches!(handle.wait(Duration::from_secs(60)).await.unwrap(), WaitOutcome::Impossible { .. }));
     assert_eq!(handle.bookmark("no").unwrap_err().kind, replicator::ErrorKind::NotPossible);
-    let text = qemu_io(&settings, &["read -P 6 0 4M", "write -P 77 0 64k", "read -P 77 0 64k"]);
+    let text = qemu_io(&settings, &["read -P 8 0 3M", "write -P 77 0 64k", "read -P 77 0 64k"]);
     assert!(!text.contains("Pattern verification failed"), "{text}");
     handle.shutdown().await.unwrap();
 
