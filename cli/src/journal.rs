@@ -27,8 +27,10 @@ pub fn run(command: JournalCommand) -> Result<()> {
 
 /// The directories with segments that DIR means: itself, or a group's journal and undo.
 fn dirs(dir: &Path) -> Result<Vec<PathBuf>> {
+    let parts = ["journal", "undo"].map(|part| dir.join(part)).into_iter().filter(|part| part.is_dir());
+    // A group without history has an empty undo directory, and that is no damage.
     let parts: Vec<PathBuf> =
-        ["journal", "undo"].map(|part| dir.join(part)).into_iter().filter(|p| p.is_dir()).collect();
+        parts.filter(|part| part.ends_with("journal") || holds_segments(part)).collect();
     if !parts.is_empty() {
         return Ok(parts);
     }
@@ -36,6 +38,11 @@ fn dirs(dir: &Path) -> Result<Vec<PathBuf>> {
         anyhow::bail!(Fault::usage(format!("{} is not a directory", dir.display())));
     }
     Ok(vec![dir.to_owned()])
+}
+
+fn holds_segments(dir: &Path) -> bool {
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    names.into_iter().any(|name| name.path().extension().is_some_and(|extension| extension == "seg"))
 }
 
 fn verify(disk: &dyn Disk, args: &JournalArgs) -> Result<()> {
@@ -83,4 +90,21 @@ fn verify(disk: &dyn Disk, args: &JournalArgs) -> Result<()> {
 fn rfc3339(time_ns: u64) -> String {
     jiff::Timestamp::from_nanosecond(i128::from(time_ns))
         .map_or_else(|_| format!("{time_ns} ns"), |time| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_undo_directory_is_no_damage_and_a_missing_journal_is() {
+        let dir = tempfile::tempdir().unwrap();
+        for part in ["journal", "undo"] {
+            std::fs::create_dir(dir.path().join(part)).unwrap();
+        }
+        assert_eq!(dirs(dir.path()).unwrap(), [dir.path().join("journal")]);
+        std::fs::write(dir.path().join("undo/00000000000000000001.seg"), "").unwrap();
+        assert_eq!(dirs(dir.path()).unwrap().len(), 2);
+        assert!(dirs(&dir.path().join("none")).is_err());
+    }
 }

@@ -301,6 +301,15 @@ impl Handle {
         group.orders.give(&group.bell, |answer| Order::Hold(name.to_owned(), release, answer)).await
     }
 
+    /// Checks the stored segments of a group now, in the background; the status tells what was found.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here.
+    pub fn scrub_now(&self, group: &str) -> Result<()> {
+        self.known(group)?.scrub.start_now();
+        Ok(())
+    }
+
     /// Waits until everything that is received by now is on the replicas.
     ///
     /// # Errors

@@ -40,6 +40,7 @@ pub mod point;
 pub mod replica;
 pub mod restore;
 pub mod retention;
+pub mod scrub;
 pub mod state;
 pub mod status;
 pub mod target;

@@ -9,6 +9,7 @@ use journal::Positions;
 use serde::{Deserialize, Serialize};
 
 use crate::point::ShownMoment;
+use crate::scrub::ScrubStatus;
 
 /// All groups of a daemon.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +48,8 @@ pub struct GroupStatus {
     pub apply_error: Option<String>,
     /// Where the replica stands by the operator's wish, if it does.
     pub rewound: Option<RewoundStatus>,
+    /// What the last check of the stored segments found; absent before the first has ended.
+    pub scrub: Option<ScrubStatus>,
 }
 
 /// A group that is rewound.
@@ -148,6 +151,7 @@ mod tests {
             used: UsedStatus::default(),
             apply_error: None,
             rewound: None,
+            scrub: None,
         };
         let status = Status { groups: vec![group] };
         let json = serde_json::to_value(&status).unwrap();

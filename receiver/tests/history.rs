@@ -21,6 +21,7 @@ use receiver::history::History;
 use receiver::point::{At, rfc3339};
 use receiver::restore::{RestoreRequest, open_bare, restore};
 use receiver::retention::Policy;
+use receiver::scrub::Scrub;
 use receiver::state::Moment;
 use receiver::view::View;
 use storage::*;
@@ -672,4 +673,59 @@ fn merged_indexes_give_the_same_content_from_few_files() {
     let first = |name: &String| name[2..22].parse::<u64>().unwrap();
     assert!(disk.list(&merged_dir).unwrap().iter().all(|name| first(name) >= state.oldest_batch));
     check(&history, 37);
+}
+
+/// Scrub beside a writer and retention: nothing of what they do is damage; its rate is kept, and it stops at once.
+#[test]
+fn scrub_takes_nobodys_work_for_damage_and_keeps_its_rate() {
+    let mut source = live(51, 200);
+    let temporary = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let dir = temporary.path().join("groups/g");
+    let mut group = Group::create(Arc::clone(&disk), &dir, &source);
+    let mut real = settings(8_000);
+    real.replica_dir = temporary.path().join("replica/g");
+    let (history, mut applier) = open(&disk, &dir, real).unwrap();
+    let scrub = Arc::new(Scrub::at(1 << 30));
+    let running = AtomicBool::new(true);
+    let passes = std::thread::scope(|scope| {
+        let passes = scope.spawn(|| {
+            let mut passes = 0;
+            while running.load(Ordering::Relaxed) {
+                let found = scrub.pass(&disk, &dir, || 0).unwrap().unwrap();
+                assert_eq!(found.damage, vec![], "pass {passes}");
+                passes += 1;
+            }
+            passes
+        });
+        let mut random = Random(52);
+        for _ in 0..12 {
+            let durable = group.receive(&source, usize::MAX, Some(&history));
+            apply_all(&mut applier, &durable).unwrap();
+            let policy = Policy { window_ns: 2_000_000_000, min_ns: 0, quota_bytes: Some(u64::MAX) };
+            let expired = applier.expire(&policy, group.writer.segments()).unwrap();
+            if let Some(number) = expired.drop_journal_before {
+                group.writer.drop_before(number).unwrap();
+            }
+            for _ in 0..100 {
+                source.random_change(&SIZES, &mut random);
+                source.frame();
+            }
+        }
+        running.store(false, Ordering::Relaxed);
+        passes.join().unwrap()
+    });
+    assert!(passes > 2, "{passes}");
+    let bytes = scrub.pass(&disk, &dir, || 0).unwrap().unwrap().bytes;
+    let slow = Arc::new(Scrub::at(bytes * 4));
+    let begun = std::time::Instant::now();
+    slow.pass(&disk, &dir, || 0).unwrap();
+    assert!(begun.elapsed().as_millis() > 150, "a quarter of a second at this rate: {:?}", begun.elapsed());
+    let stopped = Arc::new(Scrub::at(1));
+    std::thread::scope(|scope| {
+        let pass = scope.spawn(|| stopped.pass(&disk, &dir, || 0).unwrap());
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        stopped.stop();
+        assert_eq!(pass.join().unwrap(), None);
+    });
 }

@@ -542,3 +542,49 @@ async fn a_bookmark_is_held_by_its_name_and_let_go() {
     assert_eq!(handle.hold("g", "noon", true).await.unwrap_err().kind, receiver::ErrorKind::NotPossible);
     handle.shutdown().await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rot_in_a_stored_segment_is_found_by_scrub_and_told_with_its_place() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    source.begin_epoch();
+    source.write(10);
+    let handle = site.start(&[&source]).await;
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    source.write(10);
+    link.send(&source.frames).await;
+    link.on_replica(source.lsn).await;
+    let scrubbed = async |after: Option<String>| {
+        handle.scrub_now("g").unwrap();
+        loop {
+            let group = handle.status().groups.remove(0);
+            match group.scrub.clone() {
+                Some(scrub) if Some(&scrub.finished) != after.as_ref() => return (group, scrub),
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    };
+    let (group, scrub) = tokio::time::timeout(PATIENCE, scrubbed(None)).await.unwrap();
+    assert_eq!((group.state, scrub.damage.len()), (State::Replicating, 0));
+    assert!(scrub.segments >= 2 && scrub.bytes > 0, "journal and undo: {scrub:?}");
+
+    let undo = site.dir.path().join("r/groups/g/undo");
+    let segment = std::fs::read_dir(&undo).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[512 + 192 + 10] ^= 1;
+    std::fs::write(&segment, &bytes).unwrap();
+    let (group, found) = tokio::time::timeout(PATIENCE, scrubbed(Some(scrub.finished))).await.unwrap();
+    assert_eq!(found.damage.len(), 1, "{found:?}");
+    assert_eq!((&found.damage[0].file, found.damage[0].offset), (&segment, 512));
+    assert_eq!(group.state, State::Degraded);
+    let why = group.why.unwrap();
+    assert!(why.contains(segment.to_str().unwrap()) && why.contains("byte 512"), "{why}");
+    bytes[512 + 192 + 10] ^= 1;
+    std::fs::write(&segment, &bytes).unwrap();
+    let (group, mended) = tokio::time::timeout(PATIENCE, scrubbed(Some(found.finished))).await.unwrap();
+    assert_eq!((group.state, mended.damage.len()), (State::Replicating, 0));
+    handle.shutdown().await.unwrap();
+}

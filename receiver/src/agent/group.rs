@@ -35,6 +35,7 @@ use crate::ingest::queue::Ingest;
 use crate::ingest::thread::{Durable, Place, Runner};
 use crate::ingest::{IngestCore, Refusal};
 use crate::lock::GroupLock;
+use crate::scrub::Scrub;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir};
 
 /// What a peer says that it is, after its identity was proved and bound to the name by the settings.
@@ -82,6 +83,7 @@ pub struct Group {
     pub(super) history: Arc<History>,
     pub(super) heartbeats: Arc<Mutex<Heartbeats>>,
     pub(super) orders: Arc<Orders>,
+    pub(super) scrub: Arc<Scrub>,
     pub(super) berth: Berth,
     threads: Mutex<Vec<JoinHandle<()>>>,
     // Last: let go when everything that uses the directory has ended.
@@ -146,10 +148,16 @@ impl Group {
             progress: progress.clone(),
         };
         let apply = ApplyThread::open(setup, name, parts)?;
+        let scrub = Arc::new(Scrub::default());
+        let (scrubbed, disk, scrubbed_dir) = (scrub.clone(), setup.disk.clone(), dir.clone());
         // 3. Threads last: nothing is announced before everything is recovered.
         let threads = vec![
             failure::spawn(format!("ingest-{name}"), &setup.failure, move || runner.run())?,
             failure::spawn(format!("apply-{name}"), &setup.failure, move || apply.run())?,
+            failure::spawn(format!("scrub-{name}"), &setup.failure, move || {
+                scrubbed.run(&disk, &scrubbed_dir, super::now_ns);
+                Ok(())
+            })?,
         ];
         Ok(Arc::new(Group {
             name: name.to_owned(),
@@ -163,6 +171,7 @@ impl Group {
             history,
             heartbeats,
             orders,
+            scrub,
             berth: Berth::default(),
             threads: Mutex::new(threads),
             _lock: lock,
@@ -234,6 +243,7 @@ impl Group {
     pub fn stop(&self) {
         self.ingest.stop();
         self.bell.stop();
+        self.scrub.stop();
         for thread in lock(&self.threads).drain(..) {
             // A panic was reported by the thread itself.
             let _ = thread.join();

@@ -36,7 +36,7 @@ pub(super) fn group(group: &Group) -> GroupStatus {
     let durable = group.history.state();
     let gap = points.gaps.last().filter(|gap| gap.to_lsn.is_none()).map(|gap| gap.reason.as_str());
     let resyncing = gap.or((!durable.is_consistent()).then_some("the replica is not consistent yet"));
-    let (state, mut why) = state(&progress, resyncing, points.oldest.is_some(), peer.is_some());
+    let (mut state, mut why) = state(&progress, resyncing, points.oldest.is_some(), peer.is_some());
     let waiting_bytes = group.bell.bytes_waiting();
     if state == State::Rewound {
         let waits = format!(
@@ -44,6 +44,13 @@ pub(super) fn group(group: &Group) -> GroupStatus {
             received.0.saturating_sub(checkpoint.0)
         );
         why = why.map(|why| why + &waits);
+    }
+    let scrub = group.scrub.last();
+    if let Some(damage) = scrub.as_ref().and_then(|scrub| scrub.damage.first()) {
+        let found = format!("damage in {} at byte {}: {}", damage.file.display(), damage.offset, damage.what);
+        // The replica follows as ever; what is damaged is the way back.
+        state = state.max(State::Degraded);
+        why = Some(why.map_or(found.clone(), |why| format!("{why}; besides, {found}")));
     }
     let volumes = durable.replicas.iter().map(|replica| VolumeStatus {
         name: replica.name.clone(),
@@ -75,6 +82,7 @@ pub(super) fn group(group: &Group) -> GroupStatus {
             since: rfc3339(rewind.since_ns),
             waiting_bytes,
         }),
+        scrub,
     }
 }
 
@@ -94,6 +102,7 @@ pub(super) fn broken(name: &str, why: &str) -> GroupStatus {
         used: UsedStatus::default(),
         apply_error: Some(why.to_owned()),
         rewound: None,
+        scrub: None,
     }
 }
 

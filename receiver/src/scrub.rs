@@ -1,0 +1,289 @@
+//! Scrub: the stored segments are read and checked in the background, slowly, so that rot is found while the other side
+//! or a backup can still mend it, and not by the restore that needs them.
+//!
+//! A pass verifies the group's journal and undo as `afterimage journal verify` does, beside the threads that append to
+//! them and drop from them. ⚠ What such a neighbour does in the middle of a look can pass for damage: only what two looks
+//! find at the same place is told. What the page cache holds is read from there: rot below it shows once it is evicted.
+//!
+//! State: the last pass's result; nothing on disk.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use journal::io::{Disk, File};
+use journal::verify::{Finding, Severity, VerifyOptions, verify_dir};
+use serde::{Deserialize, Serialize};
+
+use crate::point::rfc3339;
+use crate::state::{journal_dir, undo_dir};
+use crate::undo::file_number;
+use crate::{Error, Result};
+
+/// Bytes read a second: a day's history of 1 TiB in less than a day, and little beside the stream on any disk.
+const RATE_BYTES_PER_S: u64 = 16 << 20;
+/// Pause after the group is opened: its first minutes have other work.
+const FIRST: Duration = Duration::from_secs(600);
+/// Pause between two passes.
+const BETWEEN: Duration = Duration::from_secs(24 * 3600);
+/// Reads are paid for in sleeps no shorter than this.
+const SLEEP: Duration = Duration::from_millis(20);
+/// Findings that are told; one rotten disk has thousands.
+const MAX_FINDINGS: usize = 100;
+/// Scrubbing is the last thing that matters.
+const NICENESS: i32 = 19;
+
+/// What the last pass found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// When it ended, this machine's clock, RFC 3339 UTC.
+    pub finished: String,
+    /// Segments read.
+    pub segments: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Places that do not hold.
+    pub damage: Vec<Damage>,
+}
+
+/// A place that does not hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Which file.
+    pub file: PathBuf,
+    /// Where in it, bytes.
+    pub offset: u64,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// Paces, starts and stops scrubbing; shared by the scrub thread and whoever tells it.
+#[derive(Debug)]
+pub struct Scrub {
+    rate_bytes_per_s: u64,
+    told: Mutex<Told>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    stop: bool,
+    now: bool,
+    owed: Duration,
+    last: Option<ScrubStatus>,
+}
+
+impl Default for Scrub {
+    fn default() -> Scrub {
+        Scrub::at(RATE_BYTES_PER_S)
+    }
+}
+
+impl Scrub {
+    /// At most so many bytes a second.
+    pub fn at(rate_bytes_per_s: u64) -> Scrub {
+        Scrub { rate_bytes_per_s, told: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// What the last pass found; `None` before the first has ended.
+    pub fn last(&self) -> Option<ScrubStatus> {
+        self.lock().last.clone()
+    }
+
+    /// The next pass begins at once.
+    pub fn start_now(&self) {
+        self.lock().now = true;
+        self.changed.notify_all();
+    }
+
+    /// Ends the thread, also in the middle of a pass.
+    pub fn stop(&self) {
+        self.lock().stop = true;
+        self.changed.notify_all();
+    }
+
+    /// The scrub thread of a group. `now_ns` tells this machine's clock.
+    pub(crate) fn run(self: &Arc<Self>, disk: &Arc<dyn Disk>, group_dir: &Path, now_ns: fn() -> u64) {
+        if let Err(errno) = rustix::process::setpriority_process(None, NICENESS) {
+            tracing::debug!(%errno, "the scrub thread keeps its priority");
+        }
+        let mut pause = FIRST;
+        while self.wait(pause) {
+            match self.pass(disk, group_dir, now_ns) {
+                Ok(Some(found)) => {
+                    for Damage { file, offset, what } in &found.damage {
+                        tracing::error!(file = %file.display(), offset, what, "scrub found damage");
+                    }
+                    self.lock().last = Some(found);
+                }
+                Ok(None) => return,
+                // A directory that cannot be listed is met by everybody else, too.
+                Err(error) => tracing::warn!(%error, "cannot scrub"),
+            }
+            pause = BETWEEN;
+        }
+    }
+
+    /// One pass over a group's journal and undo; `None` where it was stopped.
+    ///
+    /// # Errors
+    /// A directory cannot be listed.
+    pub fn pass(
+        self: &Arc<Self>,
+        disk: &Arc<dyn Disk>,
+        group_dir: &Path,
+        now_ns: fn() -> u64,
+    ) -> Result<Option<ScrubStatus>> {
+        match self.look(disk, group_dir) {
+            // Whatever a stopped pass met means nothing.
+            _ if self.lock().stop => Ok(None),
+            Ok(found) => Ok(Some(ScrubStatus { finished: rfc3339(now_ns()), ..found })),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn look(self: &Arc<Self>, disk: &Arc<dyn Disk>, group_dir: &Path) -> Result<ScrubStatus> {
+        let paced = Paced { disk: Arc::clone(disk), scrub: Arc::clone(self) };
+        let mut found = ScrubStatus::default();
+        let undo = undo_dir(group_dir);
+        let names = disk.list(&undo).map_err(|e| Error::io(format!("list {}", undo.display()), e))?;
+        // A group without history has no undo, which is no damage.
+        let undo = names.iter().any(|name| file_number(name).is_some()).then_some(undo);
+        for dir in [Some(journal_dir(group_dir)), undo].into_iter().flatten() {
+            let look = || -> Result<_> {
+                Ok(verify_dir(&paced, &dir, VerifyOptions { unpack: false }, &mut |_, _| {})?)
+            };
+            let first = look()?;
+            let mut damage: Vec<Finding> = damaged(first.findings);
+            if !damage.is_empty() && !self.lock().stop {
+                let second = damaged(look()?.findings);
+                let again = |one: &Finding| {
+                    second.iter().any(|two| (&two.file, two.offset) == (&one.file, one.offset))
+                };
+                damage.retain(again);
+            }
+            found.segments += first.segments;
+            found.bytes += first.bytes;
+            let told =
+                damage.into_iter().map(|Finding { file, offset, what, .. }| Damage { file, offset, what });
+            found.damage.extend(told);
+        }
+        found.damage.truncate(MAX_FINDINGS);
+        Ok(found)
+    }
+
+    /// Waits until a pass is due; false where the thread is to end.
+    fn wait(&self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        let mut told = self.lock();
+        loop {
+            if told.stop {
+                return false;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if std::mem::take(&mut told.now) || left.is_zero() {
+                return true;
+            }
+            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Pays for a read; an error where the pass is to end.
+    fn pay(&self, bytes: u64) -> io::Result<()> {
+        let mut told = self.lock();
+        told.owed += Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / self.rate_bytes_per_s.max(1));
+        if told.owed >= SLEEP {
+            let until = Instant::now() + std::mem::take(&mut told.owed);
+            while !told.stop && Instant::now() < until {
+                let left = until.saturating_duration_since(Instant::now());
+                told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+        if told.stop { Err(io::Error::other("scrubbing was stopped")) } else { Ok(()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn damaged(findings: Vec<Finding>) -> Vec<Finding> {
+    findings.into_iter().filter(|finding| finding.severity == Severity::Corrupt).collect()
+}
+
+/// A disk that is only read, at a pace.
+struct Paced {
+    disk: Arc<dyn Disk>,
+    scrub: Arc<Scrub>,
+}
+
+struct PacedFile {
+    file: Arc<dyn File>,
+    scrub: Arc<Scrub>,
+}
+
+fn read_only<T>() -> io::Result<T> {
+    Err(io::ErrorKind::ReadOnlyFilesystem.into())
+}
+
+impl Disk for Paced {
+    fn create(&self, _path: &Path) -> io::Result<Arc<dyn File>> {
+        read_only()
+    }
+    fn open(&self, _path: &Path) -> io::Result<Arc<dyn File>> {
+        read_only()
+    }
+    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.scrub.pay(0)?;
+        let file = self.disk.open_read(path)?;
+        Ok(Arc::new(PacedFile { file, scrub: Arc::clone(&self.scrub) }))
+    }
+    fn rename(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+        read_only()
+    }
+    fn remove(&self, _path: &Path) -> io::Result<()> {
+        read_only()
+    }
+    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
+        read_only()
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+    fn create_dir(&self, _dir: &Path) -> io::Result<()> {
+        read_only()
+    }
+}
+
+impl File for PacedFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.scrub.pay(buffer.len() as u64)?;
+        self.file.read_at(buffer, offset)
+    }
+    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
+        read_only()
+    }
+    fn sync(&self) -> io::Result<()> {
+        read_only()
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+    fn set_size(&self, _bytes: u64) -> io::Result<()> {
+        read_only()
+    }
+    fn allocate(&self, _bytes: u64) -> io::Result<()> {
+        read_only()
+    }
+    fn punch_hole(&self, _range: Range<u64>) -> io::Result<()> {
+        read_only()
+    }
+    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.file.next_data(offset)
+    }
+    fn start_writeback(&self, _range: Range<u64>) -> io::Result<()> {
+        read_only()
+    }
+}
