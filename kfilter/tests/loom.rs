@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
 
 use kfilter::abi::{GRANULE, control_at};
-use kfilter::memory::{Host, Memory, Span};
+use kfilter::memory::{Host, Memory};
+use kfilter::span::Span;
 use kfilter::ring::Reserver;
 use kfilter::waker::Waker;
 use kfilter::{Captured, Consumer, Entry, Identity, Layout, Mode, Op, Ring, VolumeSpec};
