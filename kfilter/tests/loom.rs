@@ -6,8 +6,8 @@
 
 use kfilter::abi::{GRANULE, control_at};
 use kfilter::memory::{Host, Memory};
-use kfilter::span::Span;
 use kfilter::ring::Reserver;
+use kfilter::span::Span;
 use kfilter::waker::Waker;
 use kfilter::{Captured, Consumer, Entry, Identity, Layout, Mode, Op, Ring, VolumeSpec};
 use loom::cell::UnsafeCell;
