@@ -466,3 +466,46 @@ fn a_bare_directory_is_rewound_and_resumed_under_its_lock() {
     let mut bare = Bare::open(&disk, &dir, 1).unwrap();
     assert_eq!(bare.resume().unwrap_err().kind, ErrorKind::NotPossible);
 }
+
+/// Boundaries that a rewind took back lie above its own. However the history is shortened, step by step, its oldest point
+/// never goes back, and whatever is promised from it on is there, redo included.
+#[test]
+fn shortened_step_by_step_the_history_never_goes_back() {
+    let mut source = live(14, 120);
+    let (_, disk) = sim();
+    let dir = Path::new(GROUP_DIR);
+    let mut group = Group::create_small(Arc::clone(&disk), dir, &source);
+    let (history, mut applier) = open(&disk, dir, settings(6_000)).unwrap();
+    let durable = group.receive(&source, usize::MAX, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    let middle = source.points[source.points.len() / 3];
+    rewind(&mut applier, &At::Lsn(middle), &durable).unwrap();
+    applier.resume(Lsn::ZERO).unwrap();
+    apply_all(&mut applier, &durable).unwrap();
+    more(&mut source, &mut Random(15), 120);
+    let durable = group.receive(&source, usize::MAX, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    let (mut start, mut steps) = (history.state().history_start.lsn, 0);
+    // By the quota, which takes one batch after the other: by age all that was applied again goes at once.
+    for quota in (0..1200).rev() {
+        let policy = Policy { window_ns: u64::MAX, min_ns: 0, quota_bytes: Some(quota * (16 << 10)) };
+        let expired = applier.expire(&policy, group.writer.segments()).unwrap();
+        if let Some(number) = expired.drop_journal_before {
+            group.writer.drop_before(number).unwrap();
+        }
+        let now = history.state().history_start.lsn;
+        assert!(now >= start, "the oldest point went back from {start} to {now}");
+        if now == start {
+            continue;
+        }
+        if steps == 0 {
+            assert!(now < middle, "it begins before the rewind's point");
+        }
+        (start, steps) = (now, steps + 1);
+        for lsn in reachable(&history, &source).into_iter().step_by(11) {
+            assert_exact(&history, &source, lsn);
+        }
+        assert_exact(&history, &source, start);
+    }
+    assert!(steps > 5 && start > middle, "{steps} steps, up to {start}");
+}

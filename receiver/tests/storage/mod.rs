@@ -331,11 +331,20 @@ pub struct Group {
 
 impl Group {
     pub fn create(disk: Arc<dyn Disk>, dir: &Path, source: &Source) -> Group {
+        Group::create_with(disk, dir, source, 1 << 20)
+    }
+
+    /// With the smallest segments, so that redo is dropped a little at a time.
+    pub fn create_small(disk: Arc<dyn Disk>, dir: &Path, source: &Source) -> Group {
+        Group::create_with(disk, dir, source, 64 << 10)
+    }
+
+    fn create_with(disk: Arc<dyn Disk>, dir: &Path, source: &Source, segment_bytes: u64) -> Group {
         let state = GroupState::new(GROUP, "g", [1; 32], LINEAGE);
         GroupStore::create(Arc::clone(&disk), dir, state).unwrap();
         let first = &source.frames[0].1;
         let start = Position::epoch_start(LINEAGE, first.epoch, Lsn(first.first_lsn.0 - 1));
-        let options = WriterOptions { group: GROUP, segment_bytes: 1 << 20 };
+        let options = WriterOptions { group: GROUP, segment_bytes };
         let writer = Writer::create(Arc::clone(&disk), &journal_dir(dir), options, start, 1).unwrap();
         Group { disk, dir: dir.to_path_buf(), writer, appended: 0 }
     }
