@@ -44,7 +44,14 @@ impl Stream<'_> {
             self.ready.reverse();
             *page += 1;
         }
-        Ok(self.ready.last().copied())
+        let head = self.ready.last().copied();
+        // Each step passes its piece: one of no length, which nobody writes, would never be passed.
+        match head.filter(|entry| entry.extent.length == 0) {
+            Some(empty) => {
+                Err(Error::corrupt(format!("undo of batch {}: an extent of no length", empty.batch)))
+            }
+            None => Ok(head),
+        }
     }
 
     /// Drops everything before a place.

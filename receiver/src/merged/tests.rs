@@ -93,6 +93,16 @@ fn index_page(disk: &dyn Disk, node: Node) -> Result<()> {
 }
 
 #[test]
+fn an_extent_of_no_length_is_refused_and_does_not_hang() {
+    let (_, disk) = disk();
+    let node = Node { level: 1, first: 1 };
+    let parts = Parts::Entries(vec![vec![entry(1, 0, 512, 0, false)]]);
+    let error = build(&disk, Path::new("/m"), GROUP, node, 5, &parts).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Corrupt, "{error}");
+    assert_eq!(disk.list(Path::new("/m")).unwrap(), Vec::<String>::new());
+}
+
+#[test]
 fn names_mean_nodes() {
     let node = Node { level: 2, first: 257 };
     assert_eq!((Node::of_name(&node.file_name()), node.last()), (Some(node), 512));
