@@ -55,7 +55,7 @@ impl Agent {
             let at = format!("{} is captured already, as volume {name}", path.display());
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
-        let disk = attach::open(&path)?;
+        let disk = attach::open(&path, &self.settings.dir)?;
         let known = self.known(volume.id)?;
         if disk.size_bytes() < known.size_bytes {
             let at = format!(
@@ -87,7 +87,7 @@ impl Agent {
         }
         let (state, why) = self.shared.board.state();
         self.update(volume.id, |known| known.detached = true)?;
-        let last_lsn = Lsn(end_capture(&group, volume.id)?);
+        let last_lsn = Lsn(end_capture(&group, volume.id)?.last_lsn);
         volume.set_disk(None);
         self.shared.board.take_out(&name);
         let begun = Instant::now();
@@ -146,15 +146,23 @@ impl Agent {
     }
 }
 
-/// Ends a capture, and waits for writes in flight; the newest lsn then.
+/// How a capture ended.
+pub(crate) struct CaptureEnd {
+    /// The newest lsn then.
+    pub last_lsn: u64,
+    /// Every captured write has come back from the device. Else one may still change it, or fail, unseen.
+    pub is_settled: bool,
+}
+
+/// Ends a capture, and waits for writes in flight, not without end.
 ///
 /// # Errors
-/// The kernel module's. Writes that do not come back are told in the log: capture has ended all the same.
-pub(crate) fn end_capture(group: &Group, volume: u32) -> Result<u64> {
+/// The kernel module's.
+pub(crate) fn end_capture(group: &Group, volume: u32) -> Result<CaptureEnd> {
     let begun = Instant::now();
     loop {
         match group.detach(volume, STEP) {
-            Ok(lsn) => return Ok(lsn),
+            Ok(last_lsn) => return Ok(CaptureEnd { last_lsn, is_settled: true }),
             Err(error) if error.kind == Cause::TimedOut && begun.elapsed() < RETURN => {}
             Err(error) if error.kind == Cause::TimedOut => {
                 tracing::warn!(
@@ -163,7 +171,7 @@ pub(crate) fn end_capture(group: &Group, volume: u32) -> Result<u64> {
                 );
                 let status = group.status();
                 return status
-                    .map(|status| status.captured_lsn)
+                    .map(|status| CaptureEnd { last_lsn: status.captured_lsn, is_settled: false })
                     .map_err(|error| Error::because(ErrorKind::Ring, "ask the kernel module", error));
             }
             Err(error) => return Err(Error::because(ErrorKind::Ring, "end the capture", error)),

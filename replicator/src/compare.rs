@@ -6,7 +6,7 @@
 //! ```
 //! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ const YES: u8 = 2;
 /// What the receiver said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Hashes, 16 bytes a chunk.
-    Hashes(Vec<u8>),
+    /// Hashes, 16 bytes a chunk, and over which connection they came.
+    Hashes(Vec<u8>, u64),
     /// It cannot tell, and why.
     No(String),
 }
@@ -43,6 +43,7 @@ pub struct Questions {
     post: mpsc::Sender<Asked>,
     posted: Mutex<mpsc::Receiver<Asked>>,
     offered: AtomicU8,
+    connections: AtomicU64,
 }
 
 /// A question that was posted.
@@ -54,13 +55,20 @@ pub struct Pending {
 impl Default for Questions {
     fn default() -> Questions {
         let (post, posted) = mpsc::channel(POSTED);
-        Questions { post, posted: Mutex::new(posted), offered: AtomicU8::new(UNKNOWN) }
+        Questions {
+            post,
+            posted: Mutex::new(posted),
+            offered: AtomicU8::new(UNKNOWN),
+            connections: AtomicU64::new(0),
+        }
     }
 }
 
 impl Questions {
-    /// What the receiver of this connection offers.
+    /// A receiver is connected, and what it offers. Before it is decided where its frames begin: whoever sees the old
+    /// number afterwards decided about the same receiver.
     pub fn offer(&self, features: u64) {
+        self.connections.fetch_add(1, Ordering::SeqCst);
         let offered = if features & wire::compare::FEATURE != 0 { YES } else { NO };
         self.offered.store(offered, Ordering::Release);
     }
@@ -71,6 +79,11 @@ impl Questions {
             UNKNOWN => None,
             offered => Some(offered == YES),
         }
+    }
+
+    /// Number of the newest connection.
+    pub fn connection(&self) -> u64 {
+        self.connections.load(Ordering::SeqCst)
     }
 
     /// Posts a question. Blocks while too many are under way; `look` says whether to go on.
@@ -113,6 +126,7 @@ impl Questions {
     /// Carries questions over a connection until it fails.
     pub async fn carry(&self, connection: &Connection) -> wire::Error {
         let mut posted = self.posted.lock().await;
+        let number = self.connection();
         if self.is_offered() != Some(true) {
             return std::future::pending().await;
         }
@@ -125,7 +139,7 @@ impl Questions {
                 return error;
             }
             let said = match receiver.next().await {
-                Ok(Some(Message::Hashes { hashes, .. })) => Answer::Hashes(hashes),
+                Ok(Some(Message::Hashes { hashes, .. })) => Answer::Hashes(hashes, number),
                 Ok(Some(Message::Error { reason, .. })) => Answer::No(reason),
                 Ok(_) => {
                     let at = "the receiver answered a question with something else";

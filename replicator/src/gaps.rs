@@ -65,15 +65,29 @@ impl Agent {
         if names.is_empty() { String::new() } else { format!("detached: {}", names.join(", ")) }
     }
 
-    /// The kernel's ring knows sizes that it could not put into the order while writes only set bits.
+    /// From its return on, durably, no receiver that holds nothing may start at this epoch: what it was found to hold
+    /// already is not in the epoch's frames.
+    ///
+    /// # Errors
+    /// The state file cannot be written: then nothing may be left out.
+    pub(crate) fn epoch_is_part(&self) -> Result<()> {
+        let mut file = self.state();
+        if file.get().epoch_is_full { file.update(|state| state.epoch_is_full = false) } else { Ok(()) }
+    }
+
+    /// States the volumes whose record is not in the stream: the kernel's ring knows sizes that it could not put into the
+    /// order while writes only set bits, and a record may have been given up.
     ///
     /// # Errors
     /// The kernel module's.
-    pub(crate) fn announce_growth(&self) -> Result<()> {
-        for volume in self.volumes.iter().filter(|volume| volume.served().is_none()) {
+    pub(crate) fn announce_volumes(&self) -> Result<()> {
+        for volume in self.volumes.iter() {
             let Some(size_bytes) = self.shared.ring.size_bytes(volume.id) else { continue };
             let known = self.state().get().volumes.iter().find(|known| known.id.0 == volume.id).cloned();
-            let Some(known) = known.filter(|known| known.size_bytes < size_bytes) else { continue };
+            let is_untold = self.shared.health.is_untold(volume.id);
+            let Some(known) = known.filter(|known| is_untold || known.size_bytes < size_bytes) else {
+                continue;
+            };
             // The pipeline remembers it when the record passes.
             let payload = start::volume_record(&KnownVolume { size_bytes, ..known });
             match self.shared.ring.event(Op::Volume, volume.id, &payload) {

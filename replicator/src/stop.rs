@@ -46,14 +46,15 @@ impl Agent {
             tracing::info!("the kernel captures on; the next start takes over");
             return Ok(Vec::new());
         }
-        let mut detached = Vec::new();
+        let (mut detached, mut settled) = (Vec::new(), true);
         for (id, disk) in disks {
             let written = start::stamp::written(&disk.sysfs()).unwrap_or([u64::MAX; 2]);
-            end_capture(group, id)?;
+            settled &= end_capture(group, id)?.is_settled;
             tracing::info!(device = %disk.path().display(), "detached for a clean stop");
             detached.push(Detached { id, disk, written });
         }
-        Ok(detached)
+        // A write that hangs may land, or fail, when nobody looks any more: then there is no clean mark.
+        Ok(if settled { detached } else { Vec::new() })
     }
 }
 

@@ -60,6 +60,10 @@ refused 'cannot be captured|unsuitable|medium' sink /dev/md9
 prepare_pair member="$B"
 refused 'md array' timeout 20 afterimage replicate --config /srv/source.toml
 md array_state clear
+# An agent that keeps its journal on the disk that it captures: each frame would make another.
+mkdir -p /d/agent; cp -r "$SOURCE/identity" /d/agent/
+sed "s#^dir = .*#dir = \"/d/agent\"#; s#^device = .*#device = \"$A\"#" /srv/source.toml > /srv/feedback.toml
+refused 'lies on it' timeout 20 afterimage replicate --config /srv/feedback.toml
 # zram: it has a submit_bio of its own and is no device mapper.
 modprobe zram num_devices=1; echo 16M > /sys/block/zram0/disksize
 refused 'cannot be captured|unsuitable|medium' sink /dev/zram0

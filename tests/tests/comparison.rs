@@ -77,6 +77,39 @@ fn only_what_differs_is_sent_after_an_unclean_end() -> Result<()> {
     })
 }
 
+#[test]
+fn a_receiver_that_lost_everything_is_not_given_a_part_for_the_whole() -> Result<()> {
+    story("comparison, then a new receiver", |home| {
+        let mut random = home.rng();
+        std::fs::create_dir_all(home.path("source"))?;
+        let disk = File::create(home.path("source").join("disk.img"))?;
+        let mut content = vec![0; 32 << 20];
+        random.fill(content.as_mut_slice());
+        disk.write_all_at(&content, 0)?;
+        let spec = PairSpec { volumes: &[("disk", content.len() as u64)], ..PairSpec::default() };
+        let mut pair = Pair::start(home, &spec)?;
+        pair.assert_replica_equals_source()?;
+        // An epoch that begins with what differs, not with everything.
+        pair.source_daemon()?.kill()?;
+        pair.lose_ring()?;
+        disk.write_all_at(&[7; 4096], 0)?;
+        pair.start_source()?;
+        pair.until_served()?;
+        pair.assert_replica_equals_source()?;
+        // The other site burns; what stands there now holds nothing.
+        pair.receiver_daemon()?.kill()?;
+        std::fs::remove_dir_all(pair.group_dir())?;
+        std::fs::remove_file(pair.replica("disk"))?;
+        pair.start_receiver()?;
+        let group = pair.source.until("not joined", MINUTE, |group| group.state() == "needs-resync")?;
+        home.figure(group.why().to_owned());
+        pair.source_daemon()?.stop()?;
+        pair.start_source()?;
+        pair.until_served()?;
+        pair.assert_replica_equals_source()
+    })
+}
+
 /// What the agent's log says of the last synchronisation.
 fn content_bytes(log: &str) -> Result<u64> {
     let (_, after) = log.rsplit_once("content_bytes=").context("the log tells no synchronisation")?;

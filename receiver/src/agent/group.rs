@@ -85,6 +85,7 @@ pub struct Group {
     pub(super) orders: Arc<Orders>,
     pub(super) scrub: Arc<Scrub>,
     pub(super) berth: Berth,
+    hashing: Arc<tokio::sync::Semaphore>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     // Last: let go when everything that uses the directory has ended.
     _lock: GroupLock,
@@ -173,6 +174,7 @@ impl Group {
             orders,
             scrub,
             berth: Berth::default(),
+            hashing: Arc::new(tokio::sync::Semaphore::new(1)),
             threads: Mutex::new(threads),
             _lock: lock,
         }))
@@ -227,6 +229,11 @@ impl Group {
     /// As [`History::replica`] tells.
     pub fn replica(&self, volume: journal::VolumeId) -> Result<Arc<dyn journal::io::File>> {
         self.history.replica(volume).map(|(_, file)| file)
+    }
+
+    /// The turn to read a replica for a source's question.
+    pub fn hashing(&self) -> Arc<tokio::sync::Semaphore> {
+        self.hashing.clone()
     }
 
     /// The source spoke of its newest lsn.

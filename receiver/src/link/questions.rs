@@ -88,12 +88,16 @@ impl Question {
             Ok(applied) => applied,
             Err(why) => return Ok(not_possible(why)),
         };
+        // One at a time for a group: a source that asks and leaves, again and again, has one thread read for it.
+        let Ok(turn) = group.hashing().acquire_owned().await else { return Err(End::Refused(stopping())) };
         let file = match group.replica(self.volume) {
             Ok(file) => file,
             Err(error) => return Ok(not_possible(Chain(&error).to_string())),
         };
-        let read =
-            move || self.hashes(&*file).map_err(|error| crate::Error::replica("read the replica", error));
+        let read = move || {
+            let _turn = turn;
+            self.hashes(&*file).map_err(|error| crate::Error::replica("read the replica", error))
+        };
         Ok(match blocking("compare", read).await {
             Ok(_) if group.progress().borrow().rewinds != rewinds => {
                 not_possible("the replica was rewound meanwhile".to_owned())

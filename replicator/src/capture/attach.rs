@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use kfilter::Group;
 
 use crate::capture::disk::Disk;
+use crate::capture::feedback::Machine;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long `dmsetup` may take: a suspend waits for every write in flight.
@@ -20,13 +21,20 @@ const LOOK: Duration = Duration::from_millis(2);
 const CGROUPS: &str = "/sys/fs/cgroup";
 const CGROUP_DEPTH: u32 = 16;
 
-/// Opens a device and says what speaks against capturing it.
+/// Opens a device and says what speaks against capturing it by an agent that keeps its journal in `dir`.
 ///
 /// # Errors
 /// Why it cannot be captured exactly, and what to do instead.
-pub fn open(path: &Path) -> Result<Disk> {
+pub fn open(path: &Path, dir: &Path) -> Result<Disk> {
     let disk = Disk::open(path)?;
-    check(path, &disk.sysfs(), &fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    check(path, &disk.sysfs(), &mounts)?;
+    let machine = Machine { devices: Path::new("/sys/dev/block"), mounts: &mounts };
+    if machine.stands_on(dir, &disk.sysfs()) {
+        let dir = dir.display();
+        let why = "what is journaled there would be captured and journaled again, without end; move `dir` to another disk";
+        refuse(path, &format!("the agent's own directory {dir} lies on it: {why}"))?;
+    }
     Ok(disk)
 }
 

@@ -3,6 +3,7 @@
 pub mod attach;
 pub mod disk;
 pub mod durability;
+mod feedback;
 pub mod in_flight;
 pub mod nbd;
 pub mod pace;

@@ -1,6 +1,8 @@
 //! Whether the source journal takes frames, as everybody but the pipeline sees it.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const TAKES: u8 = 0;
 const SHORT: u8 = 1;
@@ -8,33 +10,54 @@ const BROKEN: u8 = 2;
 
 /// Written by the pipeline, read by all.
 #[derive(Debug, Default)]
-pub struct Health(AtomicU8);
+pub struct Health {
+    state: AtomicU8,
+    /// Volumes whose record was given up: the stream does not know them, or their size.
+    untold: Mutex<BTreeSet<u32>>,
+}
 
 impl Health {
     /// Frames are appended.
     pub fn is_good(&self) -> bool {
-        self.0.load(Ordering::Acquire) == TAKES
+        self.state.load(Ordering::Acquire) == TAKES
     }
 
     /// Nothing more is journaled in this run.
     pub fn is_broken(&self) -> bool {
-        self.0.load(Ordering::Acquire) == BROKEN
+        self.state.load(Ordering::Acquire) == BROKEN
     }
 
     /// No room: it goes on by itself when there is some again.
     pub fn is_short(&self) -> bool {
-        self.0.load(Ordering::Acquire) == SHORT
+        self.state.load(Ordering::Acquire) == SHORT
+    }
+
+    /// Whether the stream lacks a volume's newest record.
+    pub fn is_untold(&self, volume: u32) -> bool {
+        self.untold().contains(&volume)
+    }
+
+    pub(crate) fn leave_untold(&self, volume: u32) {
+        self.untold().insert(volume);
+    }
+
+    pub(crate) fn told(&self, volume: u32) {
+        self.untold().remove(&volume);
+    }
+
+    fn untold(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn good(&self) {
-        self.0.store(TAKES, Ordering::Release);
+        self.state.store(TAKES, Ordering::Release);
     }
 
     pub(crate) fn short(&self) {
-        self.0.store(SHORT, Ordering::Release);
+        self.state.store(SHORT, Ordering::Release);
     }
 
     pub(crate) fn broken(&self) {
-        self.0.store(BROKEN, Ordering::Release);
+        self.state.store(BROKEN, Ordering::Release);
     }
 }

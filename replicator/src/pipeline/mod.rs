@@ -203,6 +203,9 @@ impl Pipeline {
             gathered += bytes;
             if record.lsn() > self.journaled.lsn.0 {
                 if self.is_broken() || self.shortage.is_some() {
+                    if record.op() == kfilter::Op::Volume {
+                        self.translator.forget(record.volume());
+                    }
                     shortage::give_up_record(&self.shared, &mut self.shortage, &record)?;
                     self.releasable = Lsn(record.lsn());
                 } else if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0

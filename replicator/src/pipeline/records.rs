@@ -41,6 +41,12 @@ impl Translator {
         Translator { shared, told }
     }
 
+    /// A volume's record was given up: until it is stated again, what touches the volume has no place in the stream.
+    pub fn forget(&mut self, volume: u32) {
+        self.told.remove(&volume);
+        self.shared.health.leave_untold(volume);
+    }
+
     /// The most raw bytes that a record takes in a frame.
     pub fn raw_bytes(from: &RecordRef<'_>) -> usize {
         let payload = from.payload().len();
@@ -122,6 +128,7 @@ impl Translator {
         }
         let size_bytes = file.get().volumes[at].size_bytes;
         self.told.insert(record.volume.0, size_bytes);
+        self.shared.health.told(record.volume.0);
         if grown.is_ok() {
             batch.push(record, &start::volume_record(&file.get().volumes[at]));
         } else {
@@ -165,4 +172,101 @@ pub fn void(record: &Record) -> Record {
 pub fn shortened(text: &str) -> &str {
     let end = (0..=text.len().min(record::MAX_NAME_BYTES)).rev().find(|at| text.is_char_boundary(*at));
     &text[..end.unwrap_or(0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+    use std::sync::{Arc, Mutex};
+
+    use journal::io::{Disk, RealDisk};
+    use journal::{Position, VolumeUuid};
+    use kfilter::abi::{Identity, VolumeSpec};
+    use kfilter::region::{Region, RegionSpec, boot_id};
+    use kfilter::{Captured, Entry};
+
+    use super::*;
+    use crate::capture::Ring;
+    use crate::capture::ring::Front;
+    use crate::progress::Progress;
+    use crate::state::{KnownVolume, StateFile};
+    use crate::status::Board;
+
+    const MIB: u64 = 1 << 20;
+
+    fn shared(dir: &std::path::Path, ring_dir: &std::path::Path) -> Shared {
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let mut state = StateFile::open(&disk, dir).unwrap();
+        let known = KnownVolume {
+            id: VolumeId(1),
+            uuid: VolumeUuid([2; 16]),
+            name: "disk".to_owned(),
+            size_bytes: 64 * MIB,
+            stamp: None,
+            present: true,
+            device: None,
+            detached: false,
+        };
+        state.update(|state| state.volumes = vec![known]).unwrap();
+        let spec = RegionSpec {
+            identity: Identity {
+                boot_id: boot_id().unwrap(),
+                group_id: [1; 16],
+                epoch: 1,
+                epoch_id: [3; 16],
+            },
+            volumes: &[VolumeSpec { id: 1, sector_bytes: 512, uuid: [2; 16], size_bytes: 64 * MIB }],
+            ring_bytes: MIB,
+            first_lsn: 1,
+            last_time_ns: 0,
+        };
+        let region = Arc::new(Region::create(ring_dir, &spec).unwrap());
+        let (lineage, epoch) = (state.get().lineage, state.get().epoch);
+        Shared {
+            ring: Arc::new(Ring::Front(Front::new(region, Vec::new()))),
+            progress: Arc::new(Progress::new(
+                Position::epoch_start(lineage, epoch, Lsn(0)),
+                std::iter::empty(),
+            )),
+            board: Arc::new(Board::new("g", std::iter::once("disk".to_owned()))),
+            state: Arc::new(Mutex::new(state)),
+            sync_cause: Arc::default(),
+            map: Arc::default(),
+            health: Arc::default(),
+            stop: Arc::new(AtomicBool::new(false)),
+            journal_bytes: Arc::default(),
+        }
+    }
+
+    #[test]
+    fn a_growth_that_was_given_up_is_untold_until_it_is_stated_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let ring_dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let shared = shared(dir.path(), ring_dir.path());
+        let Ring::Front(front) = &*shared.ring else { unreachable!() };
+        let size = 96 * MIB;
+        assert!(matches!(front.region.grow(1, size, &size.to_le_bytes(), 1), Ok(Captured::Ring(_))));
+        let write = Entry { needs_done: false, ..Entry::write(1, 80 * MIB, 512, 0).next().unwrap() };
+        assert!(front.region.capture(std::iter::once(write), &[7; 512], 1).is_ok());
+        let mut tap = shared.ring.tap().unwrap();
+        let mut translator = Translator::new(shared.clone());
+        let pass = |translator: &mut Translator, tap: &crate::capture::Tap| {
+            let mut batch = Batch::default();
+            translator.push(&mut batch, &tap.peek().unwrap().unwrap()).unwrap();
+            batch.raw().len() - record::HEADER_BYTES
+        };
+        pass(&mut translator, &tap);
+        // The batch with it is given up: the stream never heard of the new size.
+        translator.forget(1);
+        assert!(shared.health.is_untold(1));
+        tap.advance().unwrap();
+        assert_eq!(pass(&mut translator, &tap), 0, "a write that no receiver could apply leaves no bytes");
+        assert!(front.region.is_dirty(1), "it is a bit instead");
+        // Stated again, it is known, and what follows has its place.
+        tap.rewind();
+        pass(&mut translator, &tap);
+        assert!(!shared.health.is_untold(1));
+        tap.advance().unwrap();
+        assert_eq!(pass(&mut translator, &tap), 512);
+    }
 }

@@ -99,6 +99,12 @@ impl Pipeline {
             return Ok(());
         }
         self.run_short("the last run had no room in the source journal")?;
+        // Which records it gave up nobody knows.
+        let file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        for volume in &file.get().volumes {
+            self.translator.forget(volume.id.0);
+        }
+        drop(file);
         if let Some(shortage) = &mut self.shortage {
             (shortage.last, shortage.time_ns) = (held.max(self.journaled.lsn), now_ns());
         }

@@ -153,7 +153,7 @@ impl<'a> Copier<'a> {
     fn copy(&mut self, range: Range<u64>, kind: Kind) -> Copied<()> {
         let begin = self.begin(&range, kind)?;
         // Sizes that grew while nothing was recorded: no slot may reach beyond what the stream knows.
-        self.agent.announce_growth()?;
+        self.agent.announce_volumes()?;
         barrier(self.agent)?.map_err(Stop::Later)?;
         let mut buffer = Buffer::new(usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20));
         let ring = &self.agent.shared.ring;

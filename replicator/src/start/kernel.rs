@@ -55,7 +55,10 @@ pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::res
         };
         match group.volume(volume.known.id.0) {
             Ok(status) if status.device == 0 => {
-                // It was being attached, or detached, when the agent died: from now on, and all of it is dirty.
+                // It was being attached, or detached, when the agent died: from now on, and all of it is dirty. Only as
+                // bits, until the synchronisation begins: what this volume wrote meanwhile is in no record, so that no
+                // point of the group may be offered.
+                group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
                 attach::attach(&group, volume.known.id.0, disk, false)?;
             }
             Ok(status) if Some(status.device) == kfilter::device::device_number(disk.rdev()) => {}

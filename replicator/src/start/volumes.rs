@@ -125,7 +125,7 @@ fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> R
             // Its device may be gone by now; nobody asks for it.
             return Ok(FoundDisk { content: Opened::Device(None), size_bytes: None, stamp: None });
         }
-        let disk = attach::open(&volume.path)?;
+        let disk = attach::open(&volume.path, &settings.dir)?;
         let size_bytes = Some(Disk::size_bytes(&disk));
         return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
     }

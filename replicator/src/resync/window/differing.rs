@@ -24,6 +24,7 @@ const QUESTION_BYTES: u64 = compare::MAX_CHUNKS / 2 * GRANULE;
 /// A question that was posted, and for what.
 struct Asked {
     range: Range<u64>,
+    question: Message,
     pending: Pending,
 }
 
@@ -65,8 +66,8 @@ impl Copier<'_> {
                     key,
                 };
                 let questions = self.agent.shared.progress.questions();
-                let pending = questions.post(question, || self.look())?;
-                asked.push_back(Asked { range: part, pending });
+                let pending = questions.post(question.clone(), || self.look())?;
+                asked.push_back(Asked { range: part, question, pending });
             }
             if let Some(asked) = asked.pop_front() {
                 self.answered(asked, &key, buffer)?;
@@ -77,19 +78,29 @@ impl Copier<'_> {
 
     /// Hashes our side of a question meanwhile, then copies what its answer shows to differ.
     fn answered(&mut self, asked: Asked, key: &[u8; 32], buffer: &mut Buffer) -> Copied<()> {
-        let Asked { range, pending } = asked;
+        let Asked { range, question, mut pending } = asked;
         let ours = self.hashes(range.clone(), key, buffer)?;
         let questions = self.agent.shared.progress.questions();
-        let theirs = match questions.wait(pending, || self.look())? {
-            Answer::Hashes(hashes) if hashes.len() == ours.len() => hashes,
-            Answer::Hashes(hashes) => {
-                let why = format!("{} bytes of hashes for {}", hashes.len(), ours.len());
-                return Err(Stop::Later(format!("the receiver's answer is malformed: {why}")));
-            }
-            // Then all of it is sent.
-            Answer::No(why) => {
-                tracing::warn!(volume = %self.volume.name, offset = range.start, why, "cannot be compared; it is copied");
-                Vec::new()
+        let theirs = loop {
+            match questions.wait(pending, || self.look())? {
+                Answer::Hashes(hashes, connection) if hashes.len() == ours.len() => {
+                    // ⚠ Order: 1 it is durable that this epoch lacks content, so that no receiver which holds nothing starts
+                    // at it; 2 no other receiver was let in before that; 3 bits are cleared without a record.
+                    self.agent.epoch_is_part()?;
+                    if questions.connection() == connection {
+                        break hashes;
+                    }
+                    pending = questions.post(question.clone(), || self.look())?;
+                }
+                Answer::Hashes(hashes, _) => {
+                    let why = format!("{} bytes of hashes for {}", hashes.len(), ours.len());
+                    return Err(Stop::Later(format!("the receiver's answer is malformed: {why}")));
+                }
+                // Then all of it is sent.
+                Answer::No(why) => {
+                    tracing::warn!(volume = %self.volume.name, offset = range.start, why, "cannot be compared; it is copied");
+                    break Vec::new();
+                }
             }
         };
         for (is_equal, run) in runs(&range, &ours, &theirs) {
