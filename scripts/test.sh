@@ -16,8 +16,9 @@ step() {
     table+=$(printf '%-10s %5d s' "$name" $((SECONDS - started)))$'\n'
 }
 
+# All of them, also after a failure: a run takes long, and a second failure is worth knowing.
 stories_and_units() {
-    cargo nextest run --workspace --locked 2>&1 | tee "$log"
+    cargo nextest run --workspace --locked --no-fail-fast 2>&1 | tee "$log"
 }
 
 step check just check

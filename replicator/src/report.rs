@@ -56,6 +56,7 @@ impl Agent {
             ring_percent: percent(&shared.ring),
             connected: peer.connected.is_some(),
             peer: peer.connected.unwrap_or_else(|| self.settings.receiver.address.clone()),
+            kernel: shared.ring.counters(),
             volumes: self
                 .volumes
                 .iter()

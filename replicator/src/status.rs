@@ -60,8 +60,59 @@ pub struct GroupStatus {
     pub peer: String,
     /// Whether the link to the receiver is up.
     pub connected: bool,
+    /// What the kernel module counted since the group began; `null` behind the NBD front.
+    #[serde(default)]
+    pub kernel: Option<KernelCounters>,
     /// Its volumes.
     pub volumes: Vec<VolumeStatus>,
+}
+
+/// Counters of the kernel module, of one group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct KernelCounters {
+    /// Writes copied into the ring.
+    pub ring_writes: u64,
+    /// Writes that only set bits: before the first synchronisation, and in each gap.
+    pub bitmap_writes: u64,
+    /// Payload bytes copied.
+    pub copied_bytes: u64,
+    /// Captured writes that failed on the device.
+    pub failed: u64,
+    /// Writes refused before they reached the device, because their sender would not wait.
+    pub void: u64,
+    /// Writes caught on their way after an attach.
+    pub late: u64,
+    /// Writes that could not be followed, because too many were on their way; they only set bits.
+    pub untracked: u64,
+    /// Writes whose pages could not be read; they only set bits.
+    pub unreadable: u64,
+    /// Writes on their way now.
+    pub in_flight: u64,
+    /// Mean time of a write in the hook, ns, while the module's parameter `measure` is on.
+    pub hook_ns_mean: u64,
+    /// Longest such time, ns.
+    pub hook_ns_max: u64,
+    /// How long the longest drain of a queue stopped its applications, ns.
+    pub freeze_ns_max: u64,
+}
+
+impl From<kfilter::ioctl::Status> for KernelCounters {
+    fn from(status: kfilter::ioctl::Status) -> KernelCounters {
+        KernelCounters {
+            ring_writes: status.ring_writes,
+            bitmap_writes: status.bitmap_writes,
+            copied_bytes: status.copied_bytes,
+            failed: status.failed,
+            void: status.void,
+            late: status.late,
+            untracked: status.untracked,
+            unreadable: status.unreadable,
+            in_flight: status.in_flight,
+            hook_ns_mean: status.hook_ns_total / (status.ring_writes + status.bitmap_writes).max(1),
+            hook_ns_max: status.hook_ns_max,
+            freeze_ns_max: status.freeze_ns_max,
+        }
+    }
 }
 
 /// One volume.
@@ -197,6 +248,7 @@ mod tests {
             ring_percent: 0,
             peer: String::new(),
             connected: false,
+            kernel: None,
             volumes: vec![],
         };
         let json = serde_json::to_value(Status { groups: vec![group] }).unwrap();

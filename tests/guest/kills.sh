@@ -9,6 +9,9 @@ mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
 # 1 MB/s: the ring holds five seconds of it and many more, for agents that start slowly in an emulated machine.
 RING=32MiB pair a="$A"
 epoch=$(epoch)
+# Before the first synchronisation began, the file system's own writes set bits, as they should.
+read_counters
+bits=$(kernel_counter bitmap_writes)
 # In runs of five seconds, so that the load ends without a signal.
 again() { while [ ! -e /tmp/stop ]; do fio_on /d "$@" --time_based --runtime=5; done; }
 again psync --ioengine=psync --rw=randwrite --bs=4k --size=16m --fsync=16 --rate=300k & psync=$!
@@ -29,5 +32,5 @@ umount /d
 assert_equal a="$A"
 points_json | jq -e '.gaps == []' > /dev/null || fail "there is a gap: $(points_json | jq -c .gaps)"
 read_counters
-[ "$(kernel_counter bitmap_writes)" = 0 ] || fail "writes only set bits"
+[ "$(kernel_counter bitmap_writes)" = "$bits" ] || fail "writes only set bits"
 step "$rounds agents, one epoch, no gap"

@@ -178,13 +178,6 @@ four_ways() {
 # Capture of a volume ends.
 detach() { afterimage detach "$1" --control "$SOURCE/control.sock"; }
 
-# The kernel's counters can be read by an agent only: ours stops, which ends no capture, and is started again.
-read_counters() {
-    stop_source
-    afterimage-guest counters > /tmp/counters
-    step "the kernel counts: $(cat /tmp/counters)"
-    start_source
-    wait_state replicating 120
-}
-# One of them, by its name in `ioctl::Status`.
+# One of the kernel's counters, by its name in `status --json`; `read_counters` first.
+read_counters() { group_json | jq .kernel > /tmp/counters; step "the kernel counts: $(jq -c . /tmp/counters)"; }
 kernel_counter() { jq -r ".$1" /tmp/counters; }

@@ -15,6 +15,7 @@ use kfilter::{
 use crate::capture::in_flight::InFlight;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
+use crate::status::KernelCounters;
 
 /// Why a step of the ring was not done.
 #[derive(Debug)]
@@ -145,6 +146,14 @@ impl Ring {
                     group.first_held_lsn().saturating_sub(1)
                 }
             },
+        }
+    }
+
+    /// What the kernel module counted; none behind the NBD front.
+    pub fn counters(&self) -> Option<KernelCounters> {
+        match self {
+            Ring::Front(_) => None,
+            Ring::Kernel(group) => group.status().ok().map(KernelCounters::from),
         }
     }
 

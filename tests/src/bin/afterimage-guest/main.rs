@@ -7,15 +7,14 @@
 //! afterimage-guest replay LOG MARK IMAGE
 //! afterimage-guest compare A B
 //! afterimage-guest version
-//! afterimage-guest counters
 //! afterimage-guest forget
 //! ```
 //!
 //! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: nothing;
 //! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame).
 //! `fuzz` calls the kernel device with arguments that nobody sane would pass. `marks` and `replay` read the log of
-//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ. `counters` prints the kernel's, `forget`
-//! detaches and forgets, for groups that have no agent.
+//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ.
+//! `forget` detaches and forgets, for groups that have no agent.
 
 mod compare;
 mod fuzz;
@@ -28,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-const USAGE: &str = "afterimage-guest sink|fuzz|marks|replay|compare|version|counters|forget; see its source";
+const USAGE: &str = "afterimage-guest sink|fuzz|marks|replay|compare|version|forget; see its source";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -60,7 +59,6 @@ fn run(args: &[String]) -> Result<()> {
         ["marks", log] => log_writes::marks(Path::new(log)),
         ["replay", log, mark, image] => log_writes::replay(Path::new(log), mark, Path::new(image)),
         ["compare", a, b] => compare::run(Path::new(a), Path::new(b)),
-        ["counters"] => sink::counters(),
         ["forget"] => sink::forget(),
         ["version"] => sink::version(),
         _ => bail!(USAGE),

@@ -150,18 +150,6 @@ fn counters_of(status: &kfilter::ioctl::Status) -> serde_json::Value {
     })
 }
 
-/// `counters`: those of every group, one line each. None may have an agent.
-pub fn counters() -> Result<()> {
-    for group in Device::open()?.groups()? {
-        let calls = kfilter::calls::Calls::open(Path::new(kfilter::ioctl::DEVICE))?;
-        calls.take(&mut kfilter::ioctl::Open { group_id: group.group_id, total_bytes: 0 })?;
-        let mut status = kfilter::ioctl::Status::default();
-        calls.status(&mut status)?;
-        println!("{}", counters_of(&status));
-    }
-    Ok(())
-}
-
 fn malformed(malformed: kfilter::consumer::Malformed) -> anyhow::Error {
     anyhow::anyhow!("a malformed record in the ring: {malformed:?}")
 }
