@@ -126,11 +126,13 @@ impl<H: Host> Ring<H> {
 pub(super) struct Cursor {
     position: Cell<u64>,
     head_seen: Cell<u64>,
+    /// Where the record at `position` ends, once it was looked at; else `position`.
+    behind: Cell<u64>,
 }
 
 impl Cursor {
     pub(super) fn at(position: u64) -> Self {
-        Self { position: Cell::new(position), head_seen: Cell::new(position) }
+        Self { position: Cell::new(position), head_seen: Cell::new(position), behind: Cell::new(position) }
     }
 
     pub(super) fn position(&self) -> u64 {
@@ -158,15 +160,20 @@ impl Cursor {
             match place_at(memory, layout, position, self.head_seen.get())? {
                 Place::Pad { next } => self.position.set(next),
                 Place::Unpublished => return Ok(None),
-                Place::Record { record, .. } => return Ok(Some(record)),
+                Place::Record { record, next, .. } => {
+                    self.behind.set(next);
+                    return Ok(Some(record));
+                }
             }
         }
     }
 
     /// Moves behind the record at the cursor; false when there is none.
     pub(super) fn advance<M: Memory>(&self, memory: &M, layout: &Layout) -> Result<bool, Malformed> {
-        let Some(record) = self.peek(memory, layout)? else { return Ok(false) };
-        self.position.set(record.position + u64::from(record.header.total_bytes));
+        if self.behind.get() <= self.position.get() && self.peek(memory, layout)?.is_none() {
+            return Ok(false);
+        }
+        self.position.set(self.behind.get());
         Ok(true)
     }
 }

@@ -14,6 +14,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
@@ -47,6 +48,9 @@ const POOL_BYTES: usize = 4 << 20;
 const IDLE: Duration = Duration::from_millis(50);
 /// How long a stop waits for backing writes that hang.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
+/// How often the ring is looked at while a batch gathers. Its frame waits for `max_delay` anyway, and nobody has to ring
+/// a bell for each write meanwhile: in a kernel that bell is the writer's own time.
+const GATHER: Duration = Duration::from_millis(2);
 /// Sleep while records wait for their backing write before their room can be released.
 const NOT_DONE: Duration = Duration::from_millis(1);
 
@@ -184,11 +188,15 @@ impl Pipeline {
                     return Ok((self.journaled, false));
                 }
             }
-            let pause = match self.opened {
-                Some(opened) => self.settings.max_delay.saturating_sub(opened.elapsed()),
-                None => IDLE,
-            };
-            self.tap.wait(if held { pause.min(NOT_DONE) } else { pause });
+            match self.opened {
+                Some(opened) => {
+                    let left = self.settings.max_delay.saturating_sub(opened.elapsed());
+                    thread::sleep(left.min(GATHER));
+                }
+                None => {
+                    self.tap.wait(if held { NOT_DONE } else { IDLE });
+                }
+            }
         }
         Ok((self.journaled, self.shared.health.is_good() && self.shared.ring.mode() == Mode::Ring))
     }
