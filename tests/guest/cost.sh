@@ -37,7 +37,7 @@ one() { # CONFIG DEVICE ROUND
 }
 run_bare() { one bare "$A" "$1"; }
 run_kfilter() {
-    afterimage-guest sink --batch-ms 2 --until /tmp/stop "$A" > /tmp/sink & local sink=$!
+    afterimage-guest sink --batch-ms 10 --until /tmp/stop "$A" > /tmp/sink & local sink=$!
     wait_for 10 grep -q ready /tmp/sink
     one kfilter "$A" "$1"
     touch /tmp/stop; wait $sink; rm /tmp/stop
@@ -74,7 +74,7 @@ unload_module
 load_module measure=1
 echo "time in the hook (one writer, depth 1):"
 for bs in 4k 16k 64k 128k 512k; do
-    afterimage-guest sink --batch-ms 2 --until /tmp/stop "$A" > /tmp/sink & sink=$!
+    afterimage-guest sink --batch-ms 10 --until /tmp/stop "$A" > /tmp/sink & sink=$!
     wait_for 10 grep -q ready /tmp/sink
     fio --name=hook --filename="$A" --size=100m --rw=randwrite --bs=$bs --ioengine=psync --direct=1 --time_based --runtime="$seconds" > /dev/null
     touch /tmp/stop; wait $sink; rm /tmp/stop

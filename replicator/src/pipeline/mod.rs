@@ -49,8 +49,11 @@ const IDLE: Duration = Duration::from_millis(50);
 /// How long a stop waits for backing writes that hang.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// How often the ring is looked at while a batch gathers. Its frame waits for `max_delay` anyway, and nobody has to ring
-/// a bell for each write meanwhile: in a kernel that bell is the writer's own time.
-const GATHER: Duration = Duration::from_millis(2);
+/// a bell for each write meanwhile: in a kernel that bell is the writer's own time …
+const GATHER: Duration = Duration::from_millis(10);
+/// … and how often while the ring is fuller than this.
+const GATHER_BUSY: Duration = Duration::from_millis(1);
+const BUSY: f64 = 1.0 / 32.0;
 /// Sleep while records wait for their backing write before their room can be released.
 const NOT_DONE: Duration = Duration::from_millis(1);
 
@@ -191,7 +194,8 @@ impl Pipeline {
             match self.opened {
                 Some(opened) => {
                     let left = self.settings.max_delay.saturating_sub(opened.elapsed());
-                    thread::sleep(left.min(GATHER));
+                    let is_busy = self.shared.ring.fill_ratio() > BUSY;
+                    thread::sleep(left.min(if is_busy { GATHER_BUSY } else { GATHER }));
                 }
                 None => {
                     self.tap.wait(if held { NOT_DONE } else { IDLE });
