@@ -122,10 +122,10 @@ impl Replicator {
         };
         let tail = writer.as_ref().map(Writer::shared).ok();
         if let Err(why) = &writer {
-            shared.health.broken();
             tracing::error!(%why, "the disk is served without protection");
             let why =
                 format!("not synchronised: {why}; writes are not recorded, restart the agent to synchronise");
+            shared.health.broken(&why);
             board.change(State::Degraded, why);
         }
         let pipeline = Pipeline::new(shared.clone(), writer.ok(), stamp, batch_settings(&settings))?;

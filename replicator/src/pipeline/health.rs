@@ -12,6 +12,8 @@ const BROKEN: u8 = 2;
 #[derive(Debug, Default)]
 pub struct Health {
     state: AtomicU8,
+    /// Why it takes none, in an operator's words.
+    why: Mutex<String>,
     /// Volumes whose record was given up: the stream does not know them, or their size.
     untold: Mutex<BTreeSet<u32>>,
 }
@@ -32,6 +34,11 @@ impl Health {
         self.state.load(Ordering::Acquire) == SHORT
     }
 
+    /// Why it takes none; empty while it does.
+    pub fn why(&self) -> String {
+        if self.is_good() { String::new() } else { lock(&self.why).clone() }
+    }
+
     /// Whether the stream lacks a volume's newest record.
     pub fn is_untold(&self, volume: u32) -> bool {
         self.untold().contains(&volume)
@@ -46,18 +53,24 @@ impl Health {
     }
 
     fn untold(&self) -> MutexGuard<'_, BTreeSet<u32>> {
-        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.untold)
     }
 
     pub(crate) fn good(&self) {
         self.state.store(TAKES, Ordering::Release);
     }
 
-    pub(crate) fn short(&self) {
+    pub(crate) fn short(&self, why: &str) {
+        why.clone_into(&mut lock(&self.why));
         self.state.store(SHORT, Ordering::Release);
     }
 
-    pub(crate) fn broken(&self) {
+    pub(crate) fn broken(&self, why: &str) {
+        why.clone_into(&mut lock(&self.why));
         self.state.store(BROKEN, Ordering::Release);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

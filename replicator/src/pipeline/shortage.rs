@@ -72,18 +72,19 @@ pub(super) fn give_up_record(
 impl Pipeline {
     /// There is no room for frames now: see the module.
     pub(super) fn run_short(&mut self, why: &str) -> Result<()> {
+        let why = format!("{why}; writes are kept as dirty ranges and synchronised when there is room again");
+        // Before the ring shows a gap: nobody shall try to repair it yet.
+        self.shared.health.short(&why);
         self.shared.ring.set_mode_bitmap(CAUSE_QUOTA)?;
         self.shared
             .state
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .update(|state| state.given_up = true)?;
-        self.shared.health.short();
         self.shared.map.lock().abandon();
         self.forget_batches();
         // Records in batches are still in the ring: they are met again, and given up one by one.
         self.tap.rewind();
-        let why = format!("{why}; writes are kept as dirty ranges and synchronised when there is room again");
         self.shared.board.change(State::Degraded, why.as_str());
         let pause = if why.contains("quota") { TRY } else { TRY_DISK };
         let (last, time_ns) = (self.journaled.lsn, 0);
@@ -198,7 +199,7 @@ impl Pipeline {
         }
         drop(file);
         let why = format!("{cause}; writes are no longer recorded, restart the agent to synchronise");
-        self.shared.health.broken();
+        self.shared.health.broken(&why);
         self.shared.map.lock().abandon();
         self.shared.board.change(State::Degraded, why);
         self.writer = None;

@@ -114,8 +114,14 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// A stop is no failure; what was begun is in the ring.
+    /// A stop is no failure; what was begun is in the ring. A journal that takes nothing any more is said to be the state,
+    /// whichever of the two threads spoke last.
     fn ended(&self, done: Result<()>) -> Result<()> {
+        let shared = &self.agent.shared;
+        let why = shared.health.why();
+        if !why.is_empty() && matches!(shared.board.state().0, State::Syncing | State::Resyncing) {
+            shared.board.change(State::Degraded, why);
+        }
         match done {
             Err(error) if error.kind == ErrorKind::Stopped => Ok(()),
             done => done,
