@@ -50,6 +50,8 @@ pub enum Command {
     Resume(ResumeArgs),
     /// Keep a bookmark, and everything since, from being dropped by retention
     Hold(HoldArgs),
+    /// Compare a group's replica with its disks while they are used; exit code 4 where something differs
+    Verify(VerifyArgs),
     /// List, check or print journal and undo files
     #[command(subcommand)]
     Journal(JournalCommand),
@@ -221,6 +223,31 @@ pub struct HoldArgs {
     pub place: Place,
 }
 
+/// `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Send what differs again
+    #[arg(long)]
+    pub repair: bool,
+    /// Read at most so much, as 100Mbit [default: the setting resync.rate]
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub rate: Option<u64>,
+    /// Only show the verification that runs, or the last one
+    #[arg(long, conflicts_with_all = ["repair", "rate", "stop"])]
+    pub show: bool,
+    /// End the verification that runs
+    #[arg(long, conflicts_with_all = ["repair", "rate"])]
+    pub stop: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
 /// Whom an order about a replica is given to.
 #[derive(Debug, Args)]
 pub struct Place {
@@ -323,6 +350,11 @@ pub fn parse() -> Cli {
 
 fn parse_name(text: &str) -> Result<String, &'static str> {
     if conf::check_name(text) { Ok(text.to_owned()) } else { Err("a name is 1 to 64 of a-z 0-9 _ -") }
+}
+
+/// A rate, bits a second.
+fn parse_rate(text: &str) -> Result<u64, &'static str> {
+    conf::units::parse_rate(text)
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

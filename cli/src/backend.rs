@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use replicator::verify::Order;
 use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -72,6 +73,14 @@ impl Backend for Source {
 
     fn restore(&self, _order: RestoreOrder, _progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(async { Err(not_here("history is", "receiver")) })
+    }
+
+    fn verify(&self, group: String, order: Order) -> Answer<'_, Value> {
+        Box::pin(verify(&self.0, group, order))
+    }
+
+    fn verification(&self, group: String, stop: bool) -> Answer<'_, Value> {
+        Box::pin(verification(&self.0, group, stop))
     }
 }
 
@@ -159,6 +168,14 @@ impl Backend for Both {
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(restored(&self.receiver, order, progress))
     }
+
+    fn verify(&self, group: String, order: Order) -> Answer<'_, Value> {
+        Box::pin(verify(&self.source, group, order))
+    }
+
+    fn verification(&self, group: String, stop: bool) -> Answer<'_, Value> {
+        Box::pin(verification(&self.source, group, stop))
+    }
 }
 
 fn not_here(what: &str, side: &str) -> Fault {
@@ -178,10 +195,28 @@ async fn wait_at_source(source: &replicator::Handle, timeout: Duration) -> Resul
     }
 }
 
-async fn bookmark(source: &replicator::Handle, group: String, name: String) -> Result<u64, Fault> {
-    if !source.status().groups.iter().any(|known| known.name == group) {
-        return Err(Fault::usage(format!("there is no group {group} here; `afterimage status` lists them")));
+fn known(source: &replicator::Handle, group: &str) -> Result<(), Fault> {
+    if source.status().groups.iter().any(|known| known.name == group) {
+        return Ok(());
     }
+    Err(Fault::usage(format!("there is no group {group} here; `afterimage status` lists them")))
+}
+
+async fn verify(source: &replicator::Handle, group: String, order: Order) -> Result<Value, Fault> {
+    known(source, &group)?;
+    json(&source.verify(order).map_err(Fault::from_error)?)
+}
+
+async fn verification(source: &replicator::Handle, group: String, stop: bool) -> Result<Value, Fault> {
+    known(source, &group)?;
+    let report = if stop { source.stop_verification() } else { source.verification() };
+    let never =
+        || Fault::not_possible(format!("{group} was never verified: `afterimage verify {group}` begins"));
+    json(&report.ok_or_else(never)?)
+}
+
+async fn bookmark(source: &replicator::Handle, group: String, name: String) -> Result<u64, Fault> {
+    known(source, &group)?;
     Ok(source.bookmark(&name).map_err(Fault::from_error)?.0)
 }
 

@@ -11,6 +11,9 @@
 //! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
 //! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
 //! POST /v1/hold                {"group":G,"name":N,"release":B} → HoldReport
+//! POST /v1/verify              {"group":G,"repair":B,"rate_bits_per_s":N} → VerifyReport, when it has begun
+//! GET  /v1/verify/{group}      VerifyReport of the verification that runs, or of the last one
+//! POST /v1/verify/stop         {"group":G}                  → VerifyReport
 //! POST /v1/restore             RestoreOrder                 → JSON lines: {"progress":{…}}*, then {"result":…} or {"error":…}
 //! any error                    {"error":{"kind":K,"message":M}}
 //! ```
@@ -74,8 +77,22 @@ pub trait Backend: Send + Sync + 'static {
     fn resume(&self, group: String) -> Answer<'_, Value>;
     /// Puts a bookmark under hold, or releases it.
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value>;
+    /// Begins to compare the replica of a group with its disks.
+    fn verify(&self, _group: String, _order: replicator::verify::Order) -> Answer<'_, Value> {
+        Box::pin(async { Err(compares_elsewhere()) })
+    }
+    /// How far that is; `stop` ends it.
+    fn verification(&self, _group: String, _stop: bool) -> Answer<'_, Value> {
+        Box::pin(async { Err(compares_elsewhere()) })
+    }
     /// Restores; `progress` is told as it goes, and may be full.
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value>;
+}
+
+fn compares_elsewhere() -> Fault {
+    Fault::not_possible(
+        "disks are compared with their replicas at the source: ask the source's control socket",
+    )
 }
 
 /// A restore as it is asked for over the socket. Paths are absolute: the daemon's own directory means nothing here.
@@ -150,6 +167,22 @@ struct RewindBody {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ResumeBody {
+    group: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerifyBody {
+    group: String,
+    #[serde(default)]
+    repair: bool,
+    #[serde(default)]
+    rate_bits_per_s: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VerifyStopBody {
     group: String,
 }
 
@@ -264,6 +297,9 @@ fn router(desk: Desk) -> Router {
         .route("/v1/rewind", post(rewind))
         .route("/v1/resume", post(resume))
         .route("/v1/hold", post(hold))
+        .route("/v1/verify", post(verify))
+        .route("/v1/verify/stop", post(verify_stop))
+        .route("/v1/verify/{group}", get(verification))
         .route("/v1/restore", post(restore))
         .route("/v1/version", get(version))
         .fallback(unknown)
@@ -333,6 +369,19 @@ async fn resume(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Valu
 async fn hold(State(desk): Shared, body: Body<HoldBody>) -> Result<Json<Value>, Fault> {
     let HoldBody { group, name, release } = parsed(body)?;
     desk.backend.hold(group, name, release).await.map(Json)
+}
+
+async fn verify(State(desk): Shared, body: Body<VerifyBody>) -> Result<Json<Value>, Fault> {
+    let VerifyBody { group, repair, rate_bits_per_s } = parsed(body)?;
+    desk.backend.verify(group, replicator::verify::Order { repair, rate_bits_per_s }).await.map(Json)
+}
+
+async fn verify_stop(State(desk): Shared, body: Body<VerifyStopBody>) -> Result<Json<Value>, Fault> {
+    desk.backend.verification(parsed(body)?.group, true).await.map(Json)
+}
+
+async fn verification(State(desk): Shared, UrlPath(group): UrlPath<String>) -> Result<Json<Value>, Fault> {
+    desk.backend.verification(group, false).await.map(Json)
 }
 
 /// Streams progress, then the result. What fails before the first progress has a proper HTTP status.

@@ -25,6 +25,7 @@ mod status;
 mod up;
 mod up_disk;
 mod up_plan;
+mod verify;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -63,6 +64,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Rewind(args) => call(rewind::rewind(args)),
         Command::Resume(args) => call(rewind::resume(args)),
         Command::Hold(args) => call(rewind::hold(args)),
+        Command::Verify(args) => call(verify::run(args)),
         Command::Journal(command) => journal::run(command),
         Command::Identity(command) => identity::run(command),
         Command::Conf(ConfCommand::Check { file, role }) => conf_check::run(&file, role),

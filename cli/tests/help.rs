@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&[&str]; 24] = [
+const COMMANDS: [&[&str]; 25] = [
     &[],
     &["up"],
     &["replicate"],
@@ -19,6 +19,7 @@ const COMMANDS: [&[&str]; 24] = [
     &["rewind"],
     &["resume"],
     &["hold"],
+    &["verify"],
     &["journal"],
     &["journal", "ls"],
     &["journal", "verify"],

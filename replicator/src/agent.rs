@@ -36,6 +36,7 @@ use crate::resync::{Engine, Halt};
 use crate::start::{self, OpenRing, OpenVolume, Opened, Started};
 use crate::state::StateFile;
 use crate::status::{Board, State, Status};
+use crate::verify::Verification;
 
 /// How long a stop waits for clients' requests in flight.
 pub(crate) const STOP_DEADLINE: Duration = Duration::from_secs(10);
@@ -71,6 +72,8 @@ pub(crate) struct Agent {
     pub(crate) operator: Mutex<()>,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
+    /// Comparison of the replica with the disks, by order.
+    pub(crate) verification: Verification,
     failure: watch::Sender<Option<Arc<Error>>>,
 }
 
@@ -130,6 +133,7 @@ impl Replicator {
         }
         let pipeline = Pipeline::new(shared.clone(), writer.ok(), stamp, batch_settings(&settings))?;
         let (apply_now, wanted) = mpsc::channel(64);
+        let verification = Verification::open(&settings.dir);
         let agent = Arc::new(Agent {
             settings,
             shared,
@@ -140,6 +144,7 @@ impl Replicator {
             halt: Halt::default(),
             operator: Mutex::default(),
             due: Mutex::default(),
+            verification,
             failure: watch::Sender::new(None),
         });
         let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {

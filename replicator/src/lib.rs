@@ -31,6 +31,7 @@ pub mod start;
 pub mod state;
 pub mod status;
 mod stop;
+pub mod verify;
 pub mod wait;
 
 pub use agent::{Handle, Replicator};

@@ -11,8 +11,8 @@
 
 /// Bytes of one hash.
 pub const HASH_BYTES: usize = 16;
-/// Chunks are a power of two from this …
-pub const MIN_CHUNK_BYTES: u32 = 64 << 10;
+/// Chunks are a power of two from this, a block that file systems write …
+pub const MIN_CHUNK_BYTES: u32 = 4 << 10;
 /// … to this.
 pub const MAX_CHUNK_BYTES: u32 = 1 << 20;
 /// Chunks of one question: their hashes fit a message.
@@ -56,14 +56,16 @@ mod tests {
     #[test]
     fn questions_have_limits() {
         let chunk = MIN_CHUNK_BYTES;
-        assert!(is_sound(0, 1, chunk) && is_sound(1 << 20, 64 << 20, chunk));
+        assert!(
+            is_sound(0, 1, chunk) && is_sound(1 << 20, 8 << 20, chunk) && is_sound(0, 64 << 20, 64 << 10)
+        );
         for (offset, length, chunk_bytes) in [
             (0, 0, chunk),
             (512, 1, chunk),
             (0, u64::from(chunk) * MAX_CHUNKS + 1, chunk),
             (u64::MAX - 65535, u64::MAX, chunk),
             (0, 1, 0),
-            (0, 1, 4096),
+            (0, 1, 2048),
             (0, 1, chunk + 1),
             (0, 1, 2 << 20),
         ] {

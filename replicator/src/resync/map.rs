@@ -164,6 +164,11 @@ impl SyncMap {
         Some(Unmasked { offset: slot.range.start, content: slot.content, pieces })
     }
 
+    /// Whether any of a range of the window was written since begin; true without a window.
+    pub fn is_written(&self, range: &Range<u64>) -> bool {
+        self.window.as_ref().is_none_or(|window| window.unmasked(range) != [range.clone()])
+    }
+
     /// A piece of a zero slot that needs a slot of its own.
     pub fn requeue(&mut self, piece: Range<u64>) {
         self.requeued.push_back(piece);

@@ -12,6 +12,7 @@
 //! * `map`: what this thread and the consumer share: the mask, and the slots' content.
 //! * `window`: one begin, one barrier, one copy.
 //! * `pace`: rate, and yielding to live writes.
+//! * `verify`: looks at what is believed to be equal, when ordered to.
 //!
 //! Ranges of single writes that failed, while everything else is recorded, are read again behind a fence; the state stays
 //! `replicating`, and `points` marks them by their `failed` records.
@@ -33,10 +34,12 @@ mod pace;
 mod progress;
 #[cfg(test)]
 mod tests;
+mod verify;
 mod window;
 
 use pace::Pace;
 use progress::Report;
+use verify::Verifier;
 use window::{Copier, Ended, Kind, WINDOW_BYTES};
 
 /// One look at the ring's mode to the next.
@@ -66,6 +69,8 @@ enum Work {
     Gap(String),
     /// Single ranges are dirty while everything is recorded.
     Ranges,
+    /// A verification is to look on.
+    Verify,
 }
 
 /// The thread's own state.
@@ -76,6 +81,7 @@ pub(crate) struct Engine<'a> {
     untold: u64,
     /// Not before this: something could not be read.
     retry: Option<(Instant, Duration)>,
+    verifier: Option<Verifier>,
 }
 
 impl<'a> Engine<'a> {
@@ -86,6 +92,7 @@ impl<'a> Engine<'a> {
             looked: Instant::now(),
             untold: agent.shared.ring.untold_writes(),
             retry: None,
+            verifier: None,
         }
     }
 
@@ -108,6 +115,7 @@ impl<'a> Engine<'a> {
                 }
                 Work::Gap(cause) => self.resync(&cause),
                 Work::Ranges => self.repair(),
+                Work::Verify => self.verify(),
             };
             self.ended(done)?;
         }
@@ -143,12 +151,13 @@ impl<'a> Engine<'a> {
         if ring.mode() == Mode::Bitmap || ring.loss().is_some() {
             return Work::Gap(agent.gap_cause());
         }
-        if self.looked.elapsed() < LOOK_BITS {
+        let verifies = state == State::Replicating && self.verifies();
+        if self.looked.elapsed() < LOOK_BITS && !verifies {
             return Work::None;
         }
         self.looked = Instant::now();
         if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
-            return Work::None;
+            return if verifies { Work::Verify } else { Work::None };
         }
         let untold = ring.untold_writes();
         if std::mem::replace(&mut self.untold, untold) != untold {

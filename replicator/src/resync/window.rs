@@ -15,6 +15,9 @@ use kfilter::Mode;
 use kfilter::abi::GRANULE;
 
 mod differing;
+mod verifying;
+
+pub(crate) use verifying::Looked;
 
 use super::map::Content;
 use super::pace::{Advice, Pace};

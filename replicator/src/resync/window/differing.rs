@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::time::Instant;
 
 use kfilter::abi::GRANULE;
 use wire::compare::{self, HASH_BYTES};
@@ -19,13 +20,13 @@ use crate::compare::{Answer, POSTED, Pending};
 /// Shorter dirty ranges are known changes: most of them differ.
 pub const FROM_BYTES: u64 = 4 << 20;
 /// One question.
-const QUESTION_BYTES: u64 = compare::MAX_CHUNKS / 2 * GRANULE;
+pub(super) const QUESTION_BYTES: u64 = compare::MAX_CHUNKS / 2 * GRANULE;
 
 /// A question that was posted, and for what.
-struct Asked {
-    range: Range<u64>,
+pub(super) struct Asked {
+    pub range: Range<u64>,
     question: Message,
-    pending: Pending,
+    pub pending: Pending,
 }
 
 impl Copier<'_> {
@@ -49,25 +50,13 @@ impl Copier<'_> {
     pub(super) fn differing(&mut self, range: Range<u64>, begin: u64, buffer: &mut Buffer) -> Copied<()> {
         let mut key = [0; 32];
         rand::fill(&mut key);
-        let epoch = self.agent.state().get().epoch.number;
         let mut asked: VecDeque<Asked> = VecDeque::new();
         let mut next = range.start;
         while next < range.end || !asked.is_empty() {
             while next < range.end && asked.len() < POSTED {
                 let part = next..(next + QUESTION_BYTES).min(range.end);
                 next = part.end;
-                let question = Message::HashRequest {
-                    volume: self.volume.id,
-                    offset: part.start,
-                    length: part.end - part.start,
-                    chunk_bytes: u32::try_from(GRANULE).unwrap_or(u32::MAX),
-                    epoch,
-                    after_lsn: begin,
-                    key,
-                };
-                let questions = self.agent.shared.progress.questions();
-                let pending = questions.post(question.clone(), || self.look())?;
-                asked.push_back(Asked { range: part, question, pending });
+                asked.push_back(self.ask(part, begin, key, GRANULE)?);
             }
             if let Some(asked) = asked.pop_front() {
                 self.answered(asked, &key, buffer)?;
@@ -76,10 +65,32 @@ impl Copier<'_> {
         Ok(())
     }
 
+    /// Asks for the hashes of a range as the replica holds it with everything up to an lsn.
+    pub(super) fn ask(
+        &self,
+        range: Range<u64>,
+        after_lsn: u64,
+        key: [u8; 32],
+        chunk_bytes: u64,
+    ) -> Copied<Asked> {
+        let question = Message::HashRequest {
+            volume: self.volume.id,
+            offset: range.start,
+            length: range.end - range.start,
+            chunk_bytes: u32::try_from(chunk_bytes).unwrap_or(u32::MAX),
+            epoch: self.agent.state().get().epoch.number,
+            after_lsn,
+            key,
+        };
+        let questions = self.agent.shared.progress.questions();
+        let pending = questions.post(question.clone(), || self.look())?;
+        Ok(Asked { range, question, pending })
+    }
+
     /// Hashes our side of a question meanwhile, then copies what its answer shows to differ.
     fn answered(&mut self, asked: Asked, key: &[u8; 32], buffer: &mut Buffer) -> Copied<()> {
         let Asked { range, question, mut pending } = asked;
-        let ours = self.hashes(range.clone(), key, buffer)?;
+        let ours = self.hashes(range.clone(), key, GRANULE, buffer, &mut Vec::new())?;
         let questions = self.agent.shared.progress.questions();
         let theirs = loop {
             match questions.wait(pending, || self.look())? {
@@ -114,8 +125,15 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Hashes of the range's granules as the disk holds them; an unreadable granule has one that equals no other.
-    fn hashes(&mut self, range: Range<u64>, key: &[u8; 32], buffer: &mut Buffer) -> Copied<Vec<u8>> {
+    /// Hashes of the range's chunks as the disk holds them; an unreadable chunk has one that equals no other.
+    pub(super) fn hashes(
+        &mut self,
+        range: Range<u64>,
+        key: &[u8; 32],
+        chunk_bytes: u64,
+        buffer: &mut Buffer,
+        unreadable: &mut Vec<Range<u64>>,
+    ) -> Copied<Vec<u8>> {
         let mut hashes = Vec::new();
         let mut at = range.start;
         while at < range.end {
@@ -123,7 +141,11 @@ impl Copier<'_> {
             let end = (at + super::CHUNK_BYTES).min(range.end);
             let bytes = &mut buffer.bytes()[..usize::try_from(end - at).unwrap_or(0)];
             let read = self.volume.read_at(at, bytes);
-            for chunk in bytes.chunks(usize::try_from(GRANULE).unwrap_or(1 << 16)) {
+            self.pace.read(Instant::now(), end - at);
+            if read.is_err() {
+                unreadable.push(at..end);
+            }
+            for chunk in bytes.chunks(usize::try_from(chunk_bytes).unwrap_or(1 << 16)) {
                 match &read {
                     Ok(()) => hashes.extend_from_slice(&compare::hash(key, chunk)),
                     Err(_) => hashes.extend_from_slice(&rand::random::<[u8; HASH_BYTES]>()),
