@@ -106,6 +106,8 @@ pub struct Replica {
     pub volume: String,
     /// Image file or block device.
     pub path: PathBuf,
+    /// It holds a copy of the volume that was brought by other means: it is taken over as it is, and compared.
+    pub seeded: bool,
 }
 
 impl Default for Apply {
@@ -164,6 +166,7 @@ struct RawReplica {
     group: Option<String>,
     volume: Option<String>,
     path: Option<PathBuf>,
+    seeded: Option<bool>,
 }
 
 impl Default for Raw {
@@ -242,7 +245,7 @@ fn replicas(raw: Vec<RawReplica>, dir: &Path) -> Result<Vec<Replica>, Refused> {
         let once = volumes.insert((group.clone(), volume.clone()));
         require(once, &key("volume"), "a volume may have one [[replica]] only")?;
         require(paths.insert(path.clone()), &key("path"), "each replica needs its own path")?;
-        replicas.push(Replica { group, volume, path });
+        replicas.push(Replica { group, volume, path, seeded: raw.seeded.unwrap_or(false) });
     }
     Ok(replicas)
 }
@@ -338,7 +341,8 @@ mod tests {
         let mut settings =
             Receiver::embedded(Path::new("/r"), ([127, 0, 0, 1], 0).into(), [1; 32], "g").unwrap();
         assert_eq!(settings.replica_path("g", "v"), Path::new("/r/replica/g/v.img"));
-        settings.replica = vec![Replica { group: "g".into(), volume: "v".into(), path: "/dev/sdx".into() }];
+        let (group, volume, path) = ("g".into(), "v".into(), "/dev/sdx".into());
+        settings.replica = vec![Replica { group, volume, path, seeded: false }];
         assert_eq!(settings.replica_path("g", "v"), Path::new("/dev/sdx"));
         assert_eq!(settings.replica_path("g", "w"), Path::new("/r/replica/g/w.img"));
 
@@ -346,6 +350,7 @@ mod tests {
             group: Some("g".into()),
             volume: Some(volume.into()),
             path: Some(path.into()),
+            seeded: None,
         };
         let dir = Path::new("/r");
         assert_eq!(replicas(vec![raw("v", "/a"), raw("v", "/b")], dir).unwrap_err().key, "replica[1].volume");

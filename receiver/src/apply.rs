@@ -13,7 +13,7 @@
 //! Before the first consistent point there is nothing worth keeping: no undo is taken, a cut batch is simply redone
 //! from the checkpoint, in whatever batches.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -66,6 +66,8 @@ pub struct ApplySettings {
     pub replica_dir: PathBuf,
     /// Replicas with a path of their own, by volume name.
     pub replica_paths: BTreeMap<String, PathBuf>,
+    /// Volumes of which a copy was brought by other means: what stands at their path is theirs.
+    pub seeded: BTreeSet<String>,
     /// Hold replicas against other writers and notice their changes; only on the real disk.
     pub hold_replicas: bool,
 }
@@ -485,7 +487,9 @@ impl Applier {
             }
             let own = self.settings.replica_paths.get(name).cloned();
             let path = own.unwrap_or_else(|| self.settings.replica_dir.join(format!("{name}.img")));
-            Replica::check_vacant(&*self.disk, &path, name)?;
+            if !self.settings.seeded.contains(name) {
+                Replica::check_vacant(&*self.disk, &path, name)?;
+            }
             Ok(stored_path(&self.group_dir, &path))
         })?;
         if !plan.new.is_empty() {

@@ -104,6 +104,7 @@ fn settings() -> ApplySettings {
         // Only the daemon knows where new volumes go.
         replica_dir: PathBuf::new(),
         replica_paths: std::collections::BTreeMap::new(),
+        seeded: std::collections::BTreeSet::new(),
         hold_replicas: true,
     }
 }

@@ -140,6 +140,14 @@ impl Replica {
             );
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
+        if !state.created && !is_device && have > state.size_bytes {
+            let at = format!(
+                "{} has {have} bytes, more than the volume's {}: it is no copy of it; put the right one in its place",
+                named("found that"),
+                state.size_bytes
+            );
+            return Err(Error::new(ErrorKind::ReplicaFailed, at));
+        }
         replica.grow(state.size_bytes)?;
         Ok(replica)
     }
@@ -153,7 +161,10 @@ impl Replica {
         if is_block_device(path) || disk.open_read(path).map_or(true, is_empty) {
             return Ok(());
         }
-        let at = format!("replica of volume {name}: {} exists already; move it away", path.display());
+        let at = format!(
+            "replica of volume {name}: {} exists already; move it away, or say `seeded = true` in its [[replica]] when it is a copy of the volume",
+            path.display()
+        );
         Err(Error::new(ErrorKind::ReplicaFailed, at))
     }
 

@@ -6,7 +6,7 @@
 //! ```
 //! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ pub struct Questions {
     post: mpsc::Sender<Asked>,
     posted: Mutex<mpsc::Receiver<Asked>>,
     offered: AtomicU8,
+    is_seeded: AtomicBool,
     connections: AtomicU64,
 }
 
@@ -59,6 +60,7 @@ impl Default for Questions {
             post,
             posted: Mutex::new(posted),
             offered: AtomicU8::new(UNKNOWN),
+            is_seeded: AtomicBool::new(false),
             connections: AtomicU64::new(0),
         }
     }
@@ -69,6 +71,7 @@ impl Questions {
     /// number afterwards decided about the same receiver.
     pub fn offer(&self, features: u64) {
         self.connections.fetch_add(1, Ordering::SeqCst);
+        self.is_seeded.store(features & wire::compare::SEEDED != 0, Ordering::Release);
         let offered = if features & wire::compare::FEATURE != 0 { YES } else { NO };
         self.offered.store(offered, Ordering::Release);
     }
@@ -79,6 +82,11 @@ impl Questions {
             UNKNOWN => None,
             offered => Some(offered == YES),
         }
+    }
+
+    /// Whether that receiver's replicas hold something before the first synchronisation.
+    pub fn is_seeded(&self) -> bool {
+        self.is_seeded.load(Ordering::Acquire)
     }
 
     /// Number of the newest connection.

@@ -38,6 +38,7 @@ impl Dirs {
         // Larger than all that a test writes at once: an overflow would be another test's subject.
         settings.ring.bytes = 64 << 20;
         settings.journal.segment_bytes = 4 << 20;
+        settings.receiver.connect_timeout = Duration::from_millis(100);
         if !settings.identity_dir.exists() {
             wire::Identity::create(&settings.identity_dir).unwrap();
         }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use rand::Rng;
 use tests::control::Group;
 use tests::nbd_client::NbdClient;
-use tests::rig::{Pair, PairSpec};
+use tests::rig::{GROUP, Pair, PairSpec};
 use tests::story;
 
 const MIB: u64 = 1 << 20;
@@ -107,6 +107,33 @@ fn a_receiver_that_lost_everything_is_not_given_a_part_for_the_whole() -> Result
         pair.start_source()?;
         pair.until_served()?;
         pair.assert_replica_equals_source()
+    })
+}
+
+#[test]
+fn of_a_shipped_replica_only_what_differs_is_sent() -> Result<()> {
+    story("a seeded replica", |home| {
+        let mut random = home.rng();
+        let mut content = vec![0; 64 << 20];
+        random.fill(content.as_mut_slice());
+        let place = home.path("receiver").join("replica").join(GROUP).join("disk.img");
+        std::fs::create_dir_all(place.parent().context("it has one")?)?;
+        std::fs::write(&place, &content)?;
+        // While the copy was on its way, the disk was used.
+        let changed = 20;
+        for chunk in 0..changed {
+            content[chunk * 40 * 65536..][..512].fill(0x5e);
+        }
+        std::fs::create_dir_all(home.path("source"))?;
+        std::fs::write(home.path("source").join("disk.img"), &content)?;
+        let volumes = &[("disk", content.len() as u64)];
+        let receiver = format!("[[replica]]\ngroup = \"{GROUP}\"\nvolume = \"disk\"\nseeded = true");
+        let pair = Pair::start(home, &PairSpec { volumes, receiver: &receiver, ..PairSpec::default() })?;
+        pair.assert_replica_equals_source()?;
+        let sent = content_bytes(&std::fs::read_to_string(home.log("source"))?)?;
+        home.figure(format!("{} KiB of {} MiB sent", sent >> 10, content.len() >> 20));
+        ensure!(sent == changed as u64 * CHUNK, "{sent} bytes sent");
+        Ok(())
     })
 }
 

@@ -114,3 +114,60 @@ fn a_replica_that_others_changed_is_not_built_upon() -> Result<()> {
         Ok(())
     })
 }
+
+#[test]
+fn a_source_lost_in_the_middle_of_a_resync_leaves_its_last_consistent_point_one_rewind_away() -> Result<()> {
+    const SIZE: u64 = 32 << 20;
+    const CHUNK: u64 = 64 << 10;
+    const WANTED: usize = 20;
+    const ROUNDS: usize = 35;
+    story("source lost in a resync", |home| {
+        let mut random = home.rng();
+        std::fs::create_dir_all(home.path("source"))?;
+        let disk = File::create(home.path("source").join("disk.img"))?;
+        let mut content = vec![0; usize::try_from(SIZE)?];
+        random.fill(content.as_mut_slice());
+        disk.write_all_at(&content, 0)?;
+        // Slow enough to be met in the middle.
+        let source = "[resync]\nrate = \"120Mbit\"";
+        let mut pair =
+            Pair::start(home, &PairSpec { volumes: &[("disk", SIZE)], source, ..PairSpec::default() })?;
+        pair.assert_replica_equals_source()?;
+        let mut in_the_middle = 0;
+        let mut round = 0;
+        while in_the_middle < WANTED && round < ROUNDS {
+            round += 1;
+            let consistent = std::fs::read(pair.replica("disk"))?;
+            // The machine dies, and half of its disk is not what the replica holds.
+            pair.source_daemon()?.kill()?;
+            pair.lose_ring()?;
+            for _ in 0..SIZE / CHUNK / 2 {
+                let at = random.random_range(0..SIZE / CHUNK) * CHUNK;
+                disk.write_all_at(&random.random::<[u8; 32]>(), at)?;
+            }
+            pair.start_source()?;
+            pair.source.until("resyncing", MINUTE, |group| group.why().contains(" % ("))?;
+            std::thread::sleep(Duration::from_millis(random.random_range(0..1000)));
+            // … and never comes back, for all that the receiver knows.
+            pair.source_daemon()?.kill()?;
+            pair.receiver.command(&["rewind", GROUP, "--at", "latest"])?.expect(0)?;
+            let replica = std::fs::read(pair.replica("disk"))?;
+            if replica == consistent {
+                in_the_middle += 1;
+            } else {
+                // It was over: then the latest point is the whole disk.
+                let whole = std::fs::read(pair.backing("disk"))?;
+                ensure!(replica == whole, "round {round}: neither the last consistent point nor the newest");
+            }
+            pair.receiver.command(&["resume", GROUP])?.expect(0)?;
+            pair.start_source()?;
+            pair.until_served()?;
+            pair.assert_replica_equals_source()?;
+        }
+        home.figure(format!(
+            "{in_the_middle} of {ROUNDS} in the middle; each was where it had last been consistent"
+        ));
+        ensure!(in_the_middle >= ROUNDS / 2, "it was mostly over before the kill");
+        Ok(())
+    })
+}

@@ -20,6 +20,10 @@ pub const MAX_CHUNKS: u64 = 2048;
 /// Bit of `features` in `Hello` and `Welcome`: this side compares by hash.
 pub const FEATURE: u64 = 1;
 
+/// Bit of `features` in `Welcome`: a replica of this group was brought by other means, so that the first synchronisation
+/// compares as well.
+pub const SEEDED: u64 = 2;
+
 /// Hash of one chunk.
 pub fn hash(key: &[u8; 32], chunk: &[u8]) -> [u8; HASH_BYTES] {
     let mut short = [0; HASH_BYTES];

@@ -435,8 +435,9 @@ impl ApplyThread {
 }
 
 fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
-    let own = settings.replica.iter().filter(|replica| replica.group == group);
-    let replica_paths: BTreeMap<_, _> = own.map(|r| (r.volume.clone(), r.path.clone())).collect();
+    let own = || settings.replica.iter().filter(|replica| replica.group == group);
+    let replica_paths: BTreeMap<_, _> = own().map(|r| (r.volume.clone(), r.path.clone())).collect();
+    let seeded = own().filter(|replica| replica.seeded).map(|replica| replica.volume.clone()).collect();
     ApplySettings {
         batch_bytes: settings.apply.batch_bytes,
         undo_bytes: settings.apply.undo_bytes,
@@ -446,6 +447,7 @@ fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
         },
         replica_dir: settings.dir.join("replica").join(group),
         replica_paths,
+        seeded,
         hold_replicas: true,
     }
 }

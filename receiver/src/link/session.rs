@@ -83,7 +83,7 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
     let state = progress.borrow_and_update().receiver_state();
     let welcome = Message::Welcome {
         version,
-        features: wire::compare::FEATURE,
+        features: features(&shared.settings, group.name()),
         resume: attached.resume.map(Into::into),
         state: state.clone(),
         agent: concat!("afterimage ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -106,6 +106,12 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
         end
     };
     tokio::join!(reading, speaking).1
+}
+
+/// What this side offers for a group.
+fn features(settings: &conf::Receiver, group: &str) -> u64 {
+    let is_seeded = settings.replica.iter().any(|replica| replica.group == group && replica.seeded);
+    wire::compare::FEATURE | if is_seeded { wire::compare::SEEDED } else { 0 }
 }
 
 /// The reading half.

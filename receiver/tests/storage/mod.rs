@@ -406,6 +406,7 @@ pub fn settings(batch_bytes: u64) -> ApplySettings {
         undo_compression: Compression::Zstd(1),
         replica_dir: PathBuf::from("/r/replica/g"),
         replica_paths: BTreeMap::new(),
+        seeded: std::collections::BTreeSet::new(),
         hold_replicas: false,
     }
 }

@@ -34,6 +34,8 @@ const CHUNK_BYTES: u64 = 1 << 20;
 const SLOT_BYTES: u64 = kfilter::abi::MAX_PAYLOAD as u64;
 /// Slots reserved together.
 const SLOTS: usize = 8;
+/// How much of a long range is dealt with in one way, copied or compared.
+const PART_BYTES: u64 = 1 << 30;
 /// Zeros that one slot stands for at most: what falls apart in it is reserved again.
 const ZERO_BYTES: u64 = 1 << 30;
 /// Handed over and not yet journaled, at most.
@@ -164,7 +166,12 @@ impl<'a> Copier<'a> {
             let inside = dirty.start.max(range.start)..dirty.end.min(range.end);
             (inside.start < inside.end).then_some(inside)
         });
-        for dirty in dirty {
+        // In parts: a receiver may turn up while much is copied.
+        let parts = dirty.flat_map(|dirty| {
+            let starts = (dirty.start..dirty.end).step_by(usize::try_from(PART_BYTES).unwrap_or(usize::MAX));
+            starts.map(move |start| start..(start + PART_BYTES).min(dirty.end))
+        });
+        for dirty in parts {
             let is_long = kind == Kind::Resync && dirty.end - dirty.start >= differing::FROM_BYTES;
             if is_long && self.compares()? {
                 self.differing(dirty, begin, &mut buffer)?;

@@ -31,14 +31,17 @@ pub(super) struct Asked {
 
 impl Copier<'_> {
     /// Whether there is something to compare with. Waits for the receiver to say so: without it nothing of a long range
-    /// could be sent either.
+    /// could be sent either. The first synchronisation waits only until the first attempt to reach it has failed: mostly
+    /// there is nothing at the other end yet, and what it will need can be journaled meanwhile.
     pub(super) fn compares(&mut self) -> Copied<bool> {
-        if !self.agent.state().get().was_consistent {
-            return Ok(false);
-        }
+        let is_first = !self.agent.state().get().was_consistent;
+        let progress = &self.agent.shared.progress;
         loop {
-            if let Some(is_offered) = self.agent.shared.progress.questions().is_offered() {
-                return Ok(is_offered);
+            if let Some(is_offered) = progress.questions().is_offered() {
+                return Ok(is_offered && (!is_first || progress.questions().is_seeded()));
+            }
+            if is_first && !progress.peer().trouble.is_empty() {
+                return Ok(false);
             }
             self.look()?;
             self.report.waits("waiting for the receiver, to compare with what it holds");
