@@ -21,7 +21,8 @@ impl Agent {
             return;
         }
         if shared.ring.loss().is_some_and(|loss| loss.cause == CAUSE_RING_FULL) {
-            shared.board.change(State::Degraded, self.gap_cause());
+            let is_so = || shared.ring.mode() == Mode::Bitmap;
+            shared.board.change_from(State::Replicating, State::Degraded, self.gap_cause(), is_so);
         }
     }
 

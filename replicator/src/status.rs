@@ -167,8 +167,20 @@ impl Board {
     ///
     /// A worse state is left only for `Syncing`, `Resyncing` (a repair began) or `Replicating` reached through one.
     pub fn change(&self, to: State, why: impl Into<String>) {
-        let why = why.into();
+        self.change_in(&mut self.lock(), to, why.into());
+    }
+
+    /// The same for somebody who has seen something and speaks a moment later: nothing when the state is another one by
+    /// then, or it is not so any more. A repair that has begun meanwhile must not be called a gap again, from which it could
+    /// not lead back; nor may one that has ended.
+    pub fn change_from(&self, seen: State, to: State, why: impl Into<String>, is_so: impl FnOnce() -> bool) {
         let mut inner = self.lock();
+        if worst(&inner.volumes) == seen && is_so() {
+            self.change_in(&mut inner, to, why.into());
+        }
+    }
+
+    fn change_in(&self, inner: &mut Inner, to: State, why: String) {
         let from = worst(&inner.volumes);
         if from == to && inner.why == why {
             return;
@@ -290,6 +302,19 @@ mod tests {
     }
 
     #[test]
+    fn who_noticed_an_overflow_late_does_not_undo_its_repair() {
+        let board = Board::new("g", ["v".to_owned()].into_iter());
+        board.change(State::Replicating, "");
+        board.change_from(State::Replicating, State::Degraded, "ring full", || true);
+        board.change(State::Resyncing, "repair");
+        board.change_from(State::Replicating, State::Degraded, "ring full", || true);
+        assert_eq!(board.state(), (State::Resyncing, "repair".into()));
+        board.change(State::Replicating, "");
+        board.change_from(State::Replicating, State::Degraded, "ring full", || false);
+        assert_eq!(board.state().0, State::Replicating);
+    }
+
+    #[test]
     fn a_gap_is_left_only_through_a_repair() {
         let board = Board::new("g", ["v".to_owned()].into_iter());
         board.change(State::Replicating, "");
@@ -311,6 +336,7 @@ mod tests {
         );
         board.change(State::Resyncing, "again");
         board.change(State::Replicating, "");
+        board.change_from(State::Replicating, State::Degraded, "ring full", || false);
         assert_eq!(board.state().0, State::Replicating);
     }
 }

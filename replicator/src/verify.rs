@@ -108,6 +108,8 @@ pub(crate) struct Suspect {
 pub(crate) struct Run {
     pub order: Order,
     pub report: VerifyReport,
+    /// The volumes by name, as the settings had them: after another start they may be others.
+    pub volumes: Vec<String>,
     /// Next volume to look at, in the order of the settings, and the byte.
     pub volume: usize,
     pub offset: u64,
@@ -310,7 +312,8 @@ impl Agent {
             total_bytes: attached.filter_map(|volume| volume.size_bytes()).sum(),
             ..VerifyReport::default()
         };
-        let run = Run { order, report: report.clone(), ..Run::default() };
+        let volumes = self.volumes.iter().map(|volume| volume.name.clone()).collect();
+        let run = Run { order, report: report.clone(), volumes, ..Run::default() };
         self.verification.save(&run);
         *current = Some(run);
         Ok(report)

@@ -105,6 +105,11 @@ impl Engine<'_> {
             }
             Some(true) => {}
         }
+        if !run.volumes.iter().eq(agent.volumes.iter().map(|volume| &volume.name)) {
+            run.end(Phase::Failed, "the group has other volumes now: begin again");
+            agent.verification.put(run.clone());
+            return Ok(());
+        }
         let Some(Next { volume, window, again }) = self.choose(run, verifier.window_bytes()) else {
             run.end(Phase::Done, "");
             agent.verification.put(run.clone());

@@ -50,6 +50,14 @@ impl Copier<'_> {
         }
     }
 
+    /// Whether to go on waiting for an answer: a range that is to be repaired does not wait for a receiver that is away.
+    fn look_for_receiver(&self) -> Copied<()> {
+        if self.agent.shared.progress.peer().connected.is_none() {
+            return Err(Stop::Later("the receiver is not connected".to_owned()));
+        }
+        self.look()
+    }
+
     fn looked(&mut self, window: Range<u64>, ranges: &[Range<u64>], chunk_bytes: u64) -> Copied<Looked> {
         let fence = self.begin(&window, Kind::Repair)?;
         super::barrier(self.agent)?.map_err(Stop::Later)?;
@@ -67,7 +75,7 @@ impl Copier<'_> {
             let Asked { range, pending, .. } = self.ask(part, fence, key, chunk_bytes)?;
             let ours = self.hashes(range.clone(), &key, chunk_bytes, &mut buffer, &mut looked.unreadable)?;
             let questions = self.agent.shared.progress.questions();
-            let theirs = match questions.wait(pending, || self.look())? {
+            let theirs = match questions.wait(pending, || self.look_for_receiver())? {
                 Answer::Hashes(hashes, _) if hashes.len() == ours.len() => hashes,
                 Answer::Hashes(..) => return Err(Stop::Later("the receiver's answer is malformed".into())),
                 Answer::No(why) => {
