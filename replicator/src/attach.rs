@@ -97,7 +97,13 @@ impl Agent {
             at = self.shared.progress.position();
         }
         if state == State::Replicating {
-            self.shared.board.change(State::Replicating, self.detached_words());
+            // Only new words: an overflow may be under repair by now.
+            self.shared.board.change_from(
+                State::Replicating,
+                State::Replicating,
+                self.detached_words(),
+                || true,
+            );
         } else {
             tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
         }
