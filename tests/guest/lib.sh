@@ -9,6 +9,9 @@ GROUP=guest
 SOURCE=/srv/source
 RECEIVER=/srv/receiver
 
+# A kernel that checks itself (vm/debug-kernel.sh) takes its time.
+slow=1; case $(uname -r) in *-debug) slow=10 ;; esac
+
 step() { printf '%7.1f  %s\n' "$(cut -d' ' -f1 /proc/uptime)" "$*"; }
 fail() { echo "FAILED: $*" >&2; diagnose; exit 1; }
 # What must fail, and how: `refused PATTERN COMMAND...`
@@ -57,7 +60,7 @@ unload_module() {
 wait_for() {
     local seconds=$1 from=$SECONDS; shift
     until "$@" > /dev/null 2>&1; do
-        [ $((SECONDS - from)) -lt "$seconds" ] || fail "after $seconds s still not: $*"
+        [ $((SECONDS - from)) -lt $((seconds * slow)) ] || fail "after $seconds s still not: $*"
         sleep 0.1
     done
 }
@@ -120,7 +123,7 @@ wait_state() {
         now=$(state || true)
         [ "$now" != "$want" ] || { step "state $want after $((SECONDS - from)) s"; return; }
         kill -0 "$agent" 2> /dev/null || fail "the agent has ended while $want was awaited"
-        [ $((SECONDS - from)) -lt "$seconds" ] || fail "state is '$now' and not '$want' after $seconds s"
+        [ $((SECONDS - from)) -lt $((seconds * slow)) ] || fail "state is '$now' and not '$want' after $seconds s"
         sleep 0.3
     done
 }
@@ -129,7 +132,7 @@ wait_state() {
 counter() { group_json | jq -r "$1 // 0"; }
 
 # Everything captured is on the replica.
-drained() { afterimage wait --control "$SOURCE/control.sock" --timeout "${1:-120}s" > /dev/null; }
+drained() { afterimage wait --control "$SOURCE/control.sock" --timeout "$((${1:-120} * slow))s" > /dev/null; }
 
 replica() { echo "$RECEIVER/replica/$GROUP/$1.img"; }
 
