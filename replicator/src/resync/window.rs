@@ -84,6 +84,8 @@ pub(crate) struct Copier<'a> {
     report: &'a mut Report,
     outstanding: VecDeque<Outstanding>,
     bytes: u64,
+    /// The rate holds for what is read to be hashed, too: not in a synchronisation, whose rate is for what is sent.
+    paces_hashes: bool,
     /// Journaled and next to each other, from the last granule on that is not whole yet.
     journaled: Range<u64>,
     unreadable: Vec<Range<u64>>,
@@ -137,7 +139,8 @@ impl<'a> Copier<'a> {
         report: &'a mut Report,
     ) -> Copier<'a> {
         let (outstanding, unreadable) = (VecDeque::new(), Vec::new());
-        Copier { agent, volume, pace, report, outstanding, bytes: 0, journaled: 0..0, unreadable }
+        let (journaled, paces_hashes) = (0..0, false);
+        Copier { agent, volume, pace, report, outstanding, bytes: 0, paces_hashes, journaled, unreadable }
     }
 
     /// Begins, waits for the barrier, copies what is dirty in the range, and waits until it is journaled.

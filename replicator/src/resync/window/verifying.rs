@@ -40,6 +40,7 @@ impl Copier<'_> {
         ranges: &[Range<u64>],
         chunk_bytes: u64,
     ) -> Result<std::result::Result<Looked, Ended>> {
+        self.paces_hashes = true;
         let looked = self.looked(window, ranges, chunk_bytes);
         self.agent.shared.map.end();
         match looked {
