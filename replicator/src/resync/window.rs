@@ -176,7 +176,7 @@ impl<'a> Copier<'a> {
         });
         for dirty in parts {
             let is_long = kind == Kind::Resync && dirty.end - dirty.start >= differing::FROM_BYTES;
-            if is_long && self.compares()? {
+            if is_long && self.compares(&dirty)? {
                 self.differing(dirty, begin, &mut buffer)?;
             } else {
                 self.extent(dirty, &mut buffer)?;

@@ -33,8 +33,11 @@ impl Copier<'_> {
     /// Whether there is something to compare with. Waits for the receiver to say so: without it nothing of a long range
     /// could be sent either. The first synchronisation waits only until the first attempt to reach it has failed: mostly
     /// there is nothing at the other end yet, and what it will need can be journaled meanwhile.
-    pub(super) fn compares(&mut self) -> Copied<bool> {
+    pub(super) fn compares(&mut self, range: &Range<u64>) -> Copied<bool> {
         let is_first = !self.agent.state().get().was_consistent;
+        if is_first && self.is_hole(range) {
+            return Ok(false);
+        }
         let progress = &self.agent.shared.progress;
         loop {
             if let Some(is_offered) = progress.questions().is_offered() {
@@ -47,6 +50,14 @@ impl Copier<'_> {
             self.report.waits("waiting for the receiver, to compare with what it holds");
             std::thread::sleep(super::LOOK * 4);
         }
+    }
+
+    /// Whether nothing was ever written there, as far as the disk can tell: a new disk waits for nobody.
+    fn is_hole(&self, range: &Range<u64>) -> bool {
+        let length = range.end - range.start;
+        let runs = self.volume.runs(range.start, length).unwrap_or_default();
+        let holes = runs.iter().take_while(|run| run.hole).map(|run| run.length_bytes);
+        holes.sum::<u64>() >= length
     }
 
     /// Copies what differs of a range that begins at a granule.
