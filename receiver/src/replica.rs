@@ -149,6 +149,11 @@ impl Replica {
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
         replica.grow(state.size_bytes)?;
+        if !state.created && have > 0 {
+            // ⚠ Whoever brought this content need not have synced it. It will be found equal and never be written by us, so it
+            // is durable before anything is compared, and before the first checkpoint relies on it.
+            replica.sync()?;
+        }
         Ok(replica)
     }
 

@@ -140,6 +140,11 @@ impl Verification {
         self.lock().clone().filter(|run| run.report.state == Phase::Running)
     }
 
+    /// Whether one is to go on.
+    pub fn is_running(&self) -> bool {
+        self.lock().as_ref().is_some_and(|run| run.report.state == Phase::Running)
+    }
+
     /// The current one, or the last.
     pub fn report(&self) -> Option<VerifyReport> {
         self.lock().as_ref().map(|run| run.report.clone())

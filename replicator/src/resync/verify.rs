@@ -76,7 +76,7 @@ impl Engine<'_> {
     pub(super) fn verifies(&self) -> bool {
         let now = Instant::now();
         let is_due = self.verifier.as_ref().is_none_or(|verifier| verifier.next <= now);
-        is_due && self.agent.verification.running().is_some()
+        is_due && self.agent.verification.is_running()
     }
 
     /// Looks at the next window.
@@ -111,7 +111,12 @@ impl Engine<'_> {
             return Ok(());
         }
         let Some(Next { volume, window, again }) = self.choose(run, verifier.window_bytes()) else {
-            run.end(Phase::Done, "");
+            match run.report.compared_bytes < run.report.total_bytes {
+                true => {
+                    run.end(Phase::Failed, "a volume was detached, or shrank, before all of it was compared")
+                }
+                false => run.end(Phase::Done, ""),
+            }
             agent.verification.put(run.clone());
             return Ok(());
         };
