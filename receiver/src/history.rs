@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use journal::frame::{FLAG_EVENTS, FrameHeader};
 use journal::io::{Disk, File};
@@ -26,6 +26,7 @@ use journal::segment::SegmentSummary;
 use journal::tail::{Limit, Tail};
 use journal::writer::Writer;
 use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+use machine::{Mutex, MutexGuard};
 
 use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
 use crate::events::{Event, EventLog};

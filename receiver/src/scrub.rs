@@ -10,11 +10,12 @@
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use journal::io::{Disk, File};
 use journal::verify::{Finding, Severity, VerifyOptions, verify_dir};
+use machine::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::point::rfc3339;
@@ -176,17 +177,17 @@ impl Scrub {
 
     /// Waits until a pass is due; false where the thread is to end.
     fn wait(&self, pause: Duration) -> bool {
-        let until = Instant::now() + pause;
+        let until = machine::now() + pause;
         let mut told = self.lock();
         loop {
             if told.stop {
                 return false;
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(machine::now());
             if std::mem::take(&mut told.now) || left.is_zero() {
                 return true;
             }
-            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -195,10 +196,10 @@ impl Scrub {
         let mut told = self.lock();
         told.owed += Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / self.rate_bytes_per_s.max(1));
         if told.owed >= SLEEP {
-            let until = Instant::now() + std::mem::take(&mut told.owed);
-            while !told.stop && Instant::now() < until {
-                let left = until.saturating_duration_since(Instant::now());
-                told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            let until = machine::now() + std::mem::take(&mut told.owed);
+            while !told.stop && machine::now() < until {
+                let left = until.saturating_duration_since(machine::now());
+                told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner);
             }
         }
         if told.stop { Err(io::Error::other("scrubbing was stopped")) } else { Ok(()) }

@@ -5,7 +5,7 @@
 //! a batch registered and written between the two would be seen half.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use journal::compress::Decoder;
 use journal::extent_map::{ExtentMap, Piece};
@@ -13,6 +13,7 @@ use journal::frame::FrameHeader;
 use journal::io::File;
 use journal::record::{Located, Op, Records};
 use journal::{Lsn, VolumeId};
+use machine::Mutex;
 
 use crate::history::{History, Pin};
 use crate::point::Point;

@@ -31,9 +31,11 @@ pub mod start;
 pub mod state;
 pub mod status;
 mod stop;
+pub mod surroundings;
 pub mod verify;
 pub mod wait;
 
 pub use agent::{Handle, Replicator};
 pub use error::{Error, ErrorKind, Result};
+pub use surroundings::Surroundings;
 pub use wait::WaitOutcome;

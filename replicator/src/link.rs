@@ -6,10 +6,8 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::thread;
 
 use bytes::Bytes;
-use journal::io::{Disk, RealDisk};
 use journal::reader::Reader;
 use journal::tail::Tail;
 use journal::{Lsn, Position};
@@ -36,7 +34,11 @@ impl LinkSettings {
     ///
     /// # Errors
     /// The socket or the settings of the endpoint.
-    pub fn new(settings: &conf::Replicator, identity: Identity) -> Result<LinkSettings> {
+    pub fn new(
+        settings: &conf::Replicator,
+        identity: Identity,
+        socket: Option<Arc<dyn quinn::AsyncUdpSocket>>,
+    ) -> Result<LinkSettings> {
         let quic = &settings.quic;
         let tuning = Tuning {
             stream_window_bytes: quic.stream_window,
@@ -47,8 +49,13 @@ impl LinkSettings {
             keep_alive: settings.receiver.idle_timeout / 3,
             idle_timeout: settings.receiver.idle_timeout,
         };
-        let client = Client::new(&identity, Fingerprint(settings.receiver.identity), &tuning)
-            .map_err(|error| Error::because(ErrorKind::Settings, "make the QUIC endpoint", error))?;
+        let pinned = Fingerprint(settings.receiver.identity);
+        let client = match socket {
+            Some(socket) => Client::on(socket, &identity, pinned, &tuning),
+            None => Client::new(&identity, pinned, &tuning),
+        };
+        let client =
+            client.map_err(|error| Error::because(ErrorKind::Settings, "make the QUIC endpoint", error))?;
         Ok(LinkSettings { client, peer: settings.receiver.clone() })
     }
 }
@@ -246,7 +253,7 @@ impl Link {
     }
 
     fn open_reader(&self, resume: Option<Position>) -> std::result::Result<(Reader, Position), Unjoined> {
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let disk = self.agent.surroundings.disk.clone();
         let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
             if ship::is_transient(&error) {
                 Unjoined::Transient(error.to_string())
@@ -269,7 +276,7 @@ impl Link {
                 }
             }
         };
-        if let Err(error) = thread::Builder::new().name("af-ship".to_owned()).spawn(read) {
+        if let Err(error) = machine::spawn("af-ship", read) {
             // The queue is closed at once, which ends the connection; the next attempt may find a thread.
             tracing::error!(%error, "start the reader of the source journal");
         }

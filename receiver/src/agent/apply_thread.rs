@@ -6,12 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal::Lsn;
 use journal::compress::Compression;
 use journal::segment::SegmentSummary;
+use machine::Mutex;
 use tokio::sync::watch;
 
 use super::bell::{Bell, Wake};
@@ -75,7 +76,10 @@ impl ApplyThread {
         let mut thread = ApplyThread {
             parts,
             dir: setup.group_dir(name),
-            settings: apply_settings(&setup.settings, name),
+            settings: ApplySettings {
+                hold_replicas: setup.hold_replicas,
+                ..apply_settings(&setup.settings, name)
+            },
             policy: policy(&setup.settings.history),
             failure: setup.failure.clone(),
             setup: setup.clone(),
@@ -96,7 +100,7 @@ impl ApplyThread {
             tracing::debug!(%errno, "the apply thread keeps its priority");
         }
         self.go_on_rewinding()?;
-        let mut housekeeping = Instant::now() + HOUSEKEEPING;
+        let mut housekeeping = machine::now() + HOUSEKEEPING;
         loop {
             let wake = self.parts.bell.wait(self.checkpoint(), housekeeping);
             if wake == Wake::Stop || self.failure.get().is_some() {
@@ -107,11 +111,11 @@ impl ApplyThread {
                 Wake::Order => self.carry_out_orders()?,
                 Wake::Pause | Wake::Stop => {}
             }
-            if Instant::now() >= housekeeping {
+            if machine::now() >= housekeeping {
                 self.reopen_if_due()?;
                 self.go_on_rewinding()?;
                 self.keep_house()?;
-                housekeeping = Instant::now() + HOUSEKEEPING;
+                housekeeping = machine::now() + HOUSEKEEPING;
             }
         }
         if self.failure.get().is_none() {
@@ -140,7 +144,7 @@ impl ApplyThread {
                 let checkpoint = state.checkpoint.lsn;
                 let stall = Stall::of(state);
                 let stands = state.wishes.rewound.is_some() && state.wishes.intent.is_none();
-                let now = Instant::now();
+                let now = machine::now();
                 let after_resync = self.setup.settings.apply.min_interval / HASTE;
                 // Before the checkpoint is told: whoever waits for it sees nothing waiting below it any more.
                 self.parts.bell.ring(|schedule| {
@@ -166,7 +170,7 @@ impl ApplyThread {
     /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
     /// Until then the failed applier still keeps house.
     fn stalled(&mut self, error: Error) -> Result<()> {
-        let now = Instant::now();
+        let now = machine::now();
         let retry_at = match error.kind {
             ErrorKind::Sync => return Err(error),
             ErrorKind::NoSpace | ErrorKind::Io if self.applier.is_some() => now + RETRY,
@@ -301,12 +305,12 @@ impl ApplyThread {
         let behind = segments.iter().filter(|segment| !segment.sealed || segment.last_lsn > checkpoint);
         let bytes: u64 = behind.map(|segment| segment.bytes.max(1)).sum();
         let bytes = if durable > checkpoint { bytes } else { 0 };
-        self.parts.bell.ring(|schedule| schedule.set_back(durable, bytes, Instant::now()));
+        self.parts.bell.ring(|schedule| schedule.set_back(durable, bytes, machine::now()));
     }
 
     fn reopen_if_due(&mut self) -> Result<()> {
         match self.reopen_at {
-            Some(at) if Instant::now() >= at => self.reopen(),
+            Some(at) if machine::now() >= at => self.reopen(),
             _ => Ok(()),
         }
     }

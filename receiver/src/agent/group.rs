@@ -7,16 +7,16 @@
 //! A group is created by the first hello of the identity that the settings bind to its name, and is never given to
 //! another. It outlives connections; it ends with the agent.
 
+use machine::JoinHandle;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
 
 use journal::frame::FrameHeader;
 use journal::io::Disk;
 use journal::segment::SegmentSummary;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Epoch, GroupId, Lineage, Lsn, Position};
+use machine::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use wire::message::ErrorCode;
 
@@ -56,6 +56,8 @@ pub struct Claim {
 pub struct Setup {
     /// The disk under everything.
     pub disk: Arc<dyn Disk>,
+    /// Whether replicas are held against other programs.
+    pub hold_replicas: bool,
     /// Settings.
     pub settings: Arc<conf::Receiver>,
     /// Where final errors go.
@@ -238,7 +240,7 @@ impl Group {
 
     /// The source spoke of its newest lsn.
     pub fn heartbeat(&self, beat: Moment) {
-        lock(&self.heartbeats).heard(beat, Instant::now());
+        lock(&self.heartbeats).heard(beat, machine::now());
     }
 
     /// Applies up to `lsn` without waiting for fuller batches.
@@ -306,7 +308,7 @@ fn ring_for_backlog(bell: &Bell, writer: &Writer, checkpoint: Lsn) {
         let behind = writer.segments().iter().filter(|segment| segment.last_lsn > checkpoint);
         let bytes = behind.map(|segment| segment.bytes).sum();
         bell.ring(|schedule| {
-            schedule.received(durable, bytes, Instant::now());
+            schedule.received(durable, bytes, machine::now());
             schedule.want(durable);
         });
     }
@@ -328,7 +330,7 @@ impl Durable for Told {
     }
 
     fn received(&mut self, last: Lsn, raw_bytes: u64) {
-        self.bell.ring(|schedule| schedule.received(last, raw_bytes, Instant::now()));
+        self.bell.ring(|schedule| schedule.received(last, raw_bytes, machine::now()));
     }
 
     fn waiting(&mut self, received_ns: u64) {

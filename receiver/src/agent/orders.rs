@@ -4,8 +4,9 @@
 //! is begun goes on when nobody waits any more.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
+use machine::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::bell::Bell;

@@ -145,7 +145,7 @@ fn rpo_ms(
         return Some(behind_ms);
     }
     let silent_ms = match heard_at {
-        Some(at) => u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        Some(at) => u64::try_from(machine::since(at).as_millis()).unwrap_or(u64::MAX),
         // Not heard since our start: only the clocks can say.
         None => now_ns().saturating_sub(newest_ns.unwrap_or(progress.durable_time_ns)) / 1_000_000,
     };

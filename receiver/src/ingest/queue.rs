@@ -5,11 +5,12 @@
 //! the thread beside the frames.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use journal::Position;
 use journal::frame::{FrameHeader, MAX_FRAME_BYTES};
+use machine::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::Refusal;
@@ -158,7 +159,18 @@ impl Queue {
 
     /// The next item, waiting for it; `None` when every [`Ingest`] is gone.
     pub fn next(&mut self) -> Option<Item> {
-        self.items.blocking_recv()
+        let items = &mut self.items;
+        if machine::is_simulated() {
+            return machine::block(
+                || match items.try_recv() {
+                    Ok(item) => Some(Some(item)),
+                    Err(mpsc::error::TryRecvError::Empty) => None,
+                    Err(mpsc::error::TryRecvError::Disconnected) => Some(None),
+                },
+                || None,
+            );
+        }
+        items.blocking_recv()
     }
 
     /// Whether the thread should end.

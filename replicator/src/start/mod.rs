@@ -14,7 +14,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use journal::io::RealDisk;
 use journal::record::VolumeRecord;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Lsn, Position};
@@ -27,6 +26,7 @@ use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};
 use crate::state::{Gap, KnownVolume, StateFile};
+use crate::surroundings::Surroundings;
 
 mod front;
 mod journal_dir;
@@ -106,11 +106,11 @@ pub fn ring_dir(settings: &conf::Replicator, state: &StateFile) -> PathBuf {
 ///
 /// # Errors
 /// Settings that do not fit what is there, a disk that cannot be opened or shrank, no room for the ring.
-pub fn start(settings: &conf::Replicator) -> Result<Started> {
-    let disk: Arc<dyn journal::io::Disk> = Arc::new(RealDisk);
+pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result<Started> {
+    let disk = surroundings.disk.clone();
     let mut state = StateFile::open(&disk, &settings.dir)?;
     let first = state.get().epoch.number == 0;
-    let (volumes, mut doubts) = volumes::open(settings, &mut state)?;
+    let (volumes, mut doubts) = volumes::open(settings, surroundings, &mut state)?;
     if first {
         doubts.always.push("first synchronisation".to_owned());
     }

@@ -1,7 +1,6 @@
 //! The volumes of a run: opened, and compared with what the group knows of them.
 
 use journal::{VolumeId, VolumeUuid};
-use nbd::{Access, Backing};
 
 use super::{Doubts, OpenVolume, Opened, stamp};
 use crate::capture::attach;
@@ -9,9 +8,14 @@ use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Gap, KnownVolume, StateFile};
+use crate::surroundings::Surroundings;
 
 /// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the replica.
-pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result<(Vec<OpenVolume>, Doubts)> {
+pub(super) fn open(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    state: &mut StateFile,
+) -> Result<(Vec<OpenVolume>, Doubts)> {
     let mut doubts = Doubts::default();
     if let Some(gap) = &state.get().needs_resync {
         let to = if state.get().gap_in_ring { &mut doubts.without_ring } else { &mut doubts.always };
@@ -24,7 +28,7 @@ pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result
     for volume in &settings.volume {
         let remembered = known.iter().position(|known| known.name == volume.name);
         let detached = remembered.is_some_and(|at| known[at].detached);
-        let found = find(settings, volume, detached)?;
+        let found = find(settings, surroundings, volume, detached)?;
         let at = match (remembered, &found) {
             (Some(at), _) => at,
             (None, found) => {
@@ -119,7 +123,12 @@ impl FoundDisk {
     }
 }
 
-fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> Result<FoundDisk> {
+fn find(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    volume: &conf::Volume,
+    detached: bool,
+) -> Result<FoundDisk> {
     if settings.capture == conf::Capture::Kfilter {
         if detached {
             // Its device may be gone by now; nobody asks for it.
@@ -130,8 +139,10 @@ fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> R
         return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
     }
     create_missing(volume)?;
-    let stamp = stamp::of_path(&volume.path);
-    let backing = Backing::open(&volume.path, Access::ReadWrite)
+    let stamp = surroundings.backings.stamp(&volume.path);
+    let backing = surroundings
+        .backings
+        .open(&volume.path)
         .map_err(|error| Error::because(ErrorKind::Settings, format!("volume {}", volume.name), error))?;
     let size_bytes = backing.size_bytes();
     if size_bytes == 0 {
