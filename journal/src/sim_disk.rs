@@ -375,8 +375,10 @@ impl Disk for SimDisk {
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let names = state.live.keys().filter(|path| path.parent() == Some(dir));
-        Ok(names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
+        let entries = state.live.keys().chain(&state.dirs).filter(|path| path.parent() == Some(dir));
+        let names: BTreeSet<_> =
+            entries.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect();
+        Ok(names.into_iter().collect())
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {

@@ -36,6 +36,7 @@ use orders::Order;
 
 use crate::apply::{HoldReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
+use crate::history::History;
 use crate::ingest::Refusal;
 use crate::link;
 use crate::point::{At, Points};
@@ -291,6 +292,14 @@ impl Handle {
     /// [`ErrorKind::Usage`] for a group that is not here.
     pub fn points(&self, group: &str) -> Result<Points> {
         Ok(self.known(group)?.history.points())
+    }
+
+    /// What lies in the past of a group: for views of its points.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here.
+    pub fn history(&self, group: &str) -> Result<Arc<History>> {
+        Ok(self.known(group)?.history.clone())
     }
 
     /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all.

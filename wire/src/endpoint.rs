@@ -214,8 +214,12 @@ fn stand(
     server: Option<quinn::ServerConfig>,
     identity: &Identity,
 ) -> Result<quinn::Endpoint> {
+    let mut config = EndpointConfig::new(Arc::new(ResetKey(identity.derive(b"afterimage stateless reset"))));
+    if machine::is_simulated() {
+        config.rng_seed(Some(std::array::from_fn(|_| machine::random_u64().to_le_bytes()[0])));
+    }
     quinn::Endpoint::new_with_abstract_socket(
-        EndpointConfig::new(Arc::new(ResetKey(identity.derive(b"afterimage stateless reset")))),
+        config,
         server,
         socket,
         Arc::new(TokioRuntime),
