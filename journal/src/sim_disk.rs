@@ -343,6 +343,26 @@ impl Disk for SimDisk {
         if cut { Err(dead()) } else { Ok(()) }
     }
 
+    fn rename_dir(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        let cut = state.step()?;
+        if state.dirs.contains(to) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let moved = |path: &Path| path.strip_prefix(from).map(|rest| to.join(rest)).unwrap_or(path.into());
+        state.dirs = state.dirs.iter().map(|dir| moved(dir)).collect();
+        state.live = state.live.iter().map(|(path, inode)| (moved(path), *inode)).collect();
+        state.durable = state.durable.iter().map(|(path, inode)| (moved(path), *inode)).collect();
+        for (dir, change) in &mut state.pending {
+            *dir = moved(dir);
+            match change {
+                NameChange::Link { path, .. } | NameChange::Unlink { path, .. } => *path = moved(path),
+                NameChange::Rename { from, to, .. } => (*from, *to) = (moved(from), moved(to)),
+            }
+        }
+        if cut { Err(dead()) } else { Ok(()) }
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         let cut = state.step()?;

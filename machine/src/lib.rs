@@ -68,18 +68,21 @@ pub fn random_u64() -> u64 {
     }
 }
 
-/// How long a thread of a world sleeps between two attempts of [`block`].
-const ATTEMPT: Duration = Duration::from_millis(1);
+/// How long a thread of a world sleeps between two attempts of [`block`]: at first, doubled up to the longest.
+const ATTEMPT: Duration = Duration::from_micros(300);
+const LONGEST_ATTEMPT: Duration = Duration::from_millis(10);
 
 /// Waits in `real`, a call that blocks this thread by other means than this crate's; in a world `attempt` is made again and
 /// again until it succeeds. Both do the same thing.
 pub fn block<T>(mut attempt: impl FnMut() -> Option<T>, real: impl FnOnce() -> T) -> T {
     let Some(world) = world::current() else { return real() };
+    let mut pause = ATTEMPT;
     loop {
         if let Some(done) = attempt() {
             return done;
         }
-        world.sleep(ATTEMPT);
+        world.sleep(pause);
+        pause = (pause * 2).min(LONGEST_ATTEMPT);
     }
 }
 
@@ -91,6 +94,7 @@ pub fn block_for<T>(
 ) -> Option<T> {
     let Some(world) = world::current() else { return real() };
     let ends = world.now() + at_most;
+    let mut pause = ATTEMPT;
     loop {
         if let Some(done) = attempt() {
             return Some(done);
@@ -99,6 +103,7 @@ pub fn block_for<T>(
         if left.is_zero() {
             return None;
         }
-        world.sleep(left.min(ATTEMPT));
+        world.sleep(left.min(pause));
+        pause = (pause * 2).min(LONGEST_ATTEMPT);
     }
 }

@@ -93,6 +93,11 @@ impl Disk for LifeDisk {
         self.step(QUICK_US, || self.below.rename(from, to))
     }
 
+    fn rename_dir(&self, from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)?;
+        self.step(QUICK_US, || self.below.rename_dir(from, to))
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.step(QUICK_US, || self.below.remove(path))
     }

@@ -52,6 +52,7 @@ fn main() -> Result<()> {
     let sums = Mutex::new(Told::default());
     let failed = Mutex::new(Vec::new());
     let tell = |job: usize| {
+        pin(job);
         let ground = Ground { paths: paths(home.path(), job), identities: identities.clone() };
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -99,6 +100,15 @@ fn main() -> Result<()> {
     );
     ensure!(failed.is_empty(), "seeds that failed: {failed:?}; tell one again with --from SEED --seeds 1 --verbose");
     Ok(())
+}
+
+/// All threads of a job on one processor: they take turns, and a turn that goes to another processor takes several times
+/// as long. Where that is not allowed it is only slower.
+fn pin(job: usize) {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(job % processors);
+    let _ = rustix::thread::sched_setaffinity(None, &set);
 }
 
 fn paths(home: &Path, job: usize) -> Paths {

@@ -92,8 +92,8 @@ impl Net {
         self.lock().under_way.first_key_value().map(|((at, _), _)| *at)
     }
 
-    /// Brings in what is due.
-    pub fn deliver(&self) {
+    /// Brings in what is due; whether anything was.
+    pub fn deliver(&self) -> bool {
         let now_ns = self.room.now_ns();
         let mut wakers = Vec::new();
         {
@@ -107,7 +107,9 @@ impl Net {
                 }
             }
         }
+        let any = !wakers.is_empty();
         wakers.into_iter().for_each(Waker::wake);
+        any
     }
 
     fn send(&self, from: SocketAddr, to: SocketAddr, bytes: &[u8]) {

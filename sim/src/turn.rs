@@ -7,8 +7,12 @@ use std::time::Duration;
 use crate::net::Net;
 use crate::room::Room;
 
-/// A runtime looks at its tasks at least this often, µs: what other threads send it waits as long.
+/// A runtime looks at its tasks at least this often, µs: what other threads send it waits as long. Longer, when nothing
+/// came from the network for a while.
 const TICK_US: u64 = 1000;
+const IDLE_TICK_US: u64 = 5000;
+/// A while, ns.
+const IDLE_NS: u64 = 8_000_000;
 /// Polls of everything that is ready, before the turn is handed on.
 const POLLS: usize = 6;
 
@@ -31,15 +35,19 @@ enum Never {}
 
 async fn follow(room: &Arc<Room>, net: &Arc<Net>) -> Never {
     let (began, began_ns) = (tokio::time::Instant::now(), room.now_ns());
+    let mut came_ns = began_ns;
     loop {
         for _ in 0..POLLS {
             tokio::task::yield_now().await;
         }
         let now_ns = room.now_ns();
-        let tick_ns = (TICK_US / 4 + room.draw(TICK_US)) * 1000;
+        let tick_us = if now_ns - came_ns > IDLE_NS { IDLE_TICK_US } else { TICK_US };
+        let tick_ns = (tick_us / 4 + room.draw(tick_us)) * 1000;
         let until_ns = net.due_ns().unwrap_or(u64::MAX).min(now_ns + tick_ns);
         machine::sleep(Duration::from_nanos(until_ns.saturating_sub(now_ns).max(1000)));
-        net.deliver();
+        if net.deliver() {
+            came_ns = room.now_ns();
+        }
         let behind = Duration::from_nanos(room.now_ns() - began_ns).saturating_sub(began.elapsed());
         if !behind.is_zero() {
             tokio::time::advance(behind).await;

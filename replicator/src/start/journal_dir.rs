@@ -23,7 +23,7 @@ pub(super) fn open(
     let set_aside = |why: &dyn std::fmt::Display| {
         let aside = settings.dir.join(format!("journal.damaged-{}", now_ns()));
         tracing::error!(%why, aside = %aside.display(), "the source journal is damaged; it is set aside, remove it when it was looked at");
-        std::fs::rename(&dir, &aside)
+        disk.rename_dir(&dir, &aside)
             .map_err(|error| Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error))?;
         disk.create_dir(&dir).map_err(create)
     };
