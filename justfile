@@ -64,3 +64,12 @@ soak HOURS="1":
 # The story, told on real data.
 demo *ARGS:
     cargo run --release --locked -p afterimage -- demo {{ ARGS }}
+
+# Simulated sources and receivers under failures, by seed: SEEDS of them from FROM on, or as many as fit in SECONDS.
+sim SEEDS="200" FROM="1" SECONDS="100000":
+    cargo build --release --locked -p afterimage-sim
+    target/release/afterimage-sim --seeds {{ SEEDS }} --from {{ FROM }} --seconds {{ SECONDS }}
+
+# Plants broken rules one by one (sim/mutants.toml): the simulation must catch each. ARGS: names, --seeds N.
+mutants *ARGS:
+    scripts/mutants.py {{ ARGS }}

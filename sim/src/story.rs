@@ -23,6 +23,8 @@ use crate::room::Room;
 use crate::side::{Paths, Process, RECEIVER, SimBackings, Site, source_address};
 
 const GROUP: &str = "g";
+/// A view is read in pieces of this size.
+const PIECE: usize = 32 << 10;
 /// How long, in virtual time, everything may take to come right once nothing is in the way.
 const HEALING: Duration = Duration::from_secs(240);
 
@@ -94,6 +96,8 @@ struct Story {
     receiver_backup: Option<SimDisk>,
     /// The newest position that the source saw acknowledged, by epoch.
     acknowledged: (u64, u64),
+    /// Acknowledged to this source before the receiver was rolled back: worth nothing since.
+    void_up_to: (u64, u64),
     told: Told,
 }
 
@@ -155,6 +159,7 @@ impl Story {
             source_backup: None,
             receiver_backup: None,
             acknowledged: (0, 0),
+            void_up_to: (0, 0),
             told: Told::default(),
         }
     }
@@ -442,7 +447,10 @@ impl Story {
     fn see_acknowledged(&mut self) {
         if let Some(source) = self.source.as_ref().and_then(Process::daemon) {
             let peer = source.watch_peer().borrow().clone();
-            self.acknowledged = self.acknowledged.max((peer.epoch, peer.received.0));
+            let word = (peer.epoch, peer.received.0);
+            if word > self.void_up_to {
+                self.acknowledged = self.acknowledged.max(word);
+            }
         }
     }
 
@@ -556,6 +564,7 @@ impl Story {
                     self.stop_receiver_hard();
                     self.receiver_disk = backup;
                     // Nothing that was acknowledged since is expected any more.
+                    self.void_up_to = self.void_up_to.max(self.acknowledged);
                     self.acknowledged = (0, 0);
                     self.start_receiver();
                     self.until_well("after the receiver was rolled back")
@@ -687,6 +696,8 @@ impl Story {
 
     /// Everything comes right by itself: all is captured, received and on the replica.
     fn until_well(&mut self, when: &str) -> Step {
+        // Loss at a tenth lets CUBIC through at the pace of a modem: that is no failure.
+        self.site.net.set(Weather::FAIR);
         let ends = machine::now() + HEALING;
         let mut stuck_since = None;
         loop {
@@ -789,7 +800,10 @@ fn images(history: &Arc<receiver::history::History>, lsn: u64) -> Result<Option<
             Err(error) => return refused(error),
         };
         let mut image = vec![0; usize::try_from(view.size_bytes()).unwrap_or(0)];
-        view.read_at(&mut image, 0).map_err(|error| format!("{name}: {error}"))?;
+        // In pieces, as a client would: batches are applied between them.
+        for (at, piece) in image.chunks_mut(PIECE).enumerate() {
+            view.read_at(piece, (at * PIECE) as u64).map_err(|error| format!("{name}: {error}"))?;
+        }
         images.push(image);
     }
     Ok(Some(images))
