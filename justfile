@@ -55,6 +55,7 @@ bench *PARTS:
 # The same tests again and again, for HOURS: rare interleavings and leaks.
 soak HOURS="1":
     cargo build --release --locked -p afterimage
+    just sim 100000 1 600
     end=$((SECONDS + {{ HOURS }} * 3600)); round=0; \
     while [ $SECONDS -lt $end ]; do \
         round=$((round + 1)); echo "soak: round $round"; \

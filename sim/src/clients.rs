@@ -41,7 +41,14 @@ impl Load {
 }
 
 /// Tells the model what the volumes hold, and starts the clients as threads of the source's life.
-pub fn start(room: &Arc<Room>, model: &Arc<Model>, load: &Arc<Load>, handle: &Handle, back: Back, each: usize) {
+pub fn start(
+    room: &Arc<Room>,
+    model: &Arc<Model>,
+    load: &Arc<Load>,
+    handle: &Handle,
+    back: Back,
+    each: usize,
+) {
     let exports = handle.exports();
     let images = exports.iter().map(|export| {
         let mut image = vec![0; usize::try_from(export.size_bytes()).unwrap_or(0)];
@@ -118,7 +125,9 @@ impl Client {
         let written = match kind {
             Kind::Content => self.export.write(offset, &bytes, fua),
             Kind::Zeros if self.room.chance(500) => self.export.discard(offset, length_bytes, fua),
-            Kind::Zeros => self.export.write_zeroes(offset, length_bytes, Zeroing { fua, ..Zeroing::default() }),
+            Kind::Zeros => {
+                self.export.write_zeroes(offset, length_bytes, Zeroing { fua, ..Zeroing::default() })
+            }
         };
         if let Err(error) = written {
             return self.failed("write", &error);

@@ -29,12 +29,7 @@ pub struct LifeDisk {
 impl LifeDisk {
     /// For a new process.
     pub fn new(room: &Arc<Room>, below: &SimDisk) -> LifeDisk {
-        LifeDisk {
-            room: room.clone(),
-            below: below.clone(),
-            dead: Arc::default(),
-            slow_us: Arc::default(),
-        }
+        LifeDisk { room: room.clone(), below: below.clone(), dead: Arc::default(), slow_us: Arc::default() }
     }
 
     /// The disk of the same process as another.
@@ -53,7 +48,11 @@ impl LifeDisk {
     }
 
     fn live(&self) -> io::Result<()> {
-        if self.dead.load(Ordering::Acquire) { Err(io::Error::other("this process was killed")) } else { Ok(()) }
+        if self.dead.load(Ordering::Acquire) {
+            Err(io::Error::other("this process was killed"))
+        } else {
+            Ok(())
+        }
     }
 
     /// Others may run before and after an operation, and it takes its time.
@@ -211,7 +210,9 @@ impl Store for LifeStore {
     fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>> {
         match to {
             SeekFrom::Data(at) => Ok(self.0.next_data(at)?.map(|data| data.start)),
-            SeekFrom::Hole(at) => Ok(self.0.next_data(at)?.filter(|data| data.start <= at).map(|data| data.end).or(Some(at))),
+            SeekFrom::Hole(at) => {
+                Ok(self.0.next_data(at)?.filter(|data| data.start <= at).map(|data| data.end).or(Some(at)))
+            }
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }

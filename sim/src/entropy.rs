@@ -12,7 +12,8 @@ use std::ffi::c_void;
 pub unsafe extern "C" fn getrandom(buffer: *mut c_void, length: usize, flags: u32) -> isize {
     if !machine::is_simulated() {
         // SAFETY: the caller's promise is the system call's; results that do not fit do not occur.
-        return unsafe { libc::syscall(libc::SYS_getrandom, buffer, length, flags) as isize };
+        let got = unsafe { libc::syscall(libc::SYS_getrandom, buffer, length, flags) };
+        return isize::try_from(got).unwrap_or(-1);
     }
     for at in 0..length {
         let [byte, ..] = machine::random_u64().to_le_bytes();

@@ -39,13 +39,17 @@ fn main() -> Result<()> {
         let filter = tracing_subscriber::EnvFilter::from_default_env();
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     }
-    let home = tempfile::Builder::new().prefix("afterimage-sim-").tempdir_in("/dev/shm").context("make a directory")?;
+    let home = tempfile::Builder::new()
+        .prefix("afterimage-sim-")
+        .tempdir_in("/dev/shm")
+        .context("make a directory")?;
     let identity = |name: &str| -> Result<_> {
         let dir = home.path().join(name);
         let identity = wire::Identity::create(&dir)?;
         Ok((dir, identity.fingerprint().0))
     };
-    let identities = Identities { source: identity("source-identity")?, receiver: identity("receiver-identity")? };
+    let identities =
+        Identities { source: identity("source-identity")?, receiver: identity("receiver-identity")? };
     let next = AtomicU64::new(arguments.from);
     let last = arguments.from + arguments.seeds;
     let started = Instant::now();
@@ -56,7 +60,8 @@ fn main() -> Result<()> {
         let ground = Ground { paths: paths(home.path(), job), identities: identities.clone() };
         loop {
             let seed = next.fetch_add(1, Ordering::Relaxed);
-            let over = arguments.seconds.is_some_and(|seconds| started.elapsed() > Duration::from_secs(seconds));
+            let over =
+                arguments.seconds.is_some_and(|seconds| started.elapsed() > Duration::from_secs(seconds));
             let stop = !arguments.keep_going && failed.lock().is_ok_and(|failed| !failed.is_empty());
             if seed >= last || over || stop {
                 return;
@@ -98,7 +103,10 @@ fn main() -> Result<()> {
         sums.trace,
         failed.len()
     );
-    ensure!(failed.is_empty(), "seeds that failed: {failed:?}; tell one again with --from SEED --seeds 1 --verbose");
+    ensure!(
+        failed.is_empty(),
+        "seeds that failed: {failed:?}; tell one again with --from SEED --seeds 1 --verbose"
+    );
     Ok(())
 }
 

@@ -97,16 +97,25 @@ impl Model {
     ///
     /// # Errors
     /// The disks do not hold what they must.
-    pub fn begin(&self, back: Back, base: Vec<Vec<u8>>, from_lsn: u64, writers_each: usize) -> Result<(), String> {
+    pub fn begin(
+        &self,
+        back: Back,
+        base: Vec<Vec<u8>>,
+        from_lsn: u64,
+        writers_each: usize,
+    ) -> Result<(), String> {
         let mut inner = self.lock();
         if let Some(last) = inner.generations.last() {
             match back {
                 Back::Killed => {
-                    let bounds = last.writers.iter().map(|w| w.answered()..w.writes.len()).collect::<Vec<_>>();
-                    last.check(&base, &bounds).map_err(|why| format!("the source's disk after a kill: {why}"))?;
+                    let bounds =
+                        last.writers.iter().map(|w| w.answered()..w.writes.len()).collect::<Vec<_>>();
+                    last.check(&base, &bounds)
+                        .map_err(|why| format!("the source's disk after a kill: {why}"))?;
                 }
                 Back::PowerLost => {
-                    last.check_flushed(&base).map_err(|why| format!("the source's disk after a power loss: {why}"))?;
+                    last.check_flushed(&base)
+                        .map_err(|why| format!("the source's disk after a power loss: {why}"))?;
                 }
                 Back::RolledBack => {}
             }
@@ -133,11 +142,18 @@ impl Model {
     pub fn writers(&self) -> Vec<(usize, Range<usize>)> {
         let inner = self.lock();
         let last = inner.generations.last();
-        last.map(|last| last.writers.iter().map(|w| (w.volume, w.blocks.clone())).collect()).unwrap_or_default()
+        last.map(|last| last.writers.iter().map(|w| (w.volume, w.blocks.clone())).collect())
+            .unwrap_or_default()
     }
 
     /// A write is about to be submitted; its number and content.
-    pub fn submit(&self, writer: usize, blocks: Range<usize>, kind: Kind, before_lsn: u64) -> (usize, Vec<u8>) {
+    pub fn submit(
+        &self,
+        writer: usize,
+        blocks: Range<usize>,
+        kind: Kind,
+        before_lsn: u64,
+    ) -> (usize, Vec<u8>) {
         let mut inner = self.lock();
         inner.clock += 1;
         let submitted = inner.clock;
@@ -159,7 +175,9 @@ impl Model {
         let mut inner = self.lock();
         inner.clock += 1;
         let answered = inner.clock;
-        if let Some(write) = inner.generations.last_mut().and_then(|g| g.writers[writer].writes.get_mut(write)) {
+        if let Some(write) =
+            inner.generations.last_mut().and_then(|g| g.writers[writer].writes.get_mut(write))
+        {
             (write.after_lsn, write.recorded, write.answered) = (Some(after_lsn), recorded, Some(answered));
         }
     }
@@ -174,7 +192,8 @@ impl Model {
     pub fn flushed(&self, volume: usize, upto: &[usize]) {
         let mut inner = self.lock();
         let Some(last) = inner.generations.last_mut() else { return };
-        for (writer, upto) in last.writers.iter_mut().zip(upto).filter(|(writer, _)| writer.volume == volume) {
+        for (writer, upto) in last.writers.iter_mut().zip(upto).filter(|(writer, _)| writer.volume == volume)
+        {
             writer.flushed = writer.flushed.max(*upto);
         }
     }
@@ -200,9 +219,11 @@ impl Model {
             .writers
             .iter()
             .map(|writer| {
-                let due = |w: &Write| w.after_lsn.is_some_and(|after| after < lsn || after == lsn && w.recorded);
+                let due =
+                    |w: &Write| w.after_lsn.is_some_and(|after| after < lsn || after == lsn && w.recorded);
                 let lowest = writer.writes.iter().rposition(due).map_or(0, |at| at + 1);
-                let highest = writer.writes.iter().position(|w| w.before_lsn >= lsn).unwrap_or(writer.writes.len());
+                let highest =
+                    writer.writes.iter().position(|w| w.before_lsn >= lsn).unwrap_or(writer.writes.len());
                 lowest..highest.max(lowest)
             })
             .collect();
@@ -223,7 +244,8 @@ impl Generation {
 
     /// The content of a block after its newest write among the first `count`.
     fn after(&self, writer: usize, count: usize, block: usize) -> Vec<u8> {
-        let newest = self.writers[writer].writes[..count].iter().rposition(|write| write.blocks.contains(&block));
+        let newest =
+            self.writers[writer].writes[..count].iter().rposition(|write| write.blocks.contains(&block));
         match newest {
             None => self.base_block(self.writers[writer].volume, block).to_vec(),
             Some(at) => match self.writers[writer].writes[at].kind {
@@ -307,7 +329,10 @@ impl Generation {
             let submitted = self.writers[one].writes[newest].submitted;
             for (other, others) in counts.iter().enumerate() {
                 let writes = &self.writers[other].writes;
-                let due = writes.iter().rposition(|w| w.answered.is_some_and(|at| at < submitted)).map_or(0, |at| at + 1);
+                let due = writes
+                    .iter()
+                    .rposition(|w| w.answered.is_some_and(|at| at < submitted))
+                    .map_or(0, |at| at + 1);
                 if others.last().is_some_and(|most| *most < due) {
                     return Err(format!(
                         "writer {one}'s write {newest} is there, and writer {other}'s write {} is not, which was answered before",
@@ -362,7 +387,11 @@ mod tests {
             let lsn = lsn as u64;
             let (number, bytes) = model.submit(*writer, blocks.clone(), *kind, lsn);
             let to = &mut image[0][blocks.start * BLOCK..blocks.end * BLOCK];
-            if *kind == Kind::Zeros { to.fill(0) } else { to.copy_from_slice(&bytes) }
+            if *kind == Kind::Zeros {
+                to.fill(0)
+            } else {
+                to.copy_from_slice(&bytes)
+            }
             model.answered(*writer, number, lsn + 1, true);
         }
         (model, image)

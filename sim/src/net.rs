@@ -63,12 +63,8 @@ pub struct Net {
 impl Net {
     /// A network with nobody on it.
     pub fn new(room: Arc<Room>) -> Arc<Net> {
-        let inner = Inner {
-            weather: Weather::FAIR,
-            under_way: BTreeMap::new(),
-            sent: 0,
-            boxes: BTreeMap::new(),
-        };
+        let inner =
+            Inner { weather: Weather::FAIR, under_way: BTreeMap::new(), sent: 0, boxes: BTreeMap::new() };
         Arc::new(Net { room, inner: Mutex::new(inner) })
     }
 

@@ -203,8 +203,12 @@ impl Inner {
     /// Who is next; moves the clock where nobody can run.
     fn choose(&mut self) -> u64 {
         loop {
-            let ready: Vec<u64> =
-                self.threads.iter().filter(|(_, t)| t.state == State::Ready).map(|(number, _)| *number).collect();
+            let ready: Vec<u64> = self
+                .threads
+                .iter()
+                .filter(|(_, t)| t.state == State::Ready)
+                .map(|(number, _)| *number)
+                .collect();
             if !ready.is_empty() {
                 let at = self.random.random_range(0..ready.len());
                 self.turns += 1;
@@ -217,7 +221,8 @@ impl Inner {
                 State::At { until, .. } => until,
             };
             let Some(first) = self.threads.values().filter_map(wakes).min() else {
-                let names: Vec<_> = self.threads.values().map(|t| format!("{} {:?}", t.name, t.state)).collect();
+                let names: Vec<_> =
+                    self.threads.values().map(|t| format!("{} {:?}", t.name, t.state)).collect();
                 eprintln!("the world stands still: {names:?}");
                 std::process::abort();
             };

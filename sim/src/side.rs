@@ -170,7 +170,8 @@ pub struct SimBackings {
 
 impl Backings for SimBackings {
     fn open(&self, path: &Path) -> Result<Backing, nbd::Error> {
-        let io = |error| nbd::Error { kind: nbd::Kind::Io, at: path.display().to_string(), source: Some(error) };
+        let io =
+            |error| nbd::Error { kind: nbd::Kind::Io, at: path.display().to_string(), source: Some(error) };
         let file = self.disk.open(path).map_err(io)?;
         let size = file.size().map_err(io)?;
         Ok(Backing::on(Box::new(LifeStore::new(file)), size))

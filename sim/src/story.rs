@@ -133,7 +133,8 @@ pub fn tell(seed: u64, ground: &Ground, verbose: bool) -> Told {
 impl Story {
     fn new(room: Arc<Room>, ground: Ground) -> Story {
         let sizes = [96, 160, 256];
-        let volumes = (0..1 + room.draw(2)).map(|_| sizes[usize::try_from(room.draw(3)).unwrap_or(0)]).collect();
+        let volumes =
+            (0..1 + room.draw(2)).map(|_| sizes[usize::try_from(room.draw(3)).unwrap_or(0)]).collect();
         let shape = Shape {
             volumes,
             writers_each: if room.chance(500) { 1 } else { 2 },
@@ -249,8 +250,9 @@ impl Story {
 
     fn receiver_settings(&self) -> Result<conf::Receiver, String> {
         let (paths, identities) = (&self.ground.paths, &self.ground.identities);
-        let mut settings = conf::Receiver::embedded(&paths.receiver, RECEIVER.into(), identities.source.1, GROUP)
-            .map_err(|error| error.to_string())?;
+        let mut settings =
+            conf::Receiver::embedded(&paths.receiver, RECEIVER.into(), identities.source.1, GROUP)
+                .map_err(|error| error.to_string())?;
         settings.identity_dir = identities.receiver.0.clone();
         settings.journal.segment_bytes = 2 << 20;
         settings.apply.batch_bytes = 256 << 10;
@@ -282,9 +284,12 @@ impl Story {
         let start = move || async move {
             Replicator::start_on(settings, surroundings).await.map_err(|error| error.to_string())
         };
-        let began = move |handle: &replicator::Handle| clients::start(&room, &model, &load, handle, back, each);
+        let began =
+            move |handle: &replicator::Handle| clients::start(&room, &model, &load, handle, back, each);
         self.source = Some(Process::start(&self.site, life, "source", disk, start, began));
-        self.until_runs("the source", |story| story.source.as_ref().map(|source| (source.daemon().is_some(), source.ended())))
+        self.until_runs("the source", |story| {
+            story.source.as_ref().map(|source| (source.daemon().is_some(), source.ended()))
+        })
     }
 
     fn source_settings(&self) -> Result<conf::Replicator, String> {
@@ -334,7 +339,11 @@ impl Story {
             );
         }
         for group in receiver.iter().flat_map(|status| &status.groups) {
-            let _ = write!(text, "receiver {:?} ({:?}) epoch {} {:?}", group.state, group.why, group.epoch, group.positions);
+            let _ = write!(
+                text,
+                "receiver {:?} ({:?}) epoch {} {:?}",
+                group.state, group.why, group.epoch, group.positions
+            );
         }
         text
     }
@@ -385,7 +394,8 @@ impl Story {
         }
         self.lose_ring();
         let seed = self.room().draw(u64::MAX);
-        (self.source_disk, self.backing_disk) = (self.source_disk.crash(seed), self.backing_disk.crash(seed ^ 5));
+        (self.source_disk, self.backing_disk) =
+            (self.source_disk.crash(seed), self.backing_disk.crash(seed ^ 5));
         self.pause(1500);
         self.start_source(Back::PowerLost)
     }
@@ -462,11 +472,18 @@ impl Story {
         })?;
         let status = self.receiver.as_ref().and_then(Process::daemon).map(|daemon| daemon.status());
         let Some(group) = status.and_then(|status| status.groups.into_iter().next()) else {
-            return if word.1 == 0 { Ok(()) } else { Err(format!("promise 4: acknowledged {word:?}, and no group is there")) };
+            return if word.1 == 0 {
+                Ok(())
+            } else {
+                Err(format!("promise 4: acknowledged {word:?}, and no group is there"))
+            };
         };
         let held = (group.epoch, group.positions.received_lsn.0);
         if held < word {
-            return Err(format!("promise 4: acknowledged {word:?}, held after the restart {held:?} ({:?})", group.why));
+            return Err(format!(
+                "promise 4: acknowledged {word:?}, held after the restart {held:?} ({:?})",
+                group.why
+            ));
         }
         Ok(())
     }
@@ -614,7 +631,11 @@ impl Story {
         self.note(format!("receiver: rewind to {at:?}"));
         let order = at.clone();
         let outcome = self.on_receiver(move |handle| async move {
-            handle.rewind(GROUP, order).await.map(|report| report.lsn.0).map_err(|error| (error.kind, error.to_string()))
+            handle
+                .rewind(GROUP, order)
+                .await
+                .map(|report| report.lsn.0)
+                .map_err(|error| (error.kind, error.to_string()))
         })?;
         match outcome {
             Some(Ok(lsn)) => {
@@ -630,7 +651,9 @@ impl Story {
             handle.resume(GROUP).await.map(|_| ()).map_err(|error| (error.kind, error.to_string()))
         })?;
         match resumed {
-            Some(Err((kind, why))) if kind != receiver::ErrorKind::NotPossible => Err(format!("resume: {why}")),
+            Some(Err((kind, why))) if kind != receiver::ErrorKind::NotPossible => {
+                Err(format!("resume: {why}"))
+            }
             _ => Ok(()),
         }
     }

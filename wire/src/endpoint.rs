@@ -218,13 +218,8 @@ fn stand(
     if machine::is_simulated() {
         config.rng_seed(Some(std::array::from_fn(|_| machine::random_u64().to_le_bytes()[0])));
     }
-    quinn::Endpoint::new_with_abstract_socket(
-        config,
-        server,
-        socket,
-        Arc::new(TokioRuntime),
-    )
-    .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
+    quinn::Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))
+        .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
 }
 
 /// The key of stateless resets (RFC 9000, section 10.3), the same for every process of an identity: so a peer learns from
