@@ -5,6 +5,7 @@
 //! there is a number of its writes that gives just this content, and no write is there that was submitted after one that is
 //! missing had been answered.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -50,6 +51,8 @@ struct Generation {
     base: Vec<Vec<u8>>,
     from_lsn: u64,
     writers: Vec<Writer>,
+    /// By volume and block: what a power loss may bring back, since runs that were killed left it unflushed.
+    older: BTreeMap<(usize, usize), Vec<Vec<u8>>>,
 }
 
 #[derive(Default)]
@@ -105,7 +108,11 @@ impl Model {
         writers_each: usize,
     ) -> Result<(), String> {
         let mut inner = self.lock();
+        let mut older = BTreeMap::new();
         if let Some(last) = inner.generations.last() {
+            if back == Back::Killed {
+                older = last.unflushed();
+            }
             match back {
                 Back::Killed => {
                     let bounds =
@@ -129,7 +136,7 @@ impl Model {
             }
         }
         let number = inner.generations.len() as u64 + 1;
-        inner.generations.push(Generation { number, base, from_lsn, writers });
+        inner.generations.push(Generation { number, base, from_lsn, writers, older });
         Ok(())
     }
 
@@ -196,6 +203,7 @@ impl Model {
         {
             writer.flushed = writer.flushed.max(*upto);
         }
+        last.older.retain(|(of, _), _| *of != volume);
     }
 
     /// Writes answered so far, in all runs.
@@ -344,18 +352,39 @@ impl Generation {
         Ok(())
     }
 
+    /// What a power loss may leave in a block: what was flushed last, or something newer.
+    fn allowed(&self, at: usize, block: usize) -> Vec<Vec<u8>> {
+        let writer = &self.writers[at];
+        let mut allowed = self.older.get(&(writer.volume, block)).cloned().unwrap_or_default();
+        allowed.push(self.after(at, writer.flushed, block));
+        for number in writer.flushed..writer.writes.len() {
+            if writer.writes[number].blocks.contains(&block) {
+                allowed.push(self.after(at, number + 1, block));
+            }
+        }
+        allowed
+    }
+
+    /// The same of every block where more than one content is allowed.
+    fn unflushed(&self) -> BTreeMap<(usize, usize), Vec<Vec<u8>>> {
+        let blocks = self
+            .writers
+            .iter()
+            .enumerate()
+            .flat_map(|(at, w)| w.blocks.clone().map(move |b| (at, w.volume, b)));
+        blocks
+            .map(|(at, volume, block)| ((volume, block), self.allowed(at, block)))
+            .filter(|(_, allowed)| allowed.len() > 1)
+            .collect()
+    }
+
     /// Each sector holds what was flushed last, or something newer.
     fn check_flushed(&self, images: &[Vec<u8>]) -> Result<(), String> {
         for (at, writer) in self.writers.iter().enumerate() {
             let image = &images[writer.volume];
             for block in writer.blocks.clone() {
                 let found = &image[block * BLOCK..(block + 1) * BLOCK];
-                let mut allowed = vec![self.after(at, writer.flushed, block)];
-                for number in writer.flushed..writer.writes.len() {
-                    if writer.writes[number].blocks.contains(&block) {
-                        allowed.push(self.after(at, number + 1, block));
-                    }
-                }
+                let allowed = self.allowed(at, block);
                 for sector in (0..BLOCK).step_by(SECTOR) {
                     let range = sector..sector + SECTOR;
                     if !allowed.iter().any(|allowed| allowed[range.clone()] == found[range.clone()]) {

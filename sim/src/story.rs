@@ -594,6 +594,8 @@ impl Story {
                         source.kill(self.room());
                     }
                     self.lose_ring();
+                    (self.source_disk, self.backing_disk) =
+                        (self.source_disk.crash(1), self.backing_disk.crash(1));
                     self.source_backup = Some((self.source_disk.crash(1), self.backing_disk.crash(1), 0));
                     self.start_source(Back::PowerLost)?;
                     let captured = self.source()?.captured_lsn().0;
