@@ -313,7 +313,12 @@ impl Handle {
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<RestoreReport> {
         let history = self.known(group)?.history.clone();
-        blocking("restore", move || restore::restore(&history, &request, &mut progress)).await
+        let restored = blocking("restore", move || restore::restore(&history, &request, &mut progress)).await;
+        if restored.as_ref().is_err_and(|error| error.kind == ErrorKind::Corrupt) {
+            // What it met is looked for, and mended if the source still holds it.
+            self.scrub_now(group)?;
+        }
+        restored
     }
 
     /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on being received.

@@ -283,6 +283,17 @@ impl Applier {
             self.skip_through = Some(number);
             done = self.apply_one();
         }
+        // Rot that could not be mended ends its epoch, too.
+        if done.as_ref().is_err_and(|e| e.kind == ErrorKind::Corrupt)
+            && let Some(hole) = self.history.hole(self.store.state().checkpoint.lsn)
+            && hole.epoch < durable.epoch.number
+            && self.skip_through.is_none_or(|number| number < hole.epoch)
+        {
+            tracing::error!(epoch = hole.epoch, why = hole.why(), "the rest of an epoch is lost: the next one replaces it");
+            self.gatherer.reset();
+            self.skip_through = Some(hole.epoch);
+            done = self.apply_one();
+        }
         if matches!(done, Ok(None))
             && self.store.state().needs_resync.is_none()
             && self.skip_through.is_none()

@@ -30,6 +30,7 @@ use machine::{Mutex, MutexGuard};
 
 use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
 use crate::events::{Event, EventLog};
+use crate::mend::Rotten;
 use crate::merged::{Node, OpenIndexes};
 use crate::retention::Aged;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
@@ -76,6 +77,8 @@ pub(crate) struct Inner {
     pub(crate) merged: BTreeSet<Node>,
     /// Those that cannot be made: a segment is damaged, or too large.
     pub(crate) hopeless: BTreeSet<Node>,
+    /// Frames of the journal that are known to be rotten, oldest first.
+    pub(crate) rotten: Vec<Rotten>,
 }
 
 /// The history of one group.
@@ -127,6 +130,7 @@ impl History {
                 leaving: 0,
                 merged: BTreeSet::new(),
                 hopeless: BTreeSet::new(),
+                rotten: Vec::new(),
                 state,
             }),
             disk,
@@ -238,6 +242,16 @@ impl History {
     pub fn note_waiting(&self, received_ns: u64) {
         let mut inner = self.lock();
         inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
+    }
+
+    /// What is known of the journal to be rotten, oldest first: points that need it are refused.
+    pub(crate) fn note_rotten(&self, rotten: Vec<Rotten>) {
+        self.lock().rotten = rotten;
+    }
+
+    /// What is rotten in the journal behind a checkpoint.
+    pub(crate) fn hole(&self, checkpoint: Lsn) -> Option<Rotten> {
+        self.lock().rotten.iter().find(|rotten| rotten.last > checkpoint).cloned()
     }
 
     /// The newest receipt known, by the receiver's clock; 0 where none is.

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::events::EventKind;
 use crate::history::{History, Inner, Pin};
+use crate::mend::Rotten;
 use crate::state::{Hold, Moment};
 use crate::undo::damage;
 use crate::{Error, ErrorKind, Result};
@@ -213,9 +214,18 @@ impl Inner {
                 _ => {}
             }
         }
+        gaps.extend(self.rotten.iter().map(|rotten| self.lost(rotten)));
+        gaps.sort_by_key(|gap| gap.after.lsn);
         gaps.extend(open);
         gaps.retain(|gap| gap.until.is_none_or(|until| until.lsn > self.state.history_start.lsn));
         gaps
+    }
+
+    /// The points that need rotten frames: up to the next boundary, to which undo leads.
+    fn lost(&self, rotten: &Rotten) -> Gap {
+        let boundaries = self.batches.values().filter_map(|slot| slot.kept().map(|summary| summary.last));
+        let above = boundaries.chain([self.state.checkpoint_moment()]).filter(|at| at.lsn >= rotten.last);
+        Gap { after: rotten.before, until: above.min(), reason: rotten.why() }
     }
 
     fn why_no_point(&self) -> String {
@@ -235,10 +245,8 @@ impl Inner {
         if let Some(gap) = gaps.iter().find(|gap| gap.holds(oldest.lsn)) {
             oldest = gap.until?;
         }
-        let newest = match gaps.last() {
-            Some(Gap { after, until: None, .. }) => *after,
-            _ => self.received,
-        };
+        let open = gaps.iter().filter(|gap| gap.until.is_none()).map(|gap| gap.after);
+        let newest = open.min_by_key(|after| after.lsn).unwrap_or(self.received);
         (oldest.lsn <= newest.lsn).then_some((oldest, newest))
     }
 }
@@ -300,14 +308,17 @@ impl History {
         if let Some(gap) = gaps.iter().find(|gap| gap.holds(lsn)) {
             return Err(gap_error(at, gap));
         }
-        let moment = match [oldest, newest].into_iter().find(|known| known.lsn == lsn) {
+        let boundary = {
+            let inner = self.lock();
+            inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)))
+        };
+        let (boundary, at) =
+            boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
+        // A boundary is known without its record, which may be rotten.
+        let moment = match [oldest, newest, at].into_iter().find(|known| known.lsn == lsn) {
             Some(known) => known,
             None => self.find_lsn(lsn)?,
         };
-        let inner = self.lock();
-        let boundary = inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)));
-        let (boundary, at) =
-            boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
         Ok(Point { moment, boundary, boundary_lsn: at.lsn })
     }
 

@@ -23,6 +23,7 @@ mod gaps;
 pub mod link;
 pub mod pipeline;
 pub mod progress;
+mod refetch;
 mod report;
 pub mod resync;
 mod serve;

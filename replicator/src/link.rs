@@ -19,6 +19,7 @@ use wire::{Backoff, Client, ControlReceiver, ControlSender, Fingerprint, FrameWr
 use crate::agent::Agent;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
+use crate::refetch;
 use crate::ship::{self, Unjoined};
 use crate::state::Gap;
 use crate::status::State;
@@ -207,6 +208,7 @@ impl Link {
         let mut sending = tokio::spawn(send_frames(writer, frames));
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
+        let (journal, tail) = (agent.settings.dir.join("journal"), self.tail.clone());
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
             sent = &mut sending => match sent {
@@ -215,6 +217,7 @@ impl Link {
                 Err(_) => End::Lost("the sending task ended".into()),
             },
             error = carried.carry(connection) => End::Lost(describe(&error)),
+            error = refetch::serve(connection, &journal, &tail) => End::Lost(describe(&error)),
             end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
@@ -230,7 +233,7 @@ impl Link {
         let state = file.get();
         Message::Hello {
             versions: VERSIONS.to_vec(),
-            features: wire::compare::FEATURE,
+            features: wire::compare::FEATURE | wire::refetch::FEATURE,
             group_id: state.group.0,
             group: self.agent.settings.group.clone(),
             lineage: state.lineage.0,

@@ -29,6 +29,7 @@ use crate::history::History;
 use crate::ingest::queue::Ingest;
 use crate::point::At;
 use crate::retention::Policy;
+use crate::scrub::Scrub;
 
 /// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -50,6 +51,7 @@ pub(super) struct Parts {
     pub orders: Arc<Orders>,
     pub ingest: Ingest,
     pub progress: watch::Sender<Progress>,
+    pub scrub: Arc<Scrub>,
 }
 
 /// See the module.
@@ -65,6 +67,8 @@ pub(super) struct ApplyThread {
     /// The applier failed: it is opened again then.
     reopen_at: Option<Instant>,
     shortened: bool,
+    /// Behind this lsn the journal was suspected of damage already.
+    suspected: Option<Lsn>,
 }
 
 impl ApplyThread {
@@ -86,6 +90,7 @@ impl ApplyThread {
             applier: None,
             reopen_at: None,
             shortened: false,
+            suspected: None,
         };
         thread.reopen()?;
         Ok(thread)
@@ -179,11 +184,36 @@ impl ApplyThread {
         let why = error.in_full();
         let stall = match error.kind {
             ErrorKind::ReplicaFailed | ErrorKind::Busy => Stall::ReplicaFailed(why),
+            ErrorKind::Corrupt => self.suspect(why),
             _ => Stall::Stopped(why),
         };
         self.parts.bell.ring(|schedule| schedule.hold(retry_at));
         self.publish(self.checkpoint(), Some(stall));
         Ok(())
+    }
+
+    /// What cannot be read may be rot in the journal: the scrub thread looks, and mends what the source still holds. What it
+    /// does not hold is lost to the replica, and only a new epoch brings it further.
+    fn suspect(&mut self, why: String) -> Stall {
+        let checkpoint = self.checkpoint();
+        if let Some(stall) = self.hole() {
+            return stall;
+        }
+        if self.suspected.replace(checkpoint) != Some(checkpoint) {
+            self.parts.scrub.suspect(checkpoint);
+        }
+        Stall::Stopped(why)
+    }
+
+    /// What is lost behind the checkpoint, where no newer epoch has begun to repair it.
+    fn hole(&self) -> Option<Stall> {
+        let epoch = self.parts.progress.borrow().durable.epoch.number;
+        let hole = self.parts.history.hole(self.checkpoint())?;
+        let stands = hole.gone.is_some() && hole.epoch >= epoch;
+        stands.then(|| {
+            let (before, last) = (hole.before.lsn, hole.last);
+            Stall::NeedsResync(format!("the records of lsn {} to {last} are lost: {}", before.next(), hole.why()))
+        })
     }
 
     fn carry_out_orders(&mut self) -> Result<()> {
@@ -211,6 +241,12 @@ impl ApplyThread {
         match order {
             Order::Rewind(at, answer) => answered(answer, self.rewind(&at)),
             Order::Resume(answer) => answered(answer, self.resume()),
+            Order::LookAgain => {
+                self.suspected = None;
+                self.reopen()?;
+                self.parts.bell.ring(|schedule| schedule.release());
+                self.go_on_rewinding()
+            }
             Order::Hold(name, release, answer) => {
                 let held = self.applier().and_then(|applier| applier.hold(&name, release, now_ns()));
                 answered(answer, held)
@@ -323,7 +359,7 @@ impl ApplyThread {
             Ok(applier) => {
                 let state = applier.state();
                 let checkpoint = state.checkpoint.lsn;
-                let stall = Stall::of(state);
+                let stall = Stall::of(state).or_else(|| self.hole());
                 let failure = applier.failure();
                 self.applier = Some(applier);
                 match failure {

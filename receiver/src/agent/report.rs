@@ -83,6 +83,7 @@ pub(super) fn group(group: &Group) -> GroupStatus {
             waiting_bytes,
         }),
         scrub,
+        repaired: group.scrub.repaired(),
     }
 }
 
@@ -103,6 +104,7 @@ pub(super) fn broken(name: &str, why: &str) -> GroupStatus {
         apply_error: Some(why.to_owned()),
         rewound: None,
         scrub: None,
+        repaired: Vec::new(),
     }
 }
 

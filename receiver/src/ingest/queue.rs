@@ -10,6 +10,7 @@ use std::sync::{Arc, PoisonError};
 use bytes::Bytes;
 use journal::Position;
 use journal::frame::{FrameHeader, MAX_FRAME_BYTES};
+use journal::writer::Writer;
 use machine::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
@@ -73,12 +74,17 @@ impl Session {
     }
 }
 
+/// See [`Item::Work`].
+pub(super) type Work = Box<dyn FnOnce(&mut Writer) -> journal::Result<()> + Send>;
+
 /// What the thread takes from the queue.
 pub(super) enum Item {
     /// A frame of a session.
     Frame { session: Arc<Session>, header: FrameHeader, frame: Bytes, _room: OwnedSemaphorePermit },
     /// Answered with the durable position once everything before it is durable.
     Settle(oneshot::Sender<Position>),
+    /// Work for the owner of the journal's writer. Only a final error is returned.
+    Work(Work),
     /// Something else than a frame changed: look.
     Nudge,
 }
@@ -115,6 +121,25 @@ impl Ingest {
         let (answer, position) = oneshot::channel();
         self.items.send(Item::Settle(answer)).await.map_err(|_| Gone)?;
         position.await.map_err(|_| Gone)
+    }
+
+    /// Has the owner of the journal's writer do something, between two frames, and waits for what it came to; `None` where
+    /// it is gone. Blocks; not for the runtime.
+    pub fn with_writer<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Writer) -> journal::Result<T> + Send + 'static,
+    ) -> Option<journal::Result<T>> {
+        let (answer, answered) = std::sync::mpsc::sync_channel(1);
+        let work: Work = Box::new(move |writer| {
+            let done = work(writer);
+            let is_final = done.as_ref().err().filter(|error| error.kind == journal::ErrorKind::Sync);
+            let fatal = is_final.map(|error| journal::Error::new(error.kind, error.at.clone()));
+            // Whoever asked may be gone.
+            let _ = answer.try_send(done);
+            fatal.map_or(Ok(()), Err)
+        });
+        self.items.blocking_send(Item::Work(work)).ok()?;
+        answered.recv().ok()
     }
 
     /// Lets go of journal segments below `segment`: history does not need them any more.
