@@ -181,12 +181,7 @@ struct Looking<'a> {
 
 impl Looking<'_> {
     /// The frame that the layout names, if it holds.
-    fn frame(
-        &self,
-        entry: &FrameEntry,
-        held: Option<&Position>,
-        out: &mut Vec<u8>,
-    ) -> Result<FrameHeader> {
+    fn frame(&self, entry: &FrameEntry, held: Option<&Position>, out: &mut Vec<u8>) -> Result<FrameHeader> {
         let other = |what| self.segment.error(ErrorKind::Malformed, entry.offset, what);
         let Item::Frame(header) = self.segment.peek(entry.offset)? else {
             return Err(other("no frame where the footer says one is"));

@@ -86,7 +86,7 @@ pub(crate) struct Mender {
     pub history: Arc<History>,
     pub ingest: Ingest,
     pub fetcher: Arc<Fetcher>,
-    pub segments: Arc<std::sync::Mutex<Vec<SegmentSummary>>>,
+    pub segments: Arc<machine::Mutex<Vec<SegmentSummary>>>,
     pub now_ns: fn() -> u64,
     /// Called when what could not be read can be.
     pub mended: Box<dyn Fn() + Send>,
@@ -129,7 +129,8 @@ impl Mender {
         for &number in numbers {
             let before = done.repaired.len();
             let held = self.segment(number, open, &mut done);
-            let found = done.repaired.len() > before || held.as_ref().is_some_and(|rotten| !rotten.is_empty());
+            let found =
+                done.repaired.len() > before || held.as_ref().is_some_and(|rotten| !rotten.is_empty());
             match held {
                 Some(rotten) if !rotten.is_empty() => _ = self.rotten.insert(number, rotten),
                 _ => _ = self.rotten.remove(&number),
@@ -171,8 +172,13 @@ impl Mender {
             rotten.clear();
             let before = done.repaired.len();
             for mark in rot.marks {
-                let repaired =
-                    Repaired { file: path.clone(), offset: mark.offset, bytes: journal::SECTOR_BYTES as u64, lsns: None, time: self.time() };
+                let repaired = Repaired {
+                    file: path.clone(),
+                    offset: mark.offset,
+                    bytes: journal::SECTOR_BYTES as u64,
+                    lsns: None,
+                    time: self.time(),
+                };
                 self.put_back(repaired, done, move |writer| writer.mend_mark(&mark));
             }
             for run in rot.runs {
@@ -214,9 +220,15 @@ impl Mender {
     }
 
     fn run(&self, run: &Run, frames: Vec<Vec<u8>>, done: &mut Mended) {
-        let lsns = run.frames.first().zip(run.frames.last()).map(|(first, last)| (first.first_lsn, last.last_lsn));
-        let repaired =
-            Repaired { file: run.path.clone(), offset: run.offset(), bytes: run.bytes(), lsns, time: self.time() };
+        let lsns =
+            run.frames.first().zip(run.frames.last()).map(|(first, last)| (first.first_lsn, last.last_lsn));
+        let repaired = Repaired {
+            file: run.path.clone(),
+            offset: run.offset(),
+            bytes: run.bytes(),
+            lsns,
+            time: self.time(),
+        };
         let run = run.clone();
         self.put_back(repaired, done, move |writer| writer.mend(&run, &frames));
     }
@@ -230,7 +242,12 @@ impl Mender {
         let file = repaired.file.display().to_string();
         match self.ingest.with_writer(work) {
             Some(Ok(())) => {
-                tracing::warn!(file, offset = repaired.offset, bytes = repaired.bytes, "what rotted is put back");
+                tracing::warn!(
+                    file,
+                    offset = repaired.offset,
+                    bytes = repaired.bytes,
+                    "what rotted is put back"
+                );
                 done.repaired.push(repaired);
             }
             Some(Err(error)) if error.kind == ErrorKind::NotHeld => {}

@@ -6,7 +6,7 @@
 //! One question at a time. Nobody waits for a source that is not there: the caller asks again when one connects.
 
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, TryRecvError, sync_channel};
 use std::time::Duration;
 
 use journal::Position;
@@ -68,11 +68,21 @@ impl Fetcher {
         if self.post.try_send(Asked { after, last_lsn, bytes, answer }).is_err() {
             return away();
         }
-        answered.recv_timeout(PATIENCE).unwrap_or_else(|_| away())
+        let attempt = || match answered.try_recv() {
+            Ok(answer) => Some(answer),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => Some(away()),
+        };
+        machine::block_for(PATIENCE, attempt, || answered.recv_timeout(PATIENCE).ok()).unwrap_or_else(away)
     }
 
     /// Carries questions over a connection until it fails; `connected` is called when there may be some.
-    pub async fn carry(&self, connection: &Connection, features: u64, connected: impl FnOnce()) -> wire::Error {
+    pub async fn carry(
+        &self,
+        connection: &Connection,
+        features: u64,
+        connected: impl FnOnce(),
+    ) -> wire::Error {
         let mut posted = self.posted.lock().await;
         // What was asked of a connection that is gone is asked again.
         while posted.try_recv().is_ok() {}

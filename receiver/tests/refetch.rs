@@ -126,13 +126,26 @@ async fn what_the_source_does_not_hold_any_more_is_a_hole_in_the_points() {
         handle.scrub_now("g").unwrap();
         let group = until(&handle, "found", |group| group.state == State::Degraded).await;
         assert!(group.why.as_ref().unwrap().contains("damage in"), "{:?}", group.why);
-        let has_hole = || handle.points("g").unwrap().gaps.iter().find(|gap| gap.from_lsn.next() == frame.0.first_lsn).cloned();
+        let has_hole = || {
+            handle
+                .points("g")
+                .unwrap()
+                .gaps
+                .iter()
+                .find(|gap| gap.from_lsn.next() == frame.0.first_lsn)
+                .cloned()
+        };
         until(&handle, "told", |_| has_hole().is_some()).await;
         let hole = has_hole().unwrap();
         assert!(hole.to_lsn.unwrap() >= frame.0.last_lsn, "{hole:?}");
         assert!(hole.reason.contains("does not hold it any more"), "{}", hole.reason);
         // Points in it are refused with their neighbours; before and behind it all is exact.
-        let refused = restored(&site, &handle, frame.0.last_lsn.0 - u64::from(frame.0.last_lsn == hole.to_lsn.unwrap())).await;
+        let refused = restored(
+            &site,
+            &handle,
+            frame.0.last_lsn.0 - u64::from(frame.0.last_lsn == hole.to_lsn.unwrap()),
+        )
+        .await;
         if frame.0.first_lsn < hole.to_lsn.unwrap() {
             let refused = refused.unwrap_err();
             assert_eq!(refused.kind, receiver::ErrorKind::NotPossible, "{refused}");
@@ -201,14 +214,16 @@ async fn a_frame_that_is_lost_before_it_was_applied_needs_a_new_epoch_and_stays_
 
     // The new epoch begins with the whole content; what lies before the hole stays restorable.
     source.begin_epoch();
-    let begun = source.frames.iter().rev().find(|(header, _)| header.epoch != source.stamp.epoch).unwrap().0.last_lsn;
+    let begun =
+        source.frames.iter().rev().find(|(header, _)| header.epoch != source.stamp.epoch).unwrap().0.last_lsn;
     source.write(10);
     link.send(&source.frames).await;
     link.on_replica(source.lsn).await;
     site.assert_replicas(&source);
     let check = async |handle: &Handle, when: &str| {
         let points = handle.points("g").unwrap();
-        let hole = points.gaps.iter().find(|gap| gap.from_lsn.0 <= good && gap.to_lsn.is_some_and(|to| to > begun));
+        let hole =
+            points.gaps.iter().find(|gap| gap.from_lsn.0 <= good && gap.to_lsn.is_some_and(|to| to > begun));
         assert!(hole.is_some(), "{when}: {:?}", points.gaps);
         restored(&site, handle, good).await.unwrap();
         for lsn in [good + 1, begun.0] {

@@ -209,6 +209,7 @@ impl Link {
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
         let (journal, tail) = (agent.settings.dir.join("journal"), self.tail.clone());
+        let disk = agent.surroundings.disk.clone();
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
             sent = &mut sending => match sent {
@@ -217,7 +218,7 @@ impl Link {
                 Err(_) => End::Lost("the sending task ended".into()),
             },
             error = carried.carry(connection) => End::Lost(describe(&error)),
-            error = refetch::serve(connection, &journal, &tail) => End::Lost(describe(&error)),
+            error = refetch::serve(connection, &disk, &journal, &tail) => End::Lost(describe(&error)),
             end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();

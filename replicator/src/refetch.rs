@@ -8,7 +8,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use journal::io::{Disk, RealDisk};
+use journal::io::Disk;
 use journal::reader::Reader;
 use journal::tail::{Limit, Tail};
 use journal::{Lsn, Position};
@@ -20,7 +20,12 @@ use wire::{ControlSender, framing, refetch};
 use crate::ship::is_transient;
 
 /// Answers the receiver's questions until the connection fails.
-pub async fn serve(connection: &Connection, journal: &Path, tail: &Arc<Tail>) -> wire::Error {
+pub async fn serve(
+    connection: &Connection,
+    disk: &Arc<dyn Disk>,
+    journal: &Path,
+    tail: &Arc<Tail>,
+) -> wire::Error {
     loop {
         let (mut sender, mut receiver) = match framing::accept(connection).await {
             Ok(stream) => stream,
@@ -36,7 +41,7 @@ pub async fn serve(connection: &Connection, journal: &Path, tail: &Arc<Tail>) ->
                 }
                 Err(error) => return error,
             };
-            let found = look_up(journal, tail, after, last).await;
+            let found = look_up(disk, journal, tail, after, last).await;
             if let Err(error) = answer(&mut sender, found, last).await {
                 return error;
             }
@@ -45,7 +50,11 @@ pub async fn serve(connection: &Connection, journal: &Path, tail: &Arc<Tail>) ->
     }
 }
 
-async fn answer(sender: &mut ControlSender, found: Result<Vec<u8>, (ErrorCode, String)>, last: Lsn) -> wire::Result<()> {
+async fn answer(
+    sender: &mut ControlSender,
+    found: Result<Vec<u8>, (ErrorCode, String)>,
+    last: Lsn,
+) -> wire::Result<()> {
     match found {
         Ok(frame) => {
             tracing::info!(%last, bytes = frame.len(), "a frame rotted at the receiver and is sent again");
@@ -60,23 +69,20 @@ async fn answer(sender: &mut ControlSender, found: Result<Vec<u8>, (ErrorCode, S
 
 /// Reads off the runtime.
 async fn look_up(
+    disk: &Arc<dyn Disk>,
     journal: &Path,
     tail: &Arc<Tail>,
     after: Position,
     last: Lsn,
 ) -> Result<Vec<u8>, (ErrorCode, String)> {
-    let (journal, tail) = (journal.to_path_buf(), tail.clone());
+    let (disk, journal, tail) = (disk.clone(), journal.to_path_buf(), tail.clone());
     let (done, found) = oneshot::channel();
     let read = move || {
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         // Whoever asked may be gone.
         let _ = done.send(frame_behind(disk, &journal, Limit::UpTo(tail.appended()), &after, last));
     };
     let internal = |reason: String| (ErrorCode::Internal, reason);
-    std::thread::Builder::new()
-        .name("af-refetch".to_owned())
-        .spawn(read)
-        .map_err(|error| internal(format!("start a thread: {error}")))?;
+    machine::spawn("af-refetch", read).map_err(|error| internal(format!("start a thread: {error}")))?;
     found.await.map_err(|_| internal("the reading thread ended".to_owned()))?
 }
 
@@ -131,9 +137,13 @@ mod tests {
             let mut batch = Batch::default();
             let extent = Extent { offset: 0, len: 512 };
             let lsn = held.lsn.next();
-            batch.push(&Record { op: Op::Write, flags: 0, volume: VolumeId(1), lsn, time_ns: lsn.0, extent }, &[7; 512]);
+            batch.push(
+                &Record { op: Op::Write, flags: 0, volume: VolumeId(1), lsn, time_ns: lsn.0, extent },
+                &[7; 512],
+            );
             let stamp = Stamp { group, lineage, epoch };
-            let encoded = Encoder::new().unwrap().encode(&batch, &stamp, None, Compression::Off, Vec::new()).unwrap();
+            let encoded =
+                Encoder::new().unwrap().encode(&batch, &stamp, None, Compression::Off, Vec::new()).unwrap();
             let (bytes, _) = encoded.seal(held.chain);
             let header = FrameHeader::parse(&bytes).unwrap();
             writer.append(&bytes, &header, 1).unwrap();
@@ -141,7 +151,8 @@ mod tests {
         }
         writer.sync().unwrap();
         let find = |after: &Position, last: Lsn| {
-            frame_behind(disk.clone(), dir, Limit::UpTo(writer.shared().appended()), after, last).map_err(|(code, _)| code)
+            frame_behind(disk.clone(), dir, Limit::UpTo(writer.shared().appended()), after, last)
+                .map_err(|(code, _)| code)
         };
         for (held, bytes, header) in &frames {
             assert_eq!(find(held, header.last_lsn).as_ref(), Ok(bytes));
@@ -166,7 +177,8 @@ mod tests {
         let gone = writer.segments()[0].last_lsn;
         writer.drop_before(2).unwrap();
         let dropped = frames.iter().find(|(_, _, header)| header.last_lsn == gone).unwrap();
-        let found = frame_behind(disk.clone(), dir, Limit::UpTo(writer.shared().appended()), &dropped.0, gone);
+        let found =
+            frame_behind(disk.clone(), dir, Limit::UpTo(writer.shared().appended()), &dropped.0, gone);
         assert_eq!(found.unwrap_err().0, ErrorCode::NotPossible);
     }
 }

@@ -66,7 +66,8 @@ pub async fn ask(
     bytes: usize,
 ) -> Result<Answer> {
     assert!(bytes <= MAX_FRAME_BYTES, "the journal bounds a frame");
-    let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("answer to a question for a frame: {what}"));
+    let malformed =
+        |what: &str| Error::new(ErrorKind::Malformed, format!("answer to a question for a frame: {what}"));
     sender.send(&Message::FrameRequest { after, last_lsn }).await?;
     let mut frame = Vec::new();
     loop {
@@ -97,7 +98,10 @@ mod tests {
     use crate::testing::pair;
 
     /// What the receiver makes of what a source does with its question.
-    async fn answered<F>(bytes: usize, source: impl FnOnce(ControlSender, ControlReceiver) -> F) -> Result<Answer>
+    async fn answered<F>(
+        bytes: usize,
+        source: impl FnOnce(ControlSender, ControlReceiver) -> F,
+    ) -> Result<Answer>
     where
         F: Future<Output = ControlSender>,
     {
@@ -120,7 +124,7 @@ mod tests {
     #[tokio::test]
     async fn a_frame_passes_in_parts() {
         for bytes in [512, PART_BYTES, PART_BYTES + 512, MAX_FRAME_BYTES] {
-            let frame: Vec<u8> = (0..bytes).map(|at| (at % 251) as u8).collect();
+            let frame: Vec<u8> = (0..=250).cycle().take(bytes).collect();
             let sent = frame.clone();
             let answer = answered(bytes, |mut sender, _| async move {
                 send_frame(&mut sender, &sent).await.unwrap();
@@ -150,7 +154,12 @@ mod tests {
                 }
                 sender
             });
-            assert_eq!(answer.await.unwrap_err().kind, ErrorKind::Malformed, "{}", &told[..told.len().min(80)]);
+            assert_eq!(
+                answer.await.unwrap_err().kind,
+                ErrorKind::Malformed,
+                "{}",
+                &told[..told.len().min(80)]
+            );
         }
     }
 

@@ -138,7 +138,22 @@ impl Ingest {
             let _ = answer.try_send(done);
             fatal.map_or(Ok(()), Err)
         });
-        self.items.blocking_send(Item::Work(work)).ok()?;
+        let mut item = Some(Item::Work(work));
+        if machine::is_simulated() {
+            let sent = machine::block(
+                || match self.items.try_send(item.take()?) {
+                    Ok(()) => Some(true),
+                    Err(mpsc::error::TrySendError::Full(back)) => {
+                        item = Some(back);
+                        None
+                    }
+                    Err(mpsc::error::TrySendError::Closed(_)) => Some(false),
+                },
+                || false,
+            );
+            return sent.then(|| machine::block(|| tried(&answered), || None)).flatten();
+        }
+        self.items.blocking_send(item?).ok()?;
         answered.recv().ok()
     }
 
@@ -165,6 +180,15 @@ impl Ingest {
     /// Takes nothing more while there is a reason (history that must be kept fills its quota), or goes on without one.
     pub fn hold_back(&self, why: Option<String>) {
         *lock(&self.held_back) = why;
+    }
+}
+
+/// What came of work: nothing yet, or the answer, or that nobody will answer.
+fn tried<T>(answered: &std::sync::mpsc::Receiver<T>) -> Option<Option<T>> {
+    match answered.try_recv() {
+        Ok(answer) => Some(Some(answer)),
+        Err(std::sync::mpsc::TryRecvError::Empty) => None,
+        Err(std::sync::mpsc::TryRecvError::Disconnected) => Some(None),
     }
 }
 

@@ -16,8 +16,8 @@ use journal::compress::{Compression, Encoder};
 use journal::frame::{Batch, FrameHeader, Stamp, chain_seed};
 use journal::record::{Op, Record, VolumeRecord};
 use journal::{Epoch, EpochId, Extent, GroupId, Lineage, Lsn, VolumeId, VolumeUuid};
-use tokio::time::timeout;
 use receiver::agent::{Handle, Receiver};
+use tokio::time::timeout;
 use wire::message::{ErrorCode, Message, Position, ReceiverState};
 use wire::{Client, ControlReceiver, ControlSender, Fingerprint, FrameWriter, Identity, Tuning, framing};
 
