@@ -589,6 +589,7 @@ mod tests {
             received_ns: 0,
             allocated_bytes: 0,
             nonce: 0xAB,
+            merged_from: 0,
         }
     }
 

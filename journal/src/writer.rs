@@ -393,7 +393,11 @@ impl Writer {
             let mut again = vec![0; bytes.len()];
             segment.read(&mut again, *offset)?;
             if again != *bytes {
-                return Err(segment.error(ErrorKind::Corrupt, *offset, "the disk gives back other bytes than were written"));
+                return Err(segment.error(
+                    ErrorKind::Corrupt,
+                    *offset,
+                    "the disk gives back other bytes than were written",
+                ));
             }
         }
         Ok(())
@@ -568,6 +572,7 @@ fn next_header(options: &WriterOptions, number: u64, start: Position, now_ns: u6
         received_ns: now_ns,
         allocated_bytes: 0,
         nonce: 0,
+        merged_from: 0,
     }
 }
 

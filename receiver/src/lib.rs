@@ -46,6 +46,7 @@ pub mod scrub;
 pub mod state;
 pub mod status;
 pub mod target;
+pub mod thin;
 pub mod undo;
 mod unpack;
 pub mod view;

@@ -102,7 +102,7 @@ impl View {
     /// [`ErrorKind::NotPossible`] where the volume does not exist at that point, or too much redo lies above the checkpoint;
     /// [`ErrorKind::Corrupt`] for damage.
     pub fn open(history: &Arc<History>, point: Point, volume: &str) -> Result<View> {
-        let pin = history.pin(point.boundary)?;
+        let pin = history.pin_point(&point)?;
         let volumes = history.volumes_at(point.moment.lsn);
         let Some((id, _, size_bytes)) = volumes.iter().find(|(_, name, _)| name == volume).cloned() else {
             let names: Vec<_> = volumes.iter().map(|(_, name, _)| name.as_str()).collect();

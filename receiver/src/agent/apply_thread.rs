@@ -30,6 +30,7 @@ use crate::ingest::queue::Ingest;
 use crate::point::At;
 use crate::retention::Policy;
 use crate::scrub::Scrub;
+use crate::thin::Steps;
 
 /// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -39,6 +40,8 @@ const RETRY: Duration = Duration::from_millis(500);
 const REOPEN: Duration = Duration::from_secs(10);
 /// Merged indexes made in one round of housekeeping: 200 batches a second could not outrun them.
 const MERGES: usize = 64;
+/// Time in one round of housekeeping after which no more old undo is merged.
+const THINNING: Duration = Duration::from_secs(1);
 /// Apply is work that can wait: acknowledgements cannot.
 const NICENESS: i32 = 10;
 
@@ -212,7 +215,11 @@ impl ApplyThread {
         let stands = hole.gone.is_some() && hole.epoch >= epoch;
         stands.then(|| {
             let (before, last) = (hole.before.lsn, hole.last);
-            Stall::NeedsResync(format!("the records of lsn {} to {last} are lost: {}", before.next(), hole.why()))
+            Stall::NeedsResync(format!(
+                "the records of lsn {} to {last} are lost: {}",
+                before.next(),
+                hole.why()
+            ))
         })
     }
 
@@ -406,7 +413,7 @@ impl ApplyThread {
             Ok(expired) => {
                 self.follow(&expired);
                 self.merge();
-                Ok(())
+                self.thin()
             }
             Err(error) if error.kind == ErrorKind::Sync => Err(error),
             Err(error) => {
@@ -421,6 +428,24 @@ impl ApplyThread {
         if let Some(applier) = &mut self.applier {
             applier.merge(MERGES);
         }
+    }
+
+    /// Batches below the exact window become one for each step; as many as fit a short time, since apply waits for it.
+    fn thin(&mut self) -> Result<()> {
+        let Some(applier) = &mut self.applier else { return Ok(()) };
+        let until = machine::now() + THINNING;
+        while machine::now() < until {
+            match applier.thin(&self.policy) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind == ErrorKind::Sync => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot merge old undo");
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What retention means for ingest: segments to let go, or nothing more to take.
@@ -494,5 +519,6 @@ fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
 
 fn policy(history: &conf::History) -> Policy {
     let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    Policy { window_ns: ns(history.window), min_ns: ns(history.min), quota_bytes: history.quota }
+    let steps = Steps { hourly_ns: ns(history.keep_hourly), daily_ns: ns(history.keep_daily) };
+    Policy { window_ns: ns(history.window), min_ns: ns(history.min), steps, quota_bytes: history.quota }
 }

@@ -129,7 +129,9 @@ impl<D: Durable> Runner<D> {
                     // Whoever asked may have gone meanwhile.
                     let _ = answer.send(self.writer.durable());
                 }
-                Item::Work(work) => work(&mut self.writer).map_err(|e| Error::from(e).during("mend the journal"))?,
+                Item::Work(work) => {
+                    work(&mut self.writer).map_err(|e| Error::from(e).during("mend the journal"))?
+                }
                 Item::Nudge => {}
             }
             let due = self.unsynced.since.is_some_and(|since| machine::since(since) >= SYNC_DELAY);
