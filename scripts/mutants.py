@@ -70,16 +70,17 @@ def main():
     for mutant in mutants:
         if arguments.names and mutant["name"] not in arguments.names:
             continue
+        whole = {}
         for change in mutant["change"]:
             path = copy / change["file"]
             text = path.read_text()
+            whole.setdefault(path, text)
             if text.count(change["from"]) != 1:
                 sys.exit(f"{mutant['name']}: `from` stands {text.count(change['from'])} times in {change['file']}")
             path.write_text(text.replace(change["from"], change["to"]))
         seed, why, seconds = simulated(arguments.seeds)
-        for change in mutant["change"]:
-            shutil.copy(root / change["file"], copy / change["file"])
-            os.utime(copy / change["file"])
+        for path, text in whole.items():
+            path.write_text(text)
         if seed is None:
             survived.append(mutant["name"])
         shown = "**survived**" if seed is None else seed
