@@ -18,13 +18,12 @@ use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
 use journal::frame::Stamp;
-use journal::writer::Writer;
 use journal::{Lsn, Position};
 use kfilter::Op;
 use tokio::sync::{mpsc, watch};
 
 use crate::capture::nbd::{CapturedVolume, OnGap};
-use crate::capture::ring::Front;
+use crate::capture::ring::{Front, InKernel};
 use crate::capture::{Refusal, Ring, Volume};
 use crate::clock::{JumpWatch, now_ns};
 use crate::error::{Error, ErrorKind, Result};
@@ -122,12 +121,14 @@ impl Replicator {
             health: Arc::default(),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::new(AtomicU64::new(0)),
+            tail: Arc::default(),
+            apart: Arc::default(),
+            epoch_due: Arc::default(),
         };
-        let tail = writer.as_ref().map(Writer::shared).ok();
+        shared.set_tail(writer.as_ref().ok());
         if let Err(why) = &writer {
             tracing::error!(%why, "the disk is served without protection");
-            let why =
-                format!("not synchronised: {why}; writes are not recorded, restart the agent to synchronise");
+            let why = format!("not synchronised: {why}; writes are kept as dirty ranges; it is tried again by itself");
             shared.health.broken(&why);
             board.change(State::Degraded, why);
         }
@@ -147,7 +148,7 @@ impl Replicator {
             verification,
             failure: watch::Sender::new(None),
         });
-        let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {
+        let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run(agent) {
             Ok(ended) => Some(ended),
             Err(error) => {
                 agent.fail(error);
@@ -162,13 +163,8 @@ impl Replicator {
             Some(())
         })?;
         let (stop_link, stopped) = watch::channel(false);
-        let link = match tail {
-            Some(tail) => {
-                let settings = LinkSettings::new(&agent.settings, identity)?;
-                tokio::spawn(Link::new(settings, agent.clone(), tail, wanted).run(stopped))
-            }
-            None => tokio::spawn(async {}),
-        };
+        let link = LinkSettings::new(&agent.settings, identity)?;
+        let link = tokio::spawn(Link::new(link, agent.clone(), wanted).run(stopped));
         let upkeep = tokio::spawn(upkeep(agent.clone(), last_time_ns));
         Ok(Handle {
             agent,
@@ -199,7 +195,7 @@ fn assemble(
                 };
                 Arc::new(Volume::device(volume.known.id.0, volume.known.name, disk))
             });
-            return (Ring::Kernel(Arc::new(group)), volumes.collect());
+            return (Ring::Kernel(InKernel::new(group)), volumes.collect());
         }
         OpenRing::Front(region) => Arc::new(region),
     };

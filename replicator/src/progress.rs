@@ -66,6 +66,7 @@ pub struct Progress {
     inner: Mutex<Inner>,
     appended: Condvar,
     peer: watch::Sender<PeerView>,
+    epochs: watch::Sender<u64>,
     questions: Questions,
 }
 
@@ -78,6 +79,7 @@ impl Progress {
             inner: Mutex::new(Inner { journaled, entries, droppable: (0, Lsn::ZERO), closed: false }),
             appended: Condvar::new(),
             peer: watch::Sender::new(PeerView::default()),
+            epochs: watch::Sender::new(journaled.epoch.number),
             questions: Questions::default(),
         }
     }
@@ -109,9 +111,15 @@ impl Progress {
         self.appended.notify_all();
     }
 
-    /// A new epoch begins at `start`: nothing of it is journaled yet.
+    /// A new epoch begins at `start`: nothing of it is journaled yet. A link of the old one ends.
     pub fn epoch_began(&self, start: Position) {
         self.lock().journaled = start;
+        self.epochs.send_replace(start.epoch.number);
+    }
+
+    /// Follows the epochs that begin in this run.
+    pub fn watch_epochs(&self) -> watch::Receiver<u64> {
+        self.epochs.subscribe()
     }
 
     /// Last frame appended.

@@ -28,7 +28,8 @@ impl Agent {
     /// What `kfilter.on_stop` says: ends the capture of all devices, or of none. The pipeline still runs, and takes what
     /// was captured last.
     fn detach_at_stop(&self) -> Result<Vec<Detached>> {
-        let Ring::Kernel(group) = &*self.shared.ring else { return Ok(Vec::new()) };
+        let Ring::Kernel(kernel) = &*self.shared.ring else { return Ok(Vec::new()) };
+        let group = kernel.group();
         let disks: Vec<_> =
             self.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
         let whole = self.shared.board.state().0 == State::Replicating
@@ -49,7 +50,7 @@ impl Agent {
         let (mut detached, mut settled) = (Vec::new(), true);
         for (id, disk) in disks {
             let written = start::stamp::written(&disk.sysfs()).unwrap_or([u64::MAX; 2]);
-            settled &= end_capture(group, id)?.is_settled;
+            settled &= end_capture(&group, id)?.is_settled;
             tracing::info!(device = %disk.path().display(), "detached for a clean stop");
             detached.push(Detached { id, disk, written });
         }
@@ -116,7 +117,8 @@ impl Handle {
     /// Order: 1 journal is durable, 2 the clean mark with the devices' stamps, 3 the kernel forgets the group (its ring holds
     /// nothing). Without devices that were detached the kernel captures on, and the next start takes over.
     fn mark_detached(&self, last: &Position, detached: &[Detached]) -> Result<()> {
-        let Ring::Kernel(group) = &*self.agent.shared.ring else { return Ok(()) };
+        let Ring::Kernel(kernel) = &*self.agent.shared.ring else { return Ok(()) };
+        let group = kernel.group();
         if detached.is_empty() {
             return Ok(());
         }

@@ -47,6 +47,12 @@ impl Translator {
         self.shared.health.leave_untold(volume);
     }
 
+    /// The stream states a volume with this size, past the ring.
+    pub fn told(&mut self, volume: u32, size_bytes: u64) {
+        self.told.insert(volume, size_bytes);
+        self.shared.health.told(volume);
+    }
+
     /// The most raw bytes that a record takes in a frame.
     pub fn raw_bytes(from: &RecordRef<'_>) -> usize {
         let payload = from.payload().len();
@@ -235,6 +241,9 @@ mod tests {
             health: Arc::default(),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::default(),
+            tail: Arc::default(),
+            apart: Arc::default(),
+            epoch_due: Arc::default(),
         }
     }
 

@@ -216,7 +216,7 @@ impl<'a> Copier<'a> {
         self.agent.halt.check()?;
         let shared = &self.agent.shared;
         let lost = shared.ring.mode() == Mode::Bitmap
-            || !shared.health.is_good()
+            || !shared.goes_on()
             || shared.map.lock().is_abandoned()
             || !self.volume.is_attached();
         if lost { Err(Stop::Lost) } else { Ok(()) }

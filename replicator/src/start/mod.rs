@@ -30,7 +30,7 @@ use crate::state::{Gap, KnownVolume, StateFile};
 
 mod front;
 mod journal_dir;
-mod kernel;
+pub(crate) mod kernel;
 pub mod stamp;
 mod volumes;
 
@@ -114,7 +114,7 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     if first {
         doubts.always.push("first synchronisation".to_owned());
     }
-    let buffered: Arc<dyn journal::io::Disk> = Arc::new(BufferedDisk::new(disk));
+    let buffered = journal_disk();
     let (writer, doubt, unusable) = match journal_dir::open(&buffered, settings, &mut state) {
         Ok((writer, doubt)) => (writer, doubt, None),
         Err(error) => (None, Some("the source journal cannot be used".to_owned()), Some(describe(&error))),
@@ -183,14 +183,9 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     let last = last.map(|last| last.max(found.journaled.unwrap_or_default()).max(state.get().epoch_start));
     state.begin_epoch(last, true)?;
     let at = Position::epoch_start(state.get().lineage, state.get().epoch, state.get().epoch_start);
-    let dir = settings.dir.join("journal");
-    let begun = match (writer, unusable) {
-        (_, Some(why)) => Err(why),
-        (Some(mut writer), None) => {
-            writer.begin_epoch(at, now_ns()).map(|()| writer).map_err(|error| error.to_string())
-        }
-        (None, None) => Writer::create(buffered, &dir, writer_options(settings, &state), at, now_ns())
-            .map_err(|error| error.to_string()),
+    let begun = match unusable {
+        Some(why) => Err(why),
+        None => begin_in_journal(settings, &state, writer, at).map_err(|error| describe(&error)),
     };
     let ring = found.create(&mut state, at.lsn.next(), false)?;
     state.update(|state| state.gap_in_ring = begun.is_ok())?;
@@ -225,15 +220,19 @@ impl Found<'_> {
     }
 
     fn specs(&self) -> Vec<VolumeSpec> {
-        self.volumes
-            .iter()
-            .map(|volume| VolumeSpec {
-                id: volume.known.id.0,
-                sector_bytes: SECTOR_BYTES,
-                uuid: volume.known.uuid.0,
-                size_bytes: volume.known.size_bytes,
-            })
-            .collect()
+        self.volumes.iter().map(|volume| volume.known.spec()).collect()
+    }
+}
+
+impl KnownVolume {
+    /// As a ring is made for it.
+    fn spec(&self) -> VolumeSpec {
+        VolumeSpec {
+            id: self.id.0,
+            sector_bytes: SECTOR_BYTES,
+            uuid: self.uuid.0,
+            size_bytes: self.size_bytes,
+        }
     }
 }
 
@@ -287,11 +286,42 @@ fn dirty_cause(ring: &OpenRing, volumes: &[OpenVolume], state: &StateFile) -> St
     }
 }
 
+/// What the source journal is kept on.
+fn journal_disk() -> Arc<dyn journal::io::Disk> {
+    Arc::new(BufferedDisk::new(Arc::new(RealDisk)))
+}
+
+/// The source journal, opened once more by a running agent; none where one must be made.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn reopen_journal(settings: &conf::Replicator, state: &mut StateFile) -> Result<Option<Writer>> {
+    Ok(journal_dir::open(&journal_disk(), settings, state)?.0)
+}
+
+/// The journal in a new epoch, which begins at a position.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn begin_in_journal(
+    settings: &conf::Replicator,
+    state: &StateFile,
+    writer: Option<Writer>,
+    at: Position,
+) -> Result<Writer> {
+    let Some(mut writer) = writer else {
+        let dir = settings.dir.join("journal");
+        return Ok(Writer::create(journal_disk(), &dir, writer_options(settings, state), at, now_ns())?);
+    };
+    writer.begin_epoch(at, now_ns())?;
+    Ok(writer)
+}
+
 fn writer_options(settings: &conf::Replicator, state: &StateFile) -> WriterOptions {
     WriterOptions { group: state.get().group, segment_bytes: settings.journal.segment_bytes }
 }
 
-fn ring_identity(state: &StateFile) -> Result<Identity> {
+pub(crate) fn ring_identity(state: &StateFile) -> Result<Identity> {
     let boot_id = boot_id().map_err(|error| Error::because(ErrorKind::Ring, "read the boot id", error))?;
     let state = state.get();
     Ok(Identity { boot_id, group_id: state.group.0, epoch: state.epoch.number, epoch_id: state.epoch.id.0 })
