@@ -84,6 +84,28 @@ impl Backing {
         self.size_bytes
     }
 
+    /// Size now, in whole sectors; what was opened may have grown or shrunk since.
+    pub fn measure(&self) -> io::Result<u64> {
+        let size_bytes = rustix::fs::seek(&self.file, SeekFrom::End(0))?;
+        Ok(size_bytes / u64::from(MIN_BLOCK_BYTES) * u64::from(MIN_BLOCK_BYTES))
+    }
+
+    /// Whether a path leads to this disk.
+    pub fn is_at(&self, path: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let identity = |found: &std::fs::Metadata| match self.block_device {
+            true => (0, found.rdev()),
+            false => (found.dev(), found.ino()),
+        };
+        match (self.file.metadata(), std::fs::metadata(path)) {
+            (Ok(ours), Ok(there)) => {
+                there.file_type().is_block_device() == self.block_device
+                    && identity(&ours) == identity(&there)
+            }
+            _ => false,
+        }
+    }
+
     /// Fills `into` from `offset`.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, offset)
@@ -233,6 +255,22 @@ mod tests {
         assert_eq!(directory.kind, Kind::Unsuitable);
         let missing = Backing::open(Path::new("no-such-disk"), Access::ReadOnly).unwrap_err();
         assert_eq!(missing.kind, Kind::Io);
+    }
+
+    #[test]
+    fn growth_and_another_file_in_its_place_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let make = || File::create(&path).unwrap().set_len(4096).unwrap();
+        make();
+        let backing = Backing::open(&path, Access::ReadWrite).unwrap();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(9000).unwrap();
+        assert_eq!((backing.size_bytes(), backing.measure().unwrap()), (4096, 8704));
+        assert!(backing.is_at(&path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(!backing.is_at(&path));
+        make();
+        assert!(!backing.is_at(&path), "another file");
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::capture::nbd::{CapturedVolume, OnGap};
 use crate::capture::ring::{Front, InKernel};
 use crate::capture::{Refusal, Ring, Volume};
 use crate::clock::{JumpWatch, now_ns};
+use crate::disks::Ills;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gaps;
 use crate::link::{Link, LinkSettings};
@@ -71,6 +72,8 @@ pub(crate) struct Agent {
     pub(crate) operator: Mutex<()>,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
+    /// What is wrong with the disks behind the front.
+    pub(crate) ills: Mutex<Ills>,
     /// Comparison of the replica with the disks, by order.
     pub(crate) verification: Verification,
     failure: watch::Sender<Option<Arc<Error>>>,
@@ -92,7 +95,7 @@ impl Replicator {
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
-        let Started { state, volumes, ring, writer, cause, last_time_ns } = started;
+        let Started { state, volumes, ring, writer, cause, last_time_ns, skipped } = started;
         let known = state.get().clone();
         let stamp = Stamp { group: known.group, lineage: known.lineage, epoch: known.epoch };
         let board =
@@ -123,12 +126,15 @@ impl Replicator {
             journal_bytes: Arc::new(AtomicU64::new(0)),
             tail: Arc::default(),
             apart: Arc::default(),
+            skipped: Arc::new(skipped),
             epoch_due: Arc::default(),
         };
         shared.set_tail(writer.as_ref().ok());
         if let Err(why) = &writer {
             tracing::error!(%why, "the disk is served without protection");
-            let why = format!("not synchronised: {why}; writes are kept as dirty ranges; it is tried again by itself");
+            let why = format!(
+                "not synchronised: {why}; writes are kept as dirty ranges; it is tried again by itself"
+            );
             shared.health.broken(&why);
             board.change(State::Degraded, why);
         }
@@ -145,6 +151,7 @@ impl Replicator {
             halt: Halt::default(),
             operator: Mutex::default(),
             due: Mutex::default(),
+            ills: Mutex::default(),
             verification,
             failure: watch::Sender::new(None),
         });
@@ -336,6 +343,8 @@ async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
     loop {
         ticks.tick().await;
         agent.notice_overflow();
+        agent.look_at_disks();
+        agent.shared.skipped.keep();
         pending = watch.look(Instant::now(), now_ns()).or(pending);
         // Between the start of an epoch and its synchronisation the stream has no place for it.
         if agent.shared.board.state().0 == State::Replicating

@@ -98,12 +98,7 @@ impl Agent {
         }
         if state == State::Replicating {
             // Only new words: an overflow may be under repair by now.
-            self.shared.board.change_from(
-                State::Replicating,
-                State::Replicating,
-                self.detached_words(),
-                || true,
-            );
+            self.shared.board.change_from(State::Replicating, State::Replicating, self.words(), || true);
         } else {
             tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
         }

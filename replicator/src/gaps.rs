@@ -53,6 +53,7 @@ impl Agent {
         let (state, _) = self.shared.board.state();
         (self.shared.health.is_good() || state == State::NeedsResync)
             && !matches!(state, State::Fenced | State::Rewound)
+            && !self.is_shrunk()
             && !self.volumes.iter().any(|volume| volume.sync_failed())
     }
 
@@ -78,17 +79,6 @@ impl Agent {
                 self.shared.ring.tap().map(Some)
             }
         }
-    }
-
-    /// What is to be said while replicating: which volumes are not captured.
-    pub(crate) fn detached_words(&self) -> String {
-        let names: Vec<&str> = self
-            .volumes
-            .iter()
-            .filter(|volume| !volume.is_attached())
-            .map(|volume| volume.name.as_str())
-            .collect();
-        if names.is_empty() { String::new() } else { format!("detached: {}", names.join(", ")) }
     }
 
     /// From its return on, durably, no receiver that holds nothing may start at this epoch: what it was found to hold

@@ -83,11 +83,7 @@ enum End {
 }
 
 impl Link {
-    pub(crate) fn new(
-        settings: LinkSettings,
-        agent: Arc<Agent>,
-        apply_now: mpsc::Receiver<Lsn>,
-    ) -> Link {
+    pub(crate) fn new(settings: LinkSettings, agent: Arc<Agent>, apply_now: mpsc::Receiver<Lsn>) -> Link {
         let receiver = ReceiverState { code: ReceiverCode::Ok, why: String::new() };
         Link { settings, agent, apply_now, receiver, refused_at: None, epoch: 0 }
     }
@@ -208,7 +204,7 @@ impl Link {
             return Ok(End::Lost("the receiver grants no stream for frames".into()));
         };
         let writer = writer?;
-        let mut sending = tokio::spawn(send_frames(writer, frames));
+        let mut sending = tokio::spawn(send_frames(writer, frames, self.agent.clone()));
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
         let end = tokio::select! {
@@ -430,9 +426,15 @@ impl Agent {
     }
 }
 
-async fn send_frames(mut writer: FrameWriter, mut frames: mpsc::Receiver<Bytes>) -> wire::Result<String> {
+async fn send_frames(
+    mut writer: FrameWriter,
+    mut frames: mpsc::Receiver<Bytes>,
+    agent: Arc<Agent>,
+) -> wire::Result<String> {
     while let Some(frame) = frames.recv().await {
+        let bytes = frame.len() as u64;
         writer.send(frame).await?;
+        agent.shared.progress.sent(bytes);
     }
     writer.finish();
     Ok("the source journal's reader ended".to_owned())

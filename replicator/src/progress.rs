@@ -4,6 +4,7 @@
 //! per frame or per message, never per write.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -65,6 +66,7 @@ impl Inner {
 pub struct Progress {
     inner: Mutex<Inner>,
     appended: Condvar,
+    sent_bytes: AtomicU64,
     peer: watch::Sender<PeerView>,
     epochs: watch::Sender<u64>,
     questions: Questions,
@@ -78,10 +80,21 @@ impl Progress {
         Progress {
             inner: Mutex::new(Inner { journaled, entries, droppable: (0, Lsn::ZERO), closed: false }),
             appended: Condvar::new(),
+            sent_bytes: AtomicU64::new(0),
             peer: watch::Sender::new(PeerView::default()),
             epochs: watch::Sender::new(journaled.epoch.number),
             questions: Questions::default(),
         }
+    }
+
+    /// Bytes of a frame were handed to the link.
+    pub fn sent(&self, bytes: u64) {
+        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of frames handed to the link in this run.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
     }
 
     /// What is asked of the peer.

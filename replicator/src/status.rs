@@ -52,6 +52,12 @@ pub struct GroupStatus {
     pub rpo_ms: u64,
     /// Journaled bytes that the receiver has not acknowledged.
     pub backlog_bytes: u64,
+    /// Bytes of frames handed to the link since the agent started.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// Bytes that the file systems call free and that were not sent (`sync = "allocated"`).
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// Bytes that the source journal takes on disk.
     pub journal_bytes: u64,
     /// Fill of the ring, percent.
@@ -256,6 +262,8 @@ mod tests {
             positions: Positions::default(),
             rpo_ms: 0,
             backlog_bytes: 0,
+            sent_bytes: 0,
+            skipped_bytes: 0,
             journal_bytes: 0,
             ring_percent: 0,
             peer: String::new(),

@@ -382,7 +382,9 @@ impl Ring {
     pub fn untold_writes(&self) -> u64 {
         match self {
             Ring::Front(_) => 0,
-            Ring::Kernel(kernel) => kernel.group().status().map_or(0, |status| status.untracked + status.unreadable),
+            Ring::Kernel(kernel) => {
+                kernel.group().status().map_or(0, |status| status.untracked + status.unreadable)
+            }
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::clock::now_ns;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::resync::map::SharedMap;
+use crate::skipped::Skipped;
 use crate::state::StateFile;
 use crate::status::Board;
 
@@ -102,6 +103,8 @@ pub struct Shared {
     pub tail: Arc<Mutex<Option<Arc<Tail>>>>,
     /// Histories do not join: what is under way is of no use, until a new epoch has begun.
     pub apart: Arc<AtomicBool>,
+    /// What was not sent because a file system called it free.
+    pub(crate) skipped: Arc<Skipped>,
     /// The synchronisation wants a new epoch; withdrawn by the pipeline when it has begun, or cannot begin now.
     pub epoch_due: Arc<AtomicBool>,
 }

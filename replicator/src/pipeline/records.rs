@@ -87,7 +87,11 @@ impl Translator {
                     return Ok(());
                 }
                 if self.shared.map.is_active() {
-                    self.shared.map.lock().written(from.volume(), from.lsn(), range);
+                    self.shared.map.lock().written(from.volume(), from.lsn(), range.clone());
+                }
+                for part in self.shared.skipped.touch(from.volume(), &range) {
+                    // What this record leaves of a granule that was never sent is sent by the synchronisation.
+                    self.shared.ring.mark(from.volume(), part)?;
                 }
                 batch.push(&record, from.payload());
             }
@@ -243,6 +247,7 @@ mod tests {
             journal_bytes: Arc::default(),
             tail: Arc::default(),
             apart: Arc::default(),
+            skipped: Arc::new(crate::skipped::Skipped::open(dir)),
             epoch_due: Arc::default(),
         }
     }

@@ -147,7 +147,7 @@ impl<'a> Engine<'a> {
         agent.notice_overflow();
         let state = agent.shared.board.state().0;
         let hopeless = agent.volumes.iter().any(|volume| volume.sync_failed());
-        if state == State::Fenced || hopeless {
+        if state == State::Fenced || hopeless || agent.is_shrunk() {
             return Work::None;
         }
         if agent.shared.apart.load(Ordering::Acquire) || agent.shared.health.is_broken() {
@@ -259,7 +259,7 @@ impl<'a> Engine<'a> {
                     let seconds = started.elapsed().as_secs_f64();
                     tracing::info!(cause, content_bytes = report.sent, seconds, "synchronised");
                     if agent.state().get().needs_resync.is_none() {
-                        shared.board.change(State::Replicating, agent.detached_words());
+                        shared.board.change(State::Replicating, agent.words());
                     }
                     return Ok(());
                 }
@@ -301,7 +301,7 @@ impl<'a> Engine<'a> {
             }
             true => {
                 self.retry = None;
-                agent.shared.board.change(State::Replicating, agent.detached_words());
+                agent.shared.board.change(State::Replicating, agent.words());
                 tracing::info!(content_bytes = report.sent, "ranges of failed writes read again");
             }
         }

@@ -131,8 +131,7 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
 /// # Errors
 /// The kernel module's.
 pub(crate) fn renew(agent: &Agent, old: &Group, first_lsn: Lsn) -> Result<Group> {
-    let disks: Vec<_> =
-        agent.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
+    let disks: Vec<_> = agent.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
     for (id, _) in &disks {
         end_capture(old, *id)?;
     }

@@ -22,10 +22,12 @@ use kfilter::region::boot_id;
 use kfilter::{Group, Identity, Region, VolumeSpec};
 use nbd::Backing;
 
+use crate::allocated;
 use crate::buffered_disk::BufferedDisk;
 use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};
+use crate::skipped::Skipped;
 use crate::state::{Gap, KnownVolume, StateFile};
 
 mod front;
@@ -77,6 +79,8 @@ pub struct Started {
     pub cause: String,
     /// Time of the newest journaled record, ns; 0 where there is none.
     pub last_time_ns: u64,
+    /// What is not sent because a file system calls it free.
+    pub(crate) skipped: Skipped,
 }
 
 /// What gives reason to doubt the replica.
@@ -121,6 +125,7 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     };
     doubts.always.extend(doubt);
     let times = writer.as_ref().and_then(|writer| writer.segments().iter().map(|s| s.last_time_ns).max());
+    let skipped = Skipped::open(&settings.dir);
     let found = Found {
         settings,
         volumes: &volumes,
@@ -164,11 +169,11 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
                 let cause = dirty_cause(&ring, &volumes, &state);
                 (ring, cause)
             }
-            None => (found.create(&mut state, last.unwrap_or_default().next(), true)?, String::new()),
+            None => (found.create_clean(&mut state, last.unwrap_or_default().next())?, String::new()),
         };
         // The ring stands: from here on the next start goes by it.
         state.update(|state| state.clean = None)?;
-        return Ok(Started { state, volumes, ring, writer: Ok(writer), cause, last_time_ns });
+        return Ok(Started { state, volumes, ring, writer: Ok(writer), cause, last_time_ns, skipped });
     }
     drop(same_epoch);
 
@@ -187,9 +192,12 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
         Some(why) => Err(why),
         None => begin_in_journal(settings, &state, writer, at).map_err(|error| describe(&error)),
     };
-    let ring = found.create(&mut state, at.lsn.next(), false)?;
+    if first {
+        found.skip_free(&skipped);
+    }
+    let ring = found.create(&mut state, at.lsn.next(), first.then_some(&skipped))?;
     state.update(|state| state.gap_in_ring = begun.is_ok())?;
-    Ok(Started { state, volumes, ring, writer: begun, cause, last_time_ns })
+    Ok(Started { state, volumes, ring, writer: begun, cause, last_time_ns, skipped })
 }
 
 impl Found<'_> {
@@ -210,13 +218,45 @@ impl Found<'_> {
         }))
     }
 
-    /// A new ring in the current epoch. `clean`: the replica is known to equal the disks; else it begins with the volumes,
-    /// and everything is dirty.
-    fn create(&self, state: &mut StateFile, first_lsn: Lsn, clean: bool) -> Result<OpenRing> {
+    /// A new ring in the current epoch; it begins with the volumes, and everything is dirty but what is skipped.
+    fn create(&self, state: &mut StateFile, first_lsn: Lsn, skipped: Option<&Skipped>) -> Result<OpenRing> {
         Ok(match self.settings.capture {
-            conf::Capture::Nbd => OpenRing::Front(front::create(self, state, first_lsn, clean)?),
-            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, clean)?),
+            conf::Capture::Nbd => OpenRing::Front(front::create(self, state, first_lsn, skipped)?),
+            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, false)?),
         })
+    }
+
+    /// The same where the replica is known to equal the disks.
+    fn create_clean(&self, state: &mut StateFile, first_lsn: Lsn) -> Result<OpenRing> {
+        Ok(match self.settings.capture {
+            conf::Capture::Nbd => OpenRing::Front(front::create_clean(self, state, first_lsn)?),
+            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, true)?),
+        })
+    }
+
+    /// Notes what the volumes' file systems call free, before anybody is served for the first time.
+    fn skip_free(&self, skipped: &Skipped) {
+        for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
+            let is_front = matches!(volume.content, Opened::Front(_));
+            if settings.sync != conf::SyncMode::Allocated || !is_front {
+                continue;
+            }
+            let size_bytes = volume.known.size_bytes;
+            let free = allocated::of_unmounted(&volume.path, size_bytes).and_then(|free| {
+                let runs = free.runs(0..size_bytes, true);
+                skipped.add(volume.known.id.0, size_bytes, &runs).map_err(|error| describe(&error))?;
+                Ok(free.bytes())
+            });
+            let name = &volume.known.name;
+            match free {
+                Ok(free_bytes) => {
+                    tracing::info!(volume = %name, free_bytes, size_bytes, "free space is not sent")
+                }
+                Err(why) => {
+                    tracing::warn!(volume = %name, why, "free space cannot be told apart: everything is sent")
+                }
+            }
+        }
     }
 
     fn specs(&self) -> Vec<VolumeSpec> {

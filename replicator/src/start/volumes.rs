@@ -24,7 +24,7 @@ pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result
     for volume in &settings.volume {
         let remembered = known.iter().position(|known| known.name == volume.name);
         let detached = remembered.is_some_and(|at| known[at].detached);
-        let found = find(settings, volume, detached)?;
+        let found = find(settings, volume, remembered.is_some(), detached)?;
         let at = match (remembered, &found) {
             (Some(at), _) => at,
             (None, found) => {
@@ -119,7 +119,12 @@ impl FoundDisk {
     }
 }
 
-fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> Result<FoundDisk> {
+fn find(
+    settings: &conf::Replicator,
+    volume: &conf::Volume,
+    is_known: bool,
+    detached: bool,
+) -> Result<FoundDisk> {
     if settings.capture == conf::Capture::Kfilter {
         if detached {
             // Its device may be gone by now; nobody asks for it.
@@ -129,7 +134,7 @@ fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> R
         let size_bytes = Some(Disk::size_bytes(&disk));
         return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
     }
-    create_missing(volume)?;
+    create_missing(volume, is_known)?;
     let stamp = stamp::of_path(&volume.path);
     let backing = Backing::open(&volume.path, Access::ReadWrite)
         .map_err(|error| Error::because(ErrorKind::Settings, format!("volume {}", volume.name), error))?;
@@ -141,11 +146,22 @@ fn find(settings: &conf::Replicator, volume: &conf::Volume, detached: bool) -> R
     Ok(FoundDisk { content: Opened::Front(backing), size_bytes: Some(size_bytes), stamp })
 }
 
-fn create_missing(volume: &conf::Volume) -> Result<()> {
-    let Some(size) = volume.size else { return Ok(()) };
+/// Makes the file of a new volume. One that is known and gone is not made again: an empty disk would take its place, and
+/// its replica's.
+fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
     if volume.path.exists() {
         return Ok(());
     }
+    if is_known {
+        let at = format!(
+            "volume {}: {} is gone; bring it back (is its file system mounted?), or, to begin with an empty disk, make the \
+             file yourself",
+            volume.name,
+            volume.path.display()
+        );
+        return Err(Error::new(ErrorKind::Settings, at));
+    }
+    let Some(size) = volume.size else { return Ok(()) };
     let create = || -> std::io::Result<()> {
         if let Some(parent) = volume.path.parent() {
             std::fs::create_dir_all(parent)?;
