@@ -63,6 +63,8 @@ pub struct Link {
     receiver: ReceiverState,
     /// Where we started when the receiver last refused what followed.
     refused_at: Option<Option<Position>>,
+    /// Bytes sent over connections that are over.
+    sent_before: u64,
     /// The epoch that was greeted with: what is said of an older one says nothing of the current one.
     epoch: u64,
 }
@@ -85,7 +87,7 @@ enum End {
 impl Link {
     pub(crate) fn new(settings: LinkSettings, agent: Arc<Agent>, apply_now: mpsc::Receiver<Lsn>) -> Link {
         let receiver = ReceiverState { code: ReceiverCode::Ok, why: String::new() };
-        Link { settings, agent, apply_now, receiver, refused_at: None, epoch: 0 }
+        Link { settings, agent, apply_now, receiver, refused_at: None, sent_before: 0, epoch: 0 }
     }
 
     /// Runs until stopped.
@@ -94,6 +96,13 @@ impl Link {
         let mut epochs = self.agent.shared.progress.watch_epochs();
         loop {
             self.greets_in(*epochs.borrow_and_update());
+            if self.tail().is_none() {
+                // Nothing can be sent until the journal begins anew.
+                tokio::select! {
+                    _ = stopped.wait_for(|stopped| *stopped) => return,
+                    _ = epochs.changed() => continue,
+                }
+            }
             let attempt = tokio::select! {
                 _ = stopped.wait_for(|stopped| *stopped) => return,
                 end = self.settings.client.connect(&self.settings.peer.address, self.settings.peer.connect_timeout) => end,
@@ -107,6 +116,7 @@ impl Link {
                     };
                     let end = end.unwrap_or_else(|error| End::Lost(describe(&error)));
                     connection.close(0_u32.into(), b"done");
+                    self.sent_before += self.count(&connection);
                     end
                 }
                 Err(error) => End::Lost(describe(&error)),
@@ -133,6 +143,13 @@ impl Link {
                 _ = epochs.changed() => backoff.reset(),
             }
         }
+    }
+
+    /// Bytes sent over a connection so far, told to all.
+    fn count(&self, connection: &quinn::Connection) -> u64 {
+        let sent = connection.stats().udp_tx.bytes;
+        self.agent.shared.progress.sent(self.sent_before + sent);
+        sent
     }
 
     fn greets_in(&mut self, epoch: u64) {
@@ -204,7 +221,7 @@ impl Link {
             return Ok(End::Lost("the receiver grants no stream for frames".into()));
         };
         let writer = writer?;
-        let mut sending = tokio::spawn(send_frames(writer, frames, self.agent.clone()));
+        let mut sending = tokio::spawn(send_frames(writer, frames));
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
         let end = tokio::select! {
@@ -215,7 +232,7 @@ impl Link {
                 Err(_) => End::Lost("the sending task ended".into()),
             },
             error = carried.carry(connection) => End::Lost(describe(&error)),
-            end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
+            end = self.follow(connection, &mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
         if matches!(end, End::Stopped) {
@@ -294,6 +311,7 @@ impl Link {
     /// Control messages in both directions until the connection ends.
     async fn follow(
         &mut self,
+        connection: &quinn::Connection,
         sender: &mut ControlSender,
         receiver: &mut ControlReceiver,
         resume: Option<Position>,
@@ -321,6 +339,7 @@ impl Link {
                     None => return Ok(End::Lost("the receiver closed the connection".into())),
                 },
                 _ = beats.tick() => {
+                    self.count(connection);
                     // Time first: everything captured after it has a later lsn than the one read next.
                     let time_ns = now_ns();
                     let captured_lsn = self.agent.shared.ring.captured_lsn();
@@ -426,15 +445,9 @@ impl Agent {
     }
 }
 
-async fn send_frames(
-    mut writer: FrameWriter,
-    mut frames: mpsc::Receiver<Bytes>,
-    agent: Arc<Agent>,
-) -> wire::Result<String> {
+async fn send_frames(mut writer: FrameWriter, mut frames: mpsc::Receiver<Bytes>) -> wire::Result<String> {
     while let Some(frame) = frames.recv().await {
-        let bytes = frame.len() as u64;
         writer.send(frame).await?;
-        agent.shared.progress.sent(bytes);
     }
     writer.finish();
     Ok("the source journal's reader ended".to_owned())

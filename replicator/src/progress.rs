@@ -87,12 +87,12 @@ impl Progress {
         }
     }
 
-    /// Bytes of a frame were handed to the link.
+    /// So many bytes were sent to the receiver in this run.
     pub fn sent(&self, bytes: u64) {
-        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.sent_bytes.store(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes of frames handed to the link in this run.
+    /// Bytes of datagrams sent to the receiver in this run, as of the last heartbeat.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes.load(Ordering::Relaxed)
     }
@@ -128,6 +128,11 @@ impl Progress {
     pub fn epoch_began(&self, start: Position) {
         self.lock().journaled = start;
         self.epochs.send_replace(start.epoch.number);
+    }
+
+    /// The journal that the link reads is over: it lets it go.
+    pub fn journal_over(&self) {
+        self.epochs.send_modify(|_| ());
     }
 
     /// Follows the epochs that begin in this run.

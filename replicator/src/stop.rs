@@ -161,6 +161,13 @@ impl Handle {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
         }
+        for (volume, settings) in self.agent.volumes.iter().zip(&self.agent.settings.volume) {
+            if volume.served().is_some_and(|served| !served.backing.is_at(&settings.path)) {
+                let path = settings.path.display();
+                let at = format!("{path} was removed or replaced while it was served: no clean mark is set");
+                return Err(Error::new(ErrorKind::NotPossible, at));
+            }
+        }
         for volume in &self.agent.settings.volume {
             // Its times, too: the stamp is read from them, and must be what a crash leaves.
             File::open(&volume.path).and_then(|file| file.sync_all()).map_err(|error| {

@@ -34,7 +34,9 @@ const METADATA: u64 = 2 * MIB;
 /// A small file system of its own on a loop device, mounted.
 struct Small {
     mount: Option<Mount>,
-    device: Loop,
+    /// Held for their drop, after the mount.
+    devices: Vec<Loop>,
+    image: PathBuf,
     place: PathBuf,
 }
 
@@ -45,7 +47,7 @@ impl Small {
         let device = Loop::attach(&image)?;
         run("mkfs.ext4", ["-q".as_ref(), "-m".as_ref(), "0".as_ref(), device.path().as_os_str()])?;
         let mount = Some(Mount::on(&place, device.path(), "noatime")?);
-        Ok(Small { mount, device, place })
+        Ok(Small { mount, devices: vec![device], image, place })
     }
 
     /// Takes all but this much of its room.
@@ -63,13 +65,15 @@ impl Small {
         Ok(())
     }
 
-    /// The disk was mended: mounted anew, whoever still holds files of the dead one.
+    /// The disk was mended: mounted anew, by another device, whoever still holds files of the dead one.
     fn mend(&mut self) -> Result<()> {
         run("umount", ["-l".as_ref(), self.place.as_os_str()])?;
         if let Some(old) = self.mount.take() {
             std::mem::forget(old);
         }
-        self.mount = Some(Mount::on(&self.place, self.device.path(), "noatime")?);
+        let device = Loop::attach(&self.image)?;
+        self.mount = Some(Mount::on(&self.place, device.path(), "noatime")?);
+        self.devices.push(device);
         Ok(())
     }
 }

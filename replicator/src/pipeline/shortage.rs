@@ -183,6 +183,7 @@ impl Pipeline {
         self.lose_all(cause)?;
         self.writer = None;
         self.shared.set_tail(None);
+        self.shared.progress.journal_over();
         let why = format!("{cause}; writes are kept as dirty ranges; a new epoch is tried by itself");
         self.shared.health.broken(&why);
         self.shared.board.change(State::Degraded, why);

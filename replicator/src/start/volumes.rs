@@ -73,6 +73,13 @@ pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result
         if !entry.present {
             doubts.always.push(format!("volume {} came back", volume.name));
         }
+        let identity = stamp::identity_of(&volume.path);
+        if entry.stamp.is_some_and(|seen| seen[1] == 0 && identity.is_some_and(|now| now != seen)) {
+            doubts
+                .always
+                .push(format!("volume {}: another file took the place of the one served", volume.name));
+        }
+        entry.stamp = identity.or(entry.stamp);
         if settings.capture == conf::Capture::Nbd {
             entry.size_bytes = size_bytes;
         }
