@@ -59,6 +59,13 @@ impl Small {
         Ok(ballast)
     }
 
+    /// Gives that room back, for good.
+    fn empty(&self, ballast: &Path) -> Result<()> {
+        fs::remove_file(ballast)?;
+        run("sync", ["-f".as_ref(), self.place.as_os_str()])?;
+        Ok(())
+    }
+
     /// From now on every write to it fails, as on a disk that died.
     fn fail(&self) -> Result<()> {
         run("xfs_io", ["-x".as_ref(), "-c".as_ref(), "shutdown".as_ref(), self.place.as_os_str()])?;
@@ -122,7 +129,10 @@ impl<'h> Ladder<'_, 'h> {
     }
 
     fn replicating(&mut self) -> Result<Group> {
-        let well = |group: &Group| group.state() == "replicating" && group.number("backlog_bytes") == 0;
+        // Words beside the state are the receiver's trouble.
+        let well = |group: &Group| {
+            group.state() == "replicating" && group.why().is_empty() && group.number("backlog_bytes") == 0
+        };
         self.pair.source.until("replicating by itself", 2 * MINUTE, well)
     }
 
@@ -262,7 +272,7 @@ fn climb(
         let flood = Load::start(&ladder.pair.sockets()[0], flood, 78);
         ladder.sees("no room")?;
         let changed = flood.stop()?;
-        fs::remove_file(ballast)?;
+        journal.empty(&ballast)?;
         Ok(changed)
     })?;
     ladder.rung("source journal failing", |ladder| {
@@ -279,7 +289,7 @@ fn climb(
         let flood = Load::start(&ladder.pair.sockets()[0], flood, 79);
         ladder.pair.receiver.until("its full disk", MINUTE, full)?;
         let changed = flood.stop()?;
-        fs::remove_file(ballast)?;
+        receiver.empty(&ballast)?;
         Ok(changed)
     })?;
     ladder.rung("replica write fails", |ladder| {
