@@ -55,6 +55,7 @@ bench *PARTS:
 # The same tests again and again, for HOURS: rare interleavings and leaks.
 soak HOURS="1":
     cargo build --release --locked -p afterimage
+    just sim 100000 1 600
     end=$((SECONDS + {{ HOURS }} * 3600)); round=0; \
     while [ $SECONDS -lt $end ]; do \
         round=$((round + 1)); echo "soak: round $round"; \
@@ -64,3 +65,12 @@ soak HOURS="1":
 # The story, told on real data.
 demo *ARGS:
     cargo run --release --locked -p afterimage -- demo {{ ARGS }}
+
+# Simulated sources and receivers under failures, by seed: SEEDS of them from FROM on, or as many as fit in SECONDS.
+sim SEEDS="200" FROM="1" SECONDS="100000":
+    cargo build --release --locked -p afterimage-sim
+    target/release/afterimage-sim --seeds {{ SEEDS }} --from {{ FROM }} --seconds {{ SECONDS }}
+
+# Plants broken rules one by one (sim/mutants.toml): the simulation must catch each. ARGS: names, --seeds N.
+mutants *ARGS:
+    scripts/mutants.py {{ ARGS }}

@@ -4,6 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fuzz_seconds=${FUZZ_SECONDS:-10}
+# As many seeds as fit; `just soak` tells the rest.
+sim_seconds=${SIM_SECONDS:-240}
 table=""
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -25,6 +27,7 @@ step check just check
 step loom just loom
 step fuzz just fuzz "$fuzz_seconds"
 step release cargo build --release --locked -p afterimage
+step sim just sim 2000 1 "$sim_seconds"
 step lab tests/vm/lab.sh
 step module tests/vm/module.sh
 step clippy tests/vm/module.sh clippy

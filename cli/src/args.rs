@@ -52,6 +52,8 @@ pub enum Command {
     Hold(HoldArgs),
     /// Compare a group's replica with its disks while they are used; exit code 4 where something differs
     Verify(VerifyArgs),
+    /// Check a group's stored segments now, and fetch from the source what rotted; `status` tells what was found
+    Scrub(ScrubArgs),
     /// List, check or print journal and undo files
     #[command(subcommand)]
     Journal(JournalCommand),
@@ -221,6 +223,16 @@ pub struct HoldArgs {
     pub release: bool,
     #[command(flatten)]
     pub place: Place,
+}
+
+/// `scrub`.
+#[derive(Debug, Args)]
+pub struct ScrubArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    #[command(flatten)]
+    pub target: Target,
 }
 
 /// `verify`.

@@ -121,6 +121,10 @@ impl Backend for Receiver {
         Box::pin(held(&self.0, group, name, release))
     }
 
+    fn scrub(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(async move { scrubbed(&self.0, &group) })
+    }
+
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(restored(&self.0, order, progress))
     }
@@ -163,6 +167,10 @@ impl Backend for Both {
 
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value> {
         Box::pin(held(&self.receiver, group, name, release))
+    }
+
+    fn scrub(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(async move { scrubbed(&self.receiver, &group) })
     }
 
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
@@ -236,6 +244,11 @@ async fn wait_at_receiver(receiver: &receiver::agent::Handle, timeout: Duration)
 
 async fn points(receiver: &receiver::agent::Handle, group: String) -> Result<Value, Fault> {
     json(&receiver.points(&group).map_err(Fault::from_error)?)
+}
+
+fn scrubbed(receiver: &receiver::agent::Handle, group: &str) -> Result<Value, Fault> {
+    receiver.scrub_now(group).map_err(Fault::from_error)?;
+    Ok(serde_json::json!({ "group": group }))
 }
 
 async fn rewound(receiver: &receiver::agent::Handle, group: String, at: String) -> Result<Value, Fault> {

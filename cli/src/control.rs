@@ -8,6 +8,7 @@
 //! POST /v1/bookmark            {"group":G,"name":N}         → {"lsn":N}
 //! POST /v1/attach              {"device":D}                 → {"volume":V}
 //! POST /v1/detach              {"device":D}                 → {"volume":V,"lsn":N}
+//! POST /v1/scrub               {"group":G}                   → {"group"}, when it has begun
 //! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
 //! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
 //! POST /v1/hold                {"group":G,"name":N,"release":B} → HoldReport
@@ -77,6 +78,14 @@ pub trait Backend: Send + Sync + 'static {
     fn resume(&self, group: String) -> Answer<'_, Value>;
     /// Puts a bookmark under hold, or releases it.
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value>;
+    /// Begins to check the stored segments of a group.
+    fn scrub(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async {
+            Err(Fault::not_possible(
+                "segments are checked at the receiver: ask the receiver's control socket",
+            ))
+        })
+    }
     /// Begins to compare the replica of a group with its disks.
     fn verify(&self, _group: String, _order: replicator::verify::Order) -> Answer<'_, Value> {
         Box::pin(async { Err(compares_elsewhere()) })
@@ -294,6 +303,7 @@ fn router(desk: Desk) -> Router {
         .route("/v1/bookmark", post(bookmark))
         .route("/v1/attach", post(attach))
         .route("/v1/detach", post(detach))
+        .route("/v1/scrub", post(scrub))
         .route("/v1/rewind", post(rewind))
         .route("/v1/resume", post(resume))
         .route("/v1/hold", post(hold))
@@ -364,6 +374,10 @@ async fn rewind(State(desk): Shared, body: Body<RewindBody>) -> Result<Json<Valu
 
 async fn resume(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
     desk.backend.resume(parsed(body)?.group).await.map(Json)
+}
+
+async fn scrub(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
+    desk.backend.scrub(parsed(body)?.group).await.map(Json)
 }
 
 async fn hold(State(desk): Shared, body: Body<HoldBody>) -> Result<Json<Value>, Fault> {

@@ -65,6 +65,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Resume(args) => call(rewind::resume(args)),
         Command::Hold(args) => call(rewind::hold(args)),
         Command::Verify(args) => call(verify::run(args)),
+        Command::Scrub(args) => call(status::scrub(Client::find(&args.target)?, args.group)),
         Command::Journal(command) => journal::run(command),
         Command::Identity(command) => identity::run(command),
         Command::Conf(ConfCommand::Check { file, role }) => conf_check::run(&file, role),

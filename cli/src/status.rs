@@ -154,6 +154,14 @@ pub async fn points(client: Client, group: String, json: bool) -> Result<()> {
     if json { output::json(&answer) } else { output::line(render_points(&answer)) }
 }
 
+/// `afterimage scrub`.
+pub async fn scrub(client: Client, group: String) -> Result<()> {
+    client.post("/v1/scrub", &serde_json::json!({ "group": group })).await?;
+    output::line(format!(
+        "the stored segments of {group} are being checked: `afterimage status` tells what is found"
+    ))
+}
+
 /// The table of `status`.
 pub fn render(status: &Status) -> String {
     if status.groups.is_empty() {
@@ -184,8 +192,15 @@ fn render_group(group: &Group) -> String {
             vec![format!("  {}", volume.name), volume.state.clone(), size(volume.size_bytes), place]
         })
         .collect();
+    let repaired = group.more.get("repaired").and_then(Value::as_array).map_or(0, Vec::len);
+    let repaired = match repaired {
+        0 => String::new(),
+        count => {
+            format!("\n  {count} rotten places of the journal were fetched from the source again (--json)")
+        }
+    };
     format!(
-        "{}: {}{why}\n  epoch {}, lsn {}\n  RPO {rpo}, backlog {}\n{}",
+        "{}: {}{why}{repaired}\n  epoch {}, lsn {}\n  RPO {rpo}, backlog {}\n{}",
         group.name,
         group.state,
         group.epoch,
@@ -223,6 +238,17 @@ fn render_points(points: &Value) -> String {
     };
     let list = |key: &str| points[key].as_array().cloned().unwrap_or_default();
     let mut lines = vec![format!("{}", text(&points["group"])), point("oldest"), point("newest")];
+    let steps = list("steps");
+    if !steps.is_empty() {
+        lines.push(format!(
+            "{}: every write from here on; below it {} single points:",
+            point("exact"),
+            steps.len()
+        ));
+        lines.extend(
+            steps.iter().map(|step| format!("point: lsn {} at {}", step["lsn"], text(&step["time"]))),
+        );
+    }
     lines.extend(list("bookmarks").iter().map(|mark| {
         let held = if mark["held"] == true { ", under hold" } else { "" };
         format!("bookmark {}: lsn {} at {}{held}", text(&mark["name"]), mark["lsn"], text(&mark["time"]))
@@ -276,12 +302,15 @@ mod tests {
     fn points_are_told_with_gaps_and_their_reasons() {
         let points = json!({"group":"db","oldest":{"lsn":5,"time":"T0"},"newest":null,
             "bookmarks":[{"name":"before","lsn":7,"time":"T1","held":true}],
+            "exact":{"lsn":6,"time":"T6"},"steps":[{"lsn":5,"time":"T5"}],
             "gaps":[{"from_lsn":8,"to_lsn":9,"from_time":"T2","to_time":"T3","reason":"ring lost"},
                 {"from_lsn":20,"to_lsn":null,"from_time":"T4","to_time":null,"reason":"quota"}],"warnings":[]});
         let text = render_points(&points);
         for part in [
             "oldest: lsn 5 at T0",
             "newest: none yet",
+            "exact: lsn 6 at T6: every write from here on; below it 1 single points",
+            "point: lsn 5 at T5",
             "bookmark before: lsn 7 at T1, under hold",
             "8 to 9 (T2 to T3): ring lost",
             "no points behind lsn 20 (T4) until the resync ends: quota",

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&[&str]; 25] = [
+const COMMANDS: [&[&str]; 26] = [
     &[],
     &["up"],
     &["replicate"],
@@ -20,6 +20,7 @@ const COMMANDS: [&[&str]; 25] = [
     &["resume"],
     &["hold"],
     &["verify"],
+    &["scrub"],
     &["journal"],
     &["journal", "ls"],
     &["journal", "verify"],

@@ -73,6 +73,12 @@ pub struct History {
     /// Never shortened below this: the receiver rather stops acknowledging.
     #[serde(with = "units::duration")]
     pub min: Duration,
+    /// Beyond the window: one point an hour is kept this long. 0: none.
+    #[serde(with = "units::duration")]
+    pub keep_hourly: Duration,
+    /// Beyond that: one point a day is kept this long. 0: none.
+    #[serde(with = "units::duration")]
+    pub keep_daily: Duration,
     /// Bytes of history for each group. Absent: 4 times the used size of its volumes.
     #[serde(with = "units::bytes_option")]
     pub quota: Option<u64>,
@@ -125,7 +131,13 @@ impl Default for Apply {
 
 impl Default for History {
     fn default() -> Self {
-        History { window: Duration::from_secs(24 * 3600), min: Duration::from_secs(4 * 3600), quota: None }
+        History {
+            window: Duration::from_secs(24 * 3600),
+            min: Duration::from_secs(4 * 3600),
+            keep_hourly: Duration::ZERO,
+            keep_daily: Duration::ZERO,
+            quota: None,
+        }
     }
 }
 
@@ -272,6 +284,14 @@ impl History {
         let ten_years = Duration::from_secs(10 * 366 * 24 * 3600);
         require(self.window <= ten_years, "history.window", "at most ten years is allowed")?;
         require(self.min <= self.window, "history.min", "at most history.window is allowed")?;
+        for (key, kept) in
+            [("history.keep_hourly", self.keep_hourly), ("history.keep_daily", self.keep_daily)]
+        {
+            require(kept <= ten_years, key, "at most ten years is allowed")?;
+        }
+        // A point an hour for a year is 8,784 points, each with its file.
+        let year = Duration::from_secs(366 * 24 * 3600);
+        require(self.keep_hourly <= year, "history.keep_hourly", "at most a year is allowed")?;
         let quota = self.quota.is_none_or(|quota| quota >= 64 << 20);
         require(quota, "history.quota", "at least 64MiB is allowed")
     }

@@ -62,6 +62,7 @@ pub fn index(bytes: &[u8]) {
         received_ns: 0,
         allocated_bytes: 0,
         nonce: 0,
+        merged_from: 0,
     };
     let mut file = header.encode().to_vec();
     file.extend_from_slice(bytes);

@@ -168,6 +168,21 @@ impl From<&RawFrame> for FrameEntry {
     }
 }
 
+impl FrameEntry {
+    /// What a footer says of this frame.
+    pub(crate) fn of(offset: u64, header: &FrameHeader) -> Result<FrameEntry> {
+        Ok(FrameEntry {
+            offset,
+            bytes: to_u32(header.frame_bytes())?,
+            flags: u32::from(header.flags),
+            first_lsn: header.first_lsn,
+            last_lsn: header.last_lsn,
+            first_time_ns: header.first_time_ns,
+            last_time_ns: header.last_time_ns,
+        })
+    }
+}
+
 impl From<&RawExtent> for ExtentEntry {
     fn from(raw: &RawExtent) -> ExtentEntry {
         ExtentEntry {
@@ -244,6 +259,11 @@ impl IndexBuilder {
     /// Frames so far.
     pub fn frames(&self) -> usize {
         self.frames.len()
+    }
+
+    /// The entries so far, in order.
+    pub fn entries(&self) -> impl ExactSizeIterator<Item = FrameEntry> + '_ {
+        self.frames.iter().map(FrameEntry::from)
     }
 
     /// Bytes that the footer will take, trailer and padding included.
@@ -569,6 +589,7 @@ mod tests {
             received_ns: 0,
             allocated_bytes: 0,
             nonce: 0xAB,
+            merged_from: 0,
         }
     }
 

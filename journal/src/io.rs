@@ -29,6 +29,10 @@ pub trait Disk: Send + Sync + 'static {
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>>;
     /// Renames within one directory, replacing the target.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+    /// Renames a directory with all that it holds, durably; the new name must not exist.
+    fn rename_dir(&self, _from: &Path, _to: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
     /// Removes a file's name.
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Makes the names in a directory durable.
@@ -108,6 +112,14 @@ impl Disk for RealDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
+    }
+
+    fn rename_dir(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)?;
+        for dir in [from.parent(), to.parent()].into_iter().flatten() {
+            self.sync_dir(dir)?;
+        }
+        Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {

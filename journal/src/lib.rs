@@ -21,6 +21,7 @@ pub mod index;
 pub mod io;
 mod layout;
 pub mod mark;
+pub mod mend;
 pub mod pool;
 pub mod reader;
 pub mod record;

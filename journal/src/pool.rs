@@ -67,7 +67,8 @@ impl EncodePool {
     /// # Errors
     /// No memory or no thread to be had.
     pub fn new(name: &str, threads: usize, queue_bytes: usize) -> Result<EncodePool> {
-        let workers = if threads == 0 {
+        // In a simulation too: one thread runs there at a time.
+        let workers = if threads == 0 || machine::is_simulated() {
             Workers::Inline(Encoder::new()?)
         } else {
             let (jobs, jobs_in) = bounded::<Job>(MAX_JOBS);

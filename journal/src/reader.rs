@@ -5,7 +5,7 @@
 //! it is [`ErrorKind::NotHeld`]. Without a writer the journal ends where [`crate::recovery`] says.
 
 use crate::frame::FrameHeader;
-use crate::index::SegmentIndex;
+use crate::index::{FrameEntry, SegmentIndex};
 use crate::io::Disk;
 use crate::recovery::{self, Ending, is_damage};
 use crate::segment::{self, SegmentHeader};
@@ -130,6 +130,19 @@ impl Reader {
             }
             None if last => Err(self.not_held(lsn, "beyond the newest")),
             None => self.enter(segment.header.number + 1),
+        }
+    }
+
+    /// Goes to the first frame of an epoch above `number`, whatever is damaged below; false where there is no such segment.
+    ///
+    /// # Errors
+    /// The disk's, and damage in a segment's header.
+    pub fn seek_epoch_above(&mut self, number: u64) -> Result<bool> {
+        match self.find(|header| header.start.epoch.number <= number)? {
+            Some((_, true)) => Ok(false),
+            Some((segment, false)) => self.enter(segment.header.number + 1).map(|()| true),
+            // All of it is of newer epochs.
+            None => Reader::open(self.disk.clone(), &self.dir).map(|fresh| *self = fresh).map(|()| true),
         }
     }
 
@@ -324,48 +337,32 @@ fn held(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(segments)
 }
 
-/// The first frame for which `skip` is false, and its offset. Reads headers only; through the index where sealed.
-fn locate(segment: &SegmentFile, skip: impl Fn(&FrameHeader) -> bool) -> Result<Option<(u64, FrameHeader)>> {
+/// The first frame for which `skip` is false, and its offset. Where sealed the footer alone says which: damage in any other
+/// frame is not in the way.
+fn locate(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Option<(u64, FrameHeader)>> {
     let Ok(index) = SegmentIndex::of(segment) else {
         return Ok(walk_headers(segment, skip)?.2);
     };
-    let (mut low, mut high) = (0, index.frames().len());
-    let mut found = None;
-    while low < high {
-        let middle = low + (high - low) / 2;
-        let offset = index.frames().nth(middle).map_or(0, |entry| entry.offset);
-        let header = match segment.peek(offset) {
-            Ok(Item::Frame(header)) => header,
-            Ok(_) => {
-                return Err(segment.error(
-                    ErrorKind::Corrupt,
-                    offset,
-                    "no frame where the footer says one is",
-                ));
-            }
-            Err(error) if is_damage(&error) => return Err(Error::new(ErrorKind::Corrupt, error.at)),
-            Err(error) => return Err(error),
-        };
-        if skip(&header) {
-            low = middle + 1;
-        } else {
-            found = Some((offset, header));
-            high = middle;
-        }
+    let Some(entry) = index.frames().nth(index.partition(skip)) else { return Ok(None) };
+    let corrupt = |what: &str| segment.error(ErrorKind::Corrupt, entry.offset, what);
+    match segment.peek(entry.offset) {
+        Ok(Item::Frame(header)) if header.last_lsn == entry.last_lsn => Ok(Some((entry.offset, header))),
+        Ok(_) => Err(corrupt("not the frame that the footer says is there")),
+        Err(error) if is_damage(&error) => Err(Error::new(ErrorKind::Corrupt, error.at)),
+        Err(error) => Err(error),
     }
-    Ok(found)
 }
 
 /// Where a walk over headers ended, the position there, and the frame that stopped it.
 type Stopped = (u64, Position, Option<(u64, FrameHeader)>);
 
-fn walk_headers(segment: &SegmentFile, skip: impl Fn(&FrameHeader) -> bool) -> Result<Stopped> {
+fn walk_headers(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Stopped> {
     let mut offset = segment::HEADER_BYTES as u64;
     let mut position = segment.header.start;
     loop {
         match segment.peek(offset) {
             Ok(Item::Frame(header)) if header.check_follows(&position).is_ok() => {
-                if !skip(&header) {
+                if !skip(&FrameEntry::of(offset, &header)?) {
                     return Ok((offset, position, Some((offset, header))));
                 }
                 offset += header.frame_bytes() as u64;

@@ -113,6 +113,7 @@ mod tests {
                 received_ns: number * 1_000_000_000,
                 allocated_bytes: 0,
                 nonce: 0,
+                merged_from: 0,
             };
             let mut summary = SegmentSummary::empty(PathBuf::new(), &header);
             summary.end = at(number * 10);

@@ -97,18 +97,51 @@ impl SealedWriter {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Malformed`] where extents overlap; [`crate::ErrorKind::Sync`] is final.
-    pub fn finish(mut self) -> Result<SegmentSummary> {
+    pub fn finish(self) -> Result<SegmentSummary> {
+        self.seal()?.christen()
+    }
+
+    /// Seals the segment: its content is durable on return, and it has no name yet.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub fn seal(mut self) -> Result<Sealed> {
         let received = self.segment.header.received_ns;
         let closing = Closing { end: self.position, received_first_ns: received, received_last_ns: received };
         let footer = self.index.finish(&self.segment.header, self.offset, &closing)?;
         let failed = |error| Error::io(format!("seal {}", self.tmp.display()), error);
         self.file.write_at(&footer, self.offset).map_err(failed)?;
         self.file.sync().map_err(|error| Error::sync(format!("sync {}", self.tmp.display()), error))?;
-        self.disk.rename(&self.tmp, &self.summary.path).map_err(failed)?;
-        sync_dir(&*self.disk, &self.dir)?;
         self.summary.bytes = self.offset + footer.len() as u64;
         self.summary.sealed = true;
+        let SealedWriter { disk, dir, tmp, summary, .. } = self;
+        Ok(Sealed { disk, dir, tmp, summary })
+    }
+}
+
+/// A segment that is whole and durable, under a temporary name.
+pub struct Sealed {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    tmp: PathBuf,
+    summary: SegmentSummary,
+}
+
+impl Sealed {
+    /// Gives the segment its name, in the place of what has it; durable on return.
+    ///
+    /// # Errors
+    /// The disk's; [`crate::ErrorKind::Sync`] is final.
+    pub fn christen(self) -> Result<SegmentSummary> {
+        let failed = |error| Error::io(format!("name {}", self.tmp.display()), error);
+        self.disk.rename(&self.tmp, &self.summary.path).map_err(failed)?;
+        sync_dir(&*self.disk, &self.dir)?;
         Ok(self.summary)
+    }
+
+    /// Removes it again; what cannot be removed is removed at the next open.
+    pub fn discard(self) {
+        let _ = self.disk.remove(&self.tmp);
     }
 }
 
@@ -136,6 +169,7 @@ mod tests {
             received_ns: 5,
             allocated_bytes: 0,
             nonce: 0,
+            merged_from: 0,
         }
     }
 

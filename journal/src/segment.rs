@@ -9,7 +9,7 @@
 //! ```text
 //!        0     1     2     3     4     5     6     7
 //!   0 │ magic "AFTRSEG1"                              │
-//!   8 │ version=1 │kind │  0  │   flags   │     0     │
+//!   8 │ version   │kind │  0  │   flags   │     0     │   version: 1; of merged undo 2
 //!  16 │ group id (16)                                 │
 //!  32 │ segment number (undo: batch number)           │
 //!  40 │ first lsn of the batch (undo, else 0)         │
@@ -18,7 +18,8 @@
 //! 112 │ first receipt, local clock, ns                │
 //! 120 │ bytes reserved before it got its name         │
 //! 128 │ nonce, random                                 │
-//! 136 │ 0 (372, reserved)                             │
+//! 136 │ first batch, of undo that is merged; else 0   │
+//! 144 │ 0 (364, reserved)                             │
 //! 508 │  CRC of bytes 0..508  │
 //! ```
 //! Invariants: kind 1 = journal, 2 = undo; all frames of a segment are of one epoch; the name is `{number:020}.seg`;
@@ -39,6 +40,8 @@ pub const FLAG_RECYCLED: u16 = 1;
 
 const MAGIC: [u8; 8] = *b"AFTRSEG1";
 const VERSION: u16 = 1;
+/// Of a segment that stands for several batches: a program that does not know of them must not miss the others.
+const VERSION_MERGED: u16 = 2;
 
 /// What a segment holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -68,7 +71,8 @@ struct Raw {
     received_ns: U64,
     allocated_bytes: U64,
     nonce: U64,
-    reserved2: [u8; 372],
+    merged_from: U64,
+    reserved2: [u8; 364],
     crc: U32,
 }
 
@@ -97,6 +101,8 @@ pub struct SegmentHeader {
     pub allocated_bytes: u64,
     /// Random; also in the segment's marks and footer.
     pub nonce: u64,
+    /// Undo that is merged: the first of the batches that it stands for; else 0.
+    pub merged_from: u64,
 }
 
 impl SegmentHeader {
@@ -104,7 +110,7 @@ impl SegmentHeader {
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut raw = Raw {
             magic: MAGIC,
-            version: VERSION.into(),
+            version: if self.merged_from == 0 { VERSION } else { VERSION_MERGED }.into(),
             kind: self.kind as u8,
             reserved0: 0,
             flags: self.flags.into(),
@@ -117,7 +123,8 @@ impl SegmentHeader {
             received_ns: self.received_ns.into(),
             allocated_bytes: self.allocated_bytes.into(),
             nonce: self.nonce.into(),
-            reserved2: [0; 372],
+            merged_from: self.merged_from.into(),
+            reserved2: [0; 364],
             crc: U32::ZERO,
         };
         raw.crc = crc32fast::hash(&raw.as_bytes()[..HEADER_BYTES - 4]).into();
@@ -139,9 +146,12 @@ impl SegmentHeader {
         }
         let unsupported =
             |what: String| Err(Error::new(ErrorKind::Unsupported, format!("segment header: {what}")));
-        if raw.version.get() != VERSION {
-            return unsupported(format!("version {}", raw.version));
-        }
+        let merged_from = match raw.version.get() {
+            // Reserved once, and not checked.
+            VERSION => 0,
+            VERSION_MERGED => raw.merged_from.get(),
+            other => return unsupported(format!("version {other}")),
+        };
         let kind = match raw.kind {
             1 => SegmentKind::Journal,
             2 => SegmentKind::Undo,
@@ -158,6 +168,7 @@ impl SegmentHeader {
             received_ns: raw.received_ns.get(),
             allocated_bytes: raw.allocated_bytes.get(),
             nonce: raw.nonce.get(),
+            merged_from,
         })
     }
 }
@@ -269,6 +280,7 @@ mod tests {
             received_ns: 15,
             allocated_bytes: 16,
             nonce: 17,
+            merged_from: 0,
         }
     }
 
@@ -293,6 +305,19 @@ mod tests {
         expected[508..].copy_from_slice(&crc);
         assert_eq!(bytes, expected);
         assert_eq!(SegmentHeader::decode(&bytes).unwrap(), sample());
+    }
+
+    /// Version 2, of undo that stands for several batches.
+    #[test]
+    fn golden_bytes_of_a_merged_segment_header() {
+        let merged = SegmentHeader { merged_from: 7, ..sample() };
+        let bytes = merged.encode();
+        let mut expected = sample().encode();
+        (expected[8], expected[136]) = (2, 7);
+        let crc = crc32fast::hash(&expected[..508]).to_le_bytes();
+        expected[508..].copy_from_slice(&crc);
+        assert_eq!(bytes, expected);
+        assert_eq!(SegmentHeader::decode(&bytes).unwrap(), merged);
     }
 
     #[test]

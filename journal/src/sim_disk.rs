@@ -343,6 +343,26 @@ impl Disk for SimDisk {
         if cut { Err(dead()) } else { Ok(()) }
     }
 
+    fn rename_dir(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        let cut = state.step()?;
+        if state.dirs.contains(to) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let moved = |path: &Path| path.strip_prefix(from).map(|rest| to.join(rest)).unwrap_or(path.into());
+        state.dirs = state.dirs.iter().map(|dir| moved(dir)).collect();
+        state.live = state.live.iter().map(|(path, inode)| (moved(path), *inode)).collect();
+        state.durable = state.durable.iter().map(|(path, inode)| (moved(path), *inode)).collect();
+        for (dir, change) in &mut state.pending {
+            *dir = moved(dir);
+            match change {
+                NameChange::Link { path, .. } | NameChange::Unlink { path, .. } => *path = moved(path),
+                NameChange::Rename { from, to, .. } => (*from, *to) = (moved(from), moved(to)),
+            }
+        }
+        if cut { Err(dead()) } else { Ok(()) }
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         let cut = state.step()?;
@@ -375,8 +395,10 @@ impl Disk for SimDisk {
         if !state.dirs.contains(dir) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let names = state.live.keys().filter(|path| path.parent() == Some(dir));
-        Ok(names.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
+        let entries = state.live.keys().chain(&state.dirs).filter(|path| path.parent() == Some(dir));
+        let names: BTreeSet<_> =
+            entries.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect();
+        Ok(names.into_iter().collect())
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<()> {

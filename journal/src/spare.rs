@@ -52,6 +52,7 @@ pub(crate) fn prepare(disk: &dyn Disk, dir: &Path, bytes: u64, header: SegmentHe
         flags: if recycled { FLAG_RECYCLED } else { 0 },
         allocated_bytes: file.size().map_err(failed)?,
         nonce: random_u64().map_err(failed)?,
+        merged_from: 0,
         ..header
     };
     file.write_at(&header.encode(), 0).map_err(failed)?;

@@ -18,6 +18,7 @@ use crate::frame::{FrameHeader, FrameKind, chain_seed};
 use crate::index::{Closing, IndexBuilder, SegmentIndex};
 use crate::io::{Disk, File};
 use crate::mark::Mark;
+use crate::mend::{Layout, Run};
 use crate::recovery::{self, Ending, note_frame};
 use crate::segment::{self, SegmentHeader, SegmentKind, SegmentSummary};
 use crate::spare::{self, Unborn};
@@ -331,6 +332,83 @@ impl Writer {
         Ok(freed)
     }
 
+    /// What a segment holds, as it is known without reading its frames; of the one being written, what is durable.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotHeld`] for a segment that was dropped; [`ErrorKind::Corrupt`] where its footer is damaged.
+    pub fn layout(&self, number: u64) -> Result<Layout> {
+        let held = self.held(number)?;
+        if held.sealed {
+            return Layout::of_sealed(&SegmentFile::open(&*self.disk, &held.path, number)?);
+        }
+        let durable = self.durable.lsn;
+        let frames: Vec<_> = self.index.entries().take_while(|entry| entry.last_lsn <= durable).collect();
+        let end_offset =
+            frames.last().map_or(segment::HEADER_BYTES as u64, |last| last.offset + u64::from(last.bytes));
+        Ok(Layout { frames, end: self.durable, end_offset, received_ns: held.received_last_ns })
+    }
+
+    /// Puts frames back where they rotted. ⚠ Only the writer may: a segment that is dropped is recycled under another name.
+    /// 1. Every frame is checked as the one that stood there, so nothing else is ever written; 2. they are written in place:
+    ///    no other byte is touched, so whatever a crash leaves is at worst as rotten as before, and readers that have the
+    ///    file open see the old bytes or the right ones, and tell them by the CRC; 3. fdatasync; 4. they are read again.
+    ///
+    /// # Errors
+    /// [`ErrorKind::OutOfOrder`] and [`ErrorKind::Malformed`] for other frames; [`ErrorKind::NotHeld`] where the segment was
+    /// dropped; [`ErrorKind::Corrupt`] where the disk does not give back what was written; [`ErrorKind::Sync`], final, only
+    /// in the segment being written.
+    pub fn mend(&mut self, run: &Run, frames: &[Vec<u8>]) -> Result<()> {
+        run.check_all(frames)?;
+        let pieces: Vec<(u64, &[u8])> =
+            run.frames.iter().zip(frames).map(|(entry, frame)| (entry.offset, frame.as_slice())).collect();
+        self.put_back(run.segment, run.nonce, &pieces)
+    }
+
+    /// Writes a mark again where it rotted; as [`mend`](Self::mend).
+    ///
+    /// # Errors
+    /// As [`mend`](Self::mend).
+    pub fn mend_mark(&mut self, mark: &Mark) -> Result<()> {
+        self.put_back(mark.segment, mark.nonce, &[(mark.offset, &mark.encode())])
+    }
+
+    fn put_back(&mut self, number: u64, nonce: u64, pieces: &[(u64, &[u8])]) -> Result<()> {
+        self.usable()?;
+        let (is_active, path) = (!self.held(number)?.sealed, self.held(number)?.path.clone());
+        let failed = |error| Error::io(format!("mend {}", path.display()), error);
+        let file = if is_active { self.file.clone() } else { self.disk.open(&path).map_err(failed)? };
+        let segment = SegmentFile::new(file.clone(), &path, number)?;
+        if segment.header.nonce != nonce {
+            return Err(segment.error(ErrorKind::NotHeld, 0, "another segment by now"));
+        }
+        for (offset, bytes) in pieces {
+            file.write_at(bytes, *offset).map_err(failed)?;
+        }
+        match is_active {
+            true => self.sync_file()?,
+            // Nothing else in it waits for this sync: what is not mended stays damaged.
+            false => file.sync().map_err(failed)?,
+        }
+        for (offset, bytes) in pieces {
+            let mut again = vec![0; bytes.len()];
+            segment.read(&mut again, *offset)?;
+            if again != *bytes {
+                return Err(segment.error(
+                    ErrorKind::Corrupt,
+                    *offset,
+                    "the disk gives back other bytes than were written",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn held(&self, number: u64) -> Result<&SegmentSummary> {
+        self.segments.iter().find(|held| held.number == number).ok_or_else(|| {
+            Error::new(ErrorKind::NotHeld, format!("{}: segment {number} is not held", self.dir.display()))
+        })
+    }
+
     /// Up to here everything is appended.
     pub fn appended(&self) -> Position {
         self.position
@@ -494,6 +572,7 @@ fn next_header(options: &WriterOptions, number: u64, start: Position, now_ns: u6
         received_ns: now_ns,
         allocated_bytes: 0,
         nonce: 0,
+        merged_from: 0,
     }
 }
 

@@ -9,12 +9,11 @@ use loom::sync::{
     Condvar, Mutex, MutexGuard,
     atomic::{AtomicBool, Ordering, fence},
 };
+#[cfg(not(loom))]
+use machine::{Condvar, Mutex, MutexGuard};
 use std::sync::PoisonError;
 #[cfg(not(loom))]
-use std::sync::{
-    Condvar, Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering, fence},
-};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
 /// A sleeping place for one consumer.

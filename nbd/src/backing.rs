@@ -29,10 +29,34 @@ pub enum Access {
     ReadOnly,
 }
 
+/// What a [`Backing`] stands on: a file or device of the system, or one of a simulation.
+pub trait Store: std::fmt::Debug + Send + Sync {
+    /// Fills `into` from `offset`.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// The same if it needs no waiting; `false` (contents undefined) if it does, or nobody can tell.
+    fn try_read_cached(&self, offset: u64, into: &mut [u8]) -> io::Result<bool>;
+    /// Writes all of `bytes`; durable after [`Store::sync`].
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Changes the room of a range without changing the size. False: not supported here, or not at this alignment.
+    fn fallocate(&self, how: FallocateFlags, offset: u64, length_bytes: u64) -> io::Result<bool>;
+    /// fdatasync.
+    fn sync(&self) -> io::Result<()>;
+    /// Where the next data or hole is; `None` beyond the last. A store that cannot tell has data everywhere.
+    fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>>;
+    /// Size now, bytes; `None`: it never changes.
+    fn size_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+    /// Whether a path leads to it.
+    fn is_at(&self, _path: &Path) -> bool {
+        true
+    }
+}
+
 /// An open disk.
 #[derive(Debug)]
 pub struct Backing {
-    file: File,
+    store: Box<dyn Store>,
     size_bytes: u64,
     block_device: bool,
 }
@@ -76,7 +100,12 @@ impl Backing {
             let why = format!("{}: its size, {size_bytes}, is not a multiple of {MIN_BLOCK_BYTES}", at());
             return Err(Error::new(Kind::Unsuitable, why));
         }
-        Ok(Self { file, size_bytes, block_device: found.is_block_device() })
+        Ok(Self { store: Box::new(file), size_bytes, block_device: found.is_block_device() })
+    }
+
+    /// A disk of `size_bytes` on another store, which has nobody else to be held against.
+    pub fn on(store: Box<dyn Store>, size_bytes: u64) -> Self {
+        Self { store, size_bytes, block_device: false }
     }
 
     /// Size when it was opened; a backing that grows must be opened anew.
@@ -86,51 +115,35 @@ impl Backing {
 
     /// Size now, in whole sectors; what was opened may have grown or shrunk since.
     pub fn measure(&self) -> io::Result<u64> {
-        let size_bytes = rustix::fs::seek(&self.file, SeekFrom::End(0))?;
+        let size_bytes = self.store.size_bytes()?.unwrap_or(self.size_bytes);
         Ok(size_bytes / u64::from(MIN_BLOCK_BYTES) * u64::from(MIN_BLOCK_BYTES))
     }
 
     /// Whether a path leads to this disk.
     pub fn is_at(&self, path: &Path) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let identity = |found: &std::fs::Metadata| match self.block_device {
-            true => (0, found.rdev()),
-            false => (found.dev(), found.ino()),
-        };
-        match (self.file.metadata(), std::fs::metadata(path)) {
-            (Ok(ours), Ok(there)) => {
-                there.file_type().is_block_device() == self.block_device
-                    && identity(&ours) == identity(&there)
-            }
-            _ => false,
-        }
+        self.store.is_at(path)
     }
 
     /// Fills `into` from `offset`.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset)
+        self.store.read_at(offset, into)
     }
 
     /// Fills `into` if the page cache holds all of it; `false` (contents undefined) if it does not, or if the
     /// file system cannot tell.
     pub fn try_read_cached(&self, offset: u64, into: &mut [u8]) -> io::Result<bool> {
-        let wanted = into.len();
-        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(into)], offset, ReadWriteFlags::NOWAIT) {
-            Ok(read) => Ok(read == wanted),
-            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR | Errno::NOSYS) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
+        self.store.try_read_cached(offset, into)
     }
 
     /// Writes to the page cache; durable after [`Backing::sync`].
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        self.store.write_at(offset, bytes)
     }
 
     /// Gives the range's room back. True: it reads as zeros now. False: the disk cannot do that, and the range
     /// is unchanged.
     pub fn discard(&self, offset: u64, length_bytes: u64) -> io::Result<bool> {
-        self.fallocate(FallocateFlags::PUNCH_HOLE, offset, length_bytes)
+        self.store.fallocate(FallocateFlags::PUNCH_HOLE, offset, length_bytes)
     }
 
     /// Makes the range read as zeros: as a hole, unless it must stay allocated; else by the disk's own means;
@@ -142,12 +155,14 @@ impl Backing {
         keep_allocated: bool,
         only_if_fast: bool,
     ) -> io::Result<()> {
-        if !keep_allocated && self.fallocate(FallocateFlags::PUNCH_HOLE, offset, length_bytes)? {
+        if !keep_allocated && self.store.fallocate(FallocateFlags::PUNCH_HOLE, offset, length_bytes)? {
             return Ok(());
         }
         // On a block device this may write zeros inside the kernel, which is not what "fast" promises.
         let fast = !self.block_device;
-        if (fast || !only_if_fast) && self.fallocate(FallocateFlags::ZERO_RANGE, offset, length_bytes)? {
+        if (fast || !only_if_fast)
+            && self.store.fallocate(FallocateFlags::ZERO_RANGE, offset, length_bytes)?
+        {
             return Ok(());
         }
         if only_if_fast {
@@ -166,7 +181,7 @@ impl Backing {
     /// fdatasync: every write that returned before is durable. A failure is final: pages that could not be
     /// written are clean afterwards, so a second try that succeeds would prove nothing.
     pub fn sync(&self) -> io::Result<()> {
-        Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
+        self.store.sync()
     }
 
     /// Runs of data and holes from `offset`: at least one, together at most `length_bytes`, at most
@@ -182,11 +197,11 @@ impl Backing {
         let mut runs = Vec::new();
         let mut at = offset;
         while at < end && runs.len() < max_extents.max(1) {
-            let data = self.seek(SeekFrom::Data(at))?.unwrap_or(end) / block * block;
+            let data = self.store.seek(SeekFrom::Data(at))?.unwrap_or(end) / block * block;
             let (until, hole) = if data > at {
                 (data.min(end), true)
             } else {
-                let hole = self.seek(SeekFrom::Hole(at))?.unwrap_or(end);
+                let hole = self.store.seek(SeekFrom::Hole(at))?.unwrap_or(end);
                 (hole.next_multiple_of(block).max(at + block).min(end), false)
             };
             runs.push(BlockExtent { length_bytes: until - at, hole });
@@ -194,10 +209,50 @@ impl Backing {
         }
         Ok(runs)
     }
+}
 
-    /// Where the next data or hole is; `None` beyond the last. A device that cannot tell has data everywhere.
+impl Store for File {
+    fn size_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(Some(rustix::fs::seek(self, SeekFrom::End(0))?))
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let identity = |found: &std::fs::Metadata| match found.file_type().is_block_device() {
+            true => (0, found.rdev()),
+            false => (found.dev(), found.ino()),
+        };
+        match (self.metadata(), std::fs::metadata(path)) {
+            (Ok(ours), Ok(there)) => {
+                ours.file_type() == there.file_type() && identity(&ours) == identity(&there)
+            }
+            _ => false,
+        }
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(into, offset)
+    }
+
+    fn try_read_cached(&self, offset: u64, into: &mut [u8]) -> io::Result<bool> {
+        let wanted = into.len();
+        match rustix::io::preadv2(self, &mut [IoSliceMut::new(into)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => Ok(read == wanted),
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR | Errno::NOSYS) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(self))?)
+    }
+
     fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>> {
-        match rustix::fs::seek(&self.file, to) {
+        match rustix::fs::seek(self, to) {
             Ok(found) => Ok(Some(found)),
             Err(Errno::NXIO) => Ok(None),
             Err(Errno::INVAL | Errno::OPNOTSUPP) => match to {
@@ -208,9 +263,8 @@ impl Backing {
         }
     }
 
-    /// False: not supported here, or not at this alignment.
     fn fallocate(&self, how: FallocateFlags, offset: u64, length_bytes: u64) -> io::Result<bool> {
-        match rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, length_bytes) {
+        match rustix::fs::fallocate(self, how | FallocateFlags::KEEP_SIZE, offset, length_bytes) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
             Err(error) => Err(error.into()),

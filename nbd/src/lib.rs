@@ -37,7 +37,7 @@ pub mod server;
 pub mod session;
 mod socket;
 
-pub use backing::{Access, Backing};
+pub use backing::{Access, Backing, Store};
 pub use error::{Error, Kind};
 pub use export::{BlockExtent, Export, Zeroing};
 pub use file_export::FileExport;

@@ -19,10 +19,11 @@ mod schedule;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal::io::{Disk, RealDisk};
+use machine::Mutex;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use wire::message::ErrorCode;
@@ -35,6 +36,7 @@ use orders::Order;
 
 use crate::apply::{HoldReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
+use crate::history::History;
 use crate::ingest::Refusal;
 use crate::link;
 use crate::point::{At, Points};
@@ -44,6 +46,23 @@ use crate::status::Status;
 
 /// The receiving daemon.
 pub struct Receiver;
+
+/// What of the machine a receiver stands on, beside its clocks and threads: the simulation puts its own in.
+pub struct Surroundings {
+    /// Where groups and replicas lie.
+    pub disk: Arc<dyn Disk>,
+    /// Whether replicas are held against other programs: only on a disk that has them.
+    pub hold_replicas: bool,
+    /// The link's socket; `None` for one of the system's.
+    pub socket: Option<Arc<dyn quinn::AsyncUdpSocket>>,
+}
+
+impl Surroundings {
+    /// The machine's.
+    pub fn real() -> Surroundings {
+        Surroundings { disk: Arc::new(RealDisk), hold_replicas: true, socket: None }
+    }
+}
 
 /// A running receiver.
 pub struct Handle {
@@ -78,7 +97,7 @@ impl Broken {
             ErrorKind::Busy => ErrorCode::GroupBusy,
             _ => ErrorCode::JournalFailed,
         };
-        Broken { why: error.to_string(), code, at: Instant::now() }
+        Broken { why: error.to_string(), code, at: machine::now() }
     }
 
     fn refusal(&self, name: &str) -> Refusal {
@@ -97,10 +116,18 @@ impl Receiver {
     /// # Errors
     /// No identity, no socket, or a directory that the disk refuses.
     pub async fn start(settings: conf::Receiver) -> Result<Handle> {
+        Receiver::start_on(settings, Surroundings::real()).await
+    }
+
+    /// The same on another disk and another socket.
+    ///
+    /// # Errors
+    /// As [`Receiver::start`].
+    pub async fn start_on(settings: conf::Receiver, surroundings: Surroundings) -> Result<Handle> {
         let settings = Arc::new(settings);
         let failure = Failure::none();
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
-        let setup = Setup { disk, settings: settings.clone(), failure: failure.clone() };
+        let Surroundings { disk, hold_replicas, socket } = surroundings;
+        let setup = Setup { disk, hold_replicas, settings: settings.clone(), failure: failure.clone() };
         let shared = Arc::new(Shared {
             settings: settings.clone(),
             failure,
@@ -116,14 +143,18 @@ impl Receiver {
             Identity::load(&opening.settings.identity_dir).map_err(of_wire)
         })
         .await?;
-        let server = listen(&settings, &identity)?;
+        let server = listen(&settings, &identity, socket)?;
         let local = server.local_addr().map_err(of_wire)?;
         let links = tokio::spawn(link::serve(server, shared.clone()));
         Ok(Handle { shared, local, links })
     }
 }
 
-fn listen(settings: &Arc<conf::Receiver>, identity: &Identity) -> Result<Server> {
+fn listen(
+    settings: &Arc<conf::Receiver>,
+    identity: &Identity,
+    socket: Option<Arc<dyn quinn::AsyncUdpSocket>>,
+) -> Result<Server> {
     let known = settings.clone();
     let accept = Arc::new(move |peer: &Fingerprint| known.source.iter().any(|s| s.identity == peer.0));
     let quic = &settings.quic;
@@ -135,7 +166,11 @@ fn listen(settings: &Arc<conf::Receiver>, identity: &Identity) -> Result<Server>
         socket_buffer_bytes: quic.socket_buffer,
         ..Tuning::default()
     };
-    let server = Server::new(identity, accept, &tuning, settings.listen).map_err(of_wire)?;
+    let server = match socket {
+        Some(socket) => Server::on(socket, identity, accept, &tuning),
+        None => Server::new(identity, accept, &tuning, settings.listen),
+    };
+    let server = server.map_err(of_wire)?;
     if let Some(advice) = server.socket_buffers().and_then(|buffers| buffers.advice()) {
         tracing::warn!("{advice}");
     }
@@ -198,7 +233,8 @@ impl Shared {
         if let Some(group) = self.group(&claim.name) {
             return Ok(group);
         }
-        if let Some(known) = lock(&self.broken).get(&claim.name).filter(|b| b.at.elapsed() < OPEN_AGAIN) {
+        if let Some(known) = lock(&self.broken).get(&claim.name).filter(|b| machine::since(b.at) < OPEN_AGAIN)
+        {
             return Err(known.refusal(&claim.name));
         }
         let opened = self.open_or_create(claim.clone()).await;
@@ -258,6 +294,14 @@ impl Handle {
         Ok(self.known(group)?.history.points())
     }
 
+    /// What lies in the past of a group: for views of its points.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here.
+    pub fn history(&self, group: &str) -> Result<Arc<History>> {
+        Ok(self.known(group)?.history.clone())
+    }
+
     /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all.
     ///
     /// # Errors
@@ -269,7 +313,12 @@ impl Handle {
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<RestoreReport> {
         let history = self.known(group)?.history.clone();
-        blocking("restore", move || restore::restore(&history, &request, &mut progress)).await
+        let restored = blocking("restore", move || restore::restore(&history, &request, &mut progress)).await;
+        if restored.as_ref().is_err_and(|error| error.kind == ErrorKind::Corrupt) {
+            // What it met is looked for, and mended if the source still holds it.
+            self.scrub_now(group)?;
+        }
+        restored
     }
 
     /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on being received.
@@ -385,10 +434,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ) -> Result<T> {
     let (done, result) = oneshot::channel();
     let run = move || _ = done.send(work());
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
-        .map_err(|e| Error::io(format!("start thread {name}"), e))?;
+    machine::spawn(name, run).map_err(|e| Error::io(format!("start thread {name}"), e))?;
     let panicked =
         |_| Error::new(ErrorKind::Io, format!("thread {name} panicked: its message is in the log"));
     result.await.map_err(panicked)?

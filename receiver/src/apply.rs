@@ -37,6 +37,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod hold;
 mod rewind;
+mod thin;
 
 pub use hold::HoldReport;
 pub use rewind::{ResumeReport, RewindReport};
@@ -128,6 +129,8 @@ pub struct Applier {
     /// How often the batch bounds are halved, since undo of a larger batch did not fit on the disk.
     halvings: u32,
     scratch: Vec<u8>,
+    /// Undo segments that cannot be merged with their neighbours.
+    unmergeable: BTreeSet<u64>,
 }
 
 impl Applier {
@@ -179,6 +182,7 @@ impl Applier {
             quota_bytes: 0,
             halvings: 0,
             scratch: Vec::new(),
+            unmergeable: BTreeSet::new(),
         };
         applier.sweep()?;
         match applier.settle_rewound() {
@@ -204,6 +208,10 @@ impl Applier {
                         next - 1
                     );
                     return Err(Error::corrupt(at));
+                }
+                // Merged into a later one; a crash came before it was removed.
+                Some(number) if self.history.covering(number) != number && number < next => {
+                    self.remove(&dir.join(name))?;
                 }
                 Some(number) if state.oldest_batch != 0 && number >= state.oldest_batch => {
                     if number == next {
@@ -281,6 +289,21 @@ impl Applier {
             tracing::warn!(epoch = number, "the rest of an epoch is passed over: the next one replaces it");
             self.gatherer.reset();
             self.skip_through = Some(number);
+            done = self.apply_one();
+        }
+        // Rot that could not be mended ends its epoch, too.
+        if done.as_ref().is_err_and(|e| e.kind == ErrorKind::Corrupt)
+            && let Some(hole) = self.history.hole(self.store.state().checkpoint.lsn)
+            && hole.epoch < durable.epoch.number
+            && self.skip_through.is_none_or(|number| number < hole.epoch)
+        {
+            tracing::error!(
+                epoch = hole.epoch,
+                why = hole.why(),
+                "the rest of an epoch is lost: the next one replaces it"
+            );
+            self.gatherer.reset();
+            self.skip_through = Some(hole.epoch);
             done = self.apply_one();
         }
         if matches!(done, Ok(None))
@@ -434,6 +457,7 @@ impl Applier {
         let owner = self.undo_owner();
         let summary = UndoSummary {
             number,
+            from: number,
             epoch: batch.epoch,
             first: batch.first,
             last: batch.last,
@@ -584,6 +608,8 @@ impl Applier {
     /// # Errors
     /// [`ErrorKind::Sync`] is final; others may be tried again.
     pub fn expire(&mut self, policy: &Policy, segments: &[SegmentSummary]) -> Result<Expired> {
+        self.shorten_exact(policy)?;
+        let policy = &Policy { window_ns: policy.window_ns.max(policy.steps.horizon_ns()), ..*policy };
         let checkpoint = self.store.state().checkpoint.lsn;
         let redo_floor = self.history.redo_floor();
         let (batches, newest_ns, floor) = self.history.aged();
@@ -637,18 +663,21 @@ impl Applier {
         }
         let start = self.history.boundary(keep_from - 1);
         let oldest = std::mem::replace(&mut state.oldest_batch, keep_from);
+        let leaving: Vec<u64> = self.history.numbers(oldest, keep_from - 1);
+        // Nothing is below the exact window any more.
+        state.exact = state.exact.filter(|exact| exact.batch >= keep_from);
         // A damaged segment has no boundary that could be known; the next whole one has.
         let Some(start) = start else { return Ok(0) };
         state.history_start = start;
         // The state first: an undo segment that is gone must not be promised.
         self.store.store(state)?;
         self.history.follow(self.store.state(), Moment::default(), &[]);
-        for number in oldest..keep_from {
-            self.remove(&undo_dir(&self.group_dir).join(file_name(number)))?;
+        for number in &leaving {
+            self.remove(&undo_dir(&self.group_dir).join(file_name(*number)))?;
         }
         self.history.sweep_merged();
         self.shorten_log()?;
-        Ok(keep_from - oldest)
+        Ok(leaving.len() as u64)
     }
 
     /// Makes at most so many of the merged indexes that are missing; says how many. Derived from what is durable, so it may

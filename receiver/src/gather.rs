@@ -159,8 +159,14 @@ impl Gatherer {
             return Ok(());
         }
         self.reset();
-        let after = (!behind.nothing).then_some(behind.moment.lsn);
-        self.reader = read_behind(&self.disk, &self.dir, after)?;
+        self.reader = match behind.skip_through {
+            // Whatever lies between is not used, and may be damaged.
+            Some(number) if behind.epoch.number <= number => {
+                let mut reader = Reader::open(Arc::clone(&self.disk), &self.dir).map_err(damage)?;
+                reader.seek_epoch_above(number).map_err(damage)?.then_some(reader)
+            }
+            _ => read_behind(&self.disk, &self.dir, (!behind.nothing).then_some(behind.moment.lsn))?,
+        };
         self.at = behind.moment.lsn;
         Ok(())
     }

@@ -16,7 +16,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use journal::frame::{FLAG_EVENTS, FrameHeader};
 use journal::io::{Disk, File};
@@ -26,10 +26,13 @@ use journal::segment::SegmentSummary;
 use journal::tail::{Limit, Tail};
 use journal::writer::Writer;
 use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+use machine::{Mutex, MutexGuard};
 
 use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
 use crate::events::{Event, EventLog};
+use crate::mend::Rotten;
 use crate::merged::{Node, OpenIndexes};
+use crate::point::Point;
 use crate::retention::Aged;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
 use crate::undo::{self, UndoSegment, UndoSummary, damage, read_summary};
@@ -46,12 +49,14 @@ const RECEIPT_STEP_NS: u64 = 1_000_000_000;
 /// that makes many tiny batches shortens its own history, not the receiver's memory.
 const MIN_BATCH_BYTES: u64 = 64 << 10;
 
+mod steps;
+
 /// What is known about a batch's undo segment.
 #[derive(Clone, Debug)]
 pub(crate) enum Slot {
     /// It is there.
     Kept(UndoSummary),
-    /// It is promised, but missing or damaged: file and reason.
+    /// It is promised, but missing or damaged: file and reason. Perhaps it stood for the numbers before it, too.
     Damaged(String),
 }
 
@@ -71,10 +76,14 @@ pub(crate) struct Inner {
     next_pin: u64,
     /// Batches below this one are being dropped right now.
     leaving: u64,
+    /// Redo below the boundary of this batch is being dropped right now.
+    pub(crate) leaving_redo: u64,
     /// Merged indexes that there are.
     pub(crate) merged: BTreeSet<Node>,
     /// Those that cannot be made: a segment is damaged, or too large.
     pub(crate) hopeless: BTreeSet<Node>,
+    /// Frames of the journal that are known to be rotten, oldest first.
+    pub(crate) rotten: Vec<Rotten>,
 }
 
 /// The history of one group.
@@ -82,6 +91,8 @@ pub struct History {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) group_dir: PathBuf,
     inner: Mutex<Inner>,
+    /// Held while a boundary is pinned, and while batches are merged into one: nobody reads what is being replaced.
+    shape: Mutex<()>,
     open_segments: Mutex<VecDeque<(u64, Arc<UndoSegment>)>>,
     pub(crate) open_indexes: Mutex<OpenIndexes>,
     tail: OnceLock<Arc<Tail>>,
@@ -124,10 +135,13 @@ impl History {
                 pins: BTreeMap::new(),
                 next_pin: 0,
                 leaving: 0,
+                leaving_redo: 0,
                 merged: BTreeSet::new(),
                 hopeless: BTreeSet::new(),
+                rotten: Vec::new(),
                 state,
             }),
+            shape: Mutex::new(()),
             disk,
             group_dir: group_dir.to_path_buf(),
             open_segments: Mutex::new(VecDeque::new()),
@@ -154,14 +168,26 @@ impl History {
         let present: Vec<u64> = names.iter().filter_map(|name| undo::file_number(name)).collect();
         let (oldest, applied) = (inner.state.oldest_batch, inner.state.applied_batch);
         let cut = present.binary_search(&(applied + 1)).ok().map(|_| applied + 1);
-        for number in (oldest..=applied).chain(cut) {
+        let mut next = cut.unwrap_or(applied);
+        while next >= oldest {
+            // Merged undo stands for the numbers before its own, and its file is right where some of theirs are left over.
+            let number = next;
+            next = number - 1;
             let slot = match read_summary(&*self.disk, &dir, number, inner.state.group) {
-                Ok(summary) => Slot::Kept(summary),
+                Ok(summary) => {
+                    next = summary.from.saturating_sub(1);
+                    Slot::Kept(summary)
+                }
                 Err(e) if present.binary_search(&number).is_err() => {
                     Slot::Damaged(format!("{}: undo segment is missing", e.at))
                 }
                 Err(e) => Slot::Damaged(e.at),
             };
+            if slot.kept().is_none() {
+                // What it stood for is unknown; what is missing with it is told once.
+                let below = present.partition_point(|known| *known < number);
+                next = below.checked_sub(1).map_or(0, |at| present[at]).min(next);
+            }
             inner.batches.insert(number, slot);
         }
         inner.newest_receipt_ns = inner.batches.values().filter_map(Slot::received_ns).max().unwrap_or(0);
@@ -237,6 +263,16 @@ impl History {
     pub fn note_waiting(&self, received_ns: u64) {
         let mut inner = self.lock();
         inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
+    }
+
+    /// What is known of the journal to be rotten, oldest first: points that need it are refused.
+    pub(crate) fn note_rotten(&self, rotten: Vec<Rotten>) {
+        self.lock().rotten = rotten;
+    }
+
+    /// What is rotten in the journal behind a checkpoint.
+    pub(crate) fn hole(&self, checkpoint: Lsn) -> Option<Rotten> {
+        self.lock().rotten.iter().find(|rotten| rotten.last > checkpoint).cloned()
     }
 
     /// The newest receipt known, by the receiver's clock; 0 where none is.
@@ -419,7 +455,7 @@ impl History {
         if inner.state.oldest_batch == 0 {
             return inner.state.checkpoint.lsn;
         }
-        inner.state.history_start.lsn.min(inner.state.checkpoint.lsn)
+        inner.state.exact_start().start.lsn.min(inner.state.checkpoint.lsn)
     }
 
     /// Pins the boundary `number`.
@@ -427,9 +463,25 @@ impl History {
     /// # Errors
     /// [`ErrorKind::NotPossible`] where it is gone already.
     pub fn pin(self: &Arc<Self>, number: u64) -> Result<Pin> {
+        self.pin_with(number, false)
+    }
+
+    /// Pins what a point needs: its boundary, and the redo from there on if there is any.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where some of it is gone already.
+    pub fn pin_point(self: &Arc<Self>, point: &Point) -> Result<Pin> {
+        self.pin_with(point.boundary, point.boundary_lsn < point.moment.lsn)
+    }
+
+    fn pin_with(self: &Arc<Self>, number: u64, needs_redo: bool) -> Result<Pin> {
+        let _shape = self.shape.lock().expect("nothing panics while it holds the shape");
         let mut inner = self.lock();
         let oldest = inner.state.oldest_batch.max(inner.leaving);
-        if inner.state.oldest_batch == 0 || number + 1 < oldest {
+        let exact = inner.state.exact_start().batch.max(inner.leaving_redo);
+        let is_gone =
+            number + 1 < oldest || inner.boundary(number).is_none() || (needs_redo && number < exact);
+        if inner.state.oldest_batch == 0 || is_gone {
             let at = "the point has just left the history; ask for a newer one";
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
@@ -452,7 +504,8 @@ impl History {
 
     /// The drop is durable in the state, or did not happen.
     pub(crate) fn end_drop(&self) {
-        self.lock().leaving = 0;
+        let mut inner = self.lock();
+        (inner.leaving, inner.leaving_redo) = (0, 0);
     }
 
     /// Newest batch whose undo is registered; the batch being applied right now is one.
@@ -469,7 +522,10 @@ impl History {
         let poisoned = "nothing panics while it holds the open segments";
         {
             let mut open = self.open_segments.lock().expect(poisoned);
-            if let Some(at) = open.iter().position(|(known, _)| *known == number) {
+            let nonce = self.lock().batches.get(&number).and_then(Slot::kept).map(|kept| kept.nonce);
+            let is_it =
+                |known: &u64, segment: &UndoSegment| *known == number && Some(segment.nonce()) == nonce;
+            if let Some(at) = open.iter().position(|(known, segment)| is_it(known, segment)) {
                 let entry = open.remove(at).expect("just found");
                 let segment = Arc::clone(&entry.1);
                 open.push_back(entry);
@@ -551,13 +607,15 @@ impl Inner {
     /// the newest. One that damage separates from the replica only where there is no other.
     pub(crate) fn boundary_below(&self, lsn: Lsn) -> Option<u64> {
         let (oldest, applied) = (self.state.oldest_batch.checked_sub(1)?, self.state.applied_batch);
+        // Below the exact window there is no redo: a boundary is a point, and leads to no other.
+        let exact = self.state.exact_start().start.lsn;
         let damaged = self.batches.range(..=applied).rev().find(|(_, slot)| slot.kept().is_none());
         let reached_from = damaged.map_or(0, |(number, _)| *number);
         let kept =
             self.batches.range(..applied).filter_map(|(number, slot)| Some((*number, slot.kept()?.last.lsn)));
         let ends = [(oldest, self.state.history_start.lsn), (applied, self.state.checkpoint.lsn)];
         kept.chain(ends)
-            .filter(|(_, last)| *last <= lsn)
+            .filter(|(_, last)| *last == lsn || (exact <= *last && *last <= lsn))
             .max_by_key(|(number, last)| (*number >= reached_from, *last, *number))
             .map(|(number, _)| number)
     }
@@ -635,6 +693,7 @@ mod tests {
             let (path, epoch) = (PathBuf::new(), Epoch::default());
             history.register(UndoSummary {
                 number,
+                from: number,
                 epoch,
                 first: at,
                 last: at,

@@ -117,7 +117,7 @@ async fn greeted(opened: Opened, peer: SocketAddr, shared: &Arc<Shared>) {
     };
     tracing::info!(%peer, group = %group.name(), agent = hello.agent, "source connected");
     let wires = session::Wires { connection, sender, receiver, peer, identity };
-    let end = session::run(wires, &group, shared, hello.version).await;
+    let end = session::run(wires, &group, shared, &hello).await;
     tracing::info!(%peer, group = %group.name(), reason = %end, "source disconnected");
 }
 

@@ -22,7 +22,7 @@ use journal::{GroupId, VolumeId};
 use crate::undo::UndoPiece;
 use crate::{Error, ErrorKind, Result};
 
-mod build;
+pub(crate) mod build;
 mod keep;
 
 pub(crate) use keep::OpenIndexes;

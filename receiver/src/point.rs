@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::events::EventKind;
 use crate::history::{History, Inner, Pin};
+use crate::mend::Rotten;
 use crate::state::{Hold, Moment};
 use crate::undo::damage;
 use crate::{Error, ErrorKind, Result};
@@ -170,6 +171,10 @@ pub struct Points {
     pub oldest: Option<ShownMoment>,
     /// Newest point.
     pub newest: Option<ShownMoment>,
+    /// From here on every write is a point; below it only `steps` are.
+    pub exact: Option<ShownMoment>,
+    /// The points below `exact`, oldest first.
+    pub steps: Vec<ShownMoment>,
     /// The replica is exactly this.
     pub checkpoint_lsn: Lsn,
     /// Batches whose boundary is a step back without redo.
@@ -186,7 +191,7 @@ pub struct Points {
 
 /// A stretch without points.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Gap {
+pub(crate) struct Gap {
     after: Moment,
     until: Option<Moment>,
     reason: String,
@@ -194,7 +199,7 @@ struct Gap {
 
 impl Inner {
     /// Gaps that reach into the history, oldest first.
-    fn gaps(&self) -> Vec<Gap> {
+    pub(crate) fn gaps(&self) -> Vec<Gap> {
         let mut gaps: Vec<Gap> = Vec::new();
         let mut open: Option<Gap> = None;
         for event in self.events.iter() {
@@ -213,9 +218,29 @@ impl Inner {
                 _ => {}
             }
         }
+        gaps.extend(self.rotten.iter().map(|rotten| self.lost(rotten)));
+        gaps.sort_by_key(|gap| gap.after.lsn);
         gaps.extend(open);
         gaps.retain(|gap| gap.until.is_none_or(|until| until.lsn > self.state.history_start.lsn));
         gaps
+    }
+
+    /// The points below the exact window, in rising order.
+    fn steps(&self, gaps: &[Gap]) -> Vec<Moment> {
+        let Some(exact) = self.state.exact else { return Vec::new() };
+        let kept = self.batches.range(..exact.batch).filter_map(|(_, slot)| slot.kept());
+        let mut steps: Vec<Moment> = kept.map(|kept| kept.last).chain([self.state.history_start]).collect();
+        steps.retain(|at| at.lsn < exact.start.lsn && !is_in_gap(gaps, at.lsn));
+        steps.sort_unstable();
+        steps.dedup_by_key(|at| at.lsn);
+        steps
+    }
+
+    /// The points that need rotten frames: up to the next boundary, to which undo leads.
+    fn lost(&self, rotten: &Rotten) -> Gap {
+        let boundaries = self.batches.values().filter_map(|slot| slot.kept().map(|summary| summary.last));
+        let above = boundaries.chain([self.state.checkpoint_moment()]).filter(|at| at.lsn >= rotten.last);
+        Gap { after: rotten.before, until: above.min(), reason: rotten.why() }
     }
 
     fn why_no_point(&self) -> String {
@@ -232,13 +257,14 @@ impl Inner {
             return None;
         }
         let mut oldest = self.state.history_start;
+        if self.state.exact.is_some() {
+            oldest = self.steps(gaps).first().copied().unwrap_or(self.state.exact_start().start);
+        }
         if let Some(gap) = gaps.iter().find(|gap| gap.holds(oldest.lsn)) {
             oldest = gap.until?;
         }
-        let newest = match gaps.last() {
-            Some(Gap { after, until: None, .. }) => *after,
-            _ => self.received,
-        };
+        let open = gaps.iter().filter(|gap| gap.until.is_none()).map(|gap| gap.after);
+        let newest = open.min_by_key(|after| after.lsn).unwrap_or(self.received);
         (oldest.lsn <= newest.lsn).then_some((oldest, newest))
     }
 }
@@ -277,6 +303,10 @@ impl History {
         let Some((oldest, newest)) = window else {
             return Err(not_possible(format!("group {name} has {why}")));
         };
+        let (steps, exact) = {
+            let inner = self.lock();
+            (inner.steps(&gaps), inner.state.exact_start().start)
+        };
         let span = format!(
             "points reach from lsn {} at {} to lsn {} at {}",
             oldest.lsn,
@@ -288,6 +318,10 @@ impl History {
             At::Latest => newest.lsn,
             At::Lsn(lsn) => *lsn,
             At::Bookmark(bookmark) => self.find_bookmark(bookmark)?,
+            At::Time(time_ns) if *time_ns < exact.time_ns && !steps.is_empty() => {
+                let step = steps.iter().find(|step| step.time_ns == *time_ns);
+                step.ok_or_else(|| no_step(at, exact, &steps, |step| step.time_ns <= *time_ns))?.lsn
+            }
             At::Time(time_ns) => self.find_time(*time_ns, oldest, newest, &gaps, &span)?,
         };
         if lsn < oldest.lsn || lsn > newest.lsn {
@@ -300,14 +334,20 @@ impl History {
         if let Some(gap) = gaps.iter().find(|gap| gap.holds(lsn)) {
             return Err(gap_error(at, gap));
         }
-        let moment = match [oldest, newest].into_iter().find(|known| known.lsn == lsn) {
+        if lsn < exact.lsn && !steps.iter().any(|step| step.lsn == lsn) {
+            return Err(no_step(at, exact, &steps, |step| step.lsn <= lsn));
+        }
+        let boundary = {
+            let inner = self.lock();
+            inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)))
+        };
+        let (boundary, at) =
+            boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
+        // A boundary is known without its record, which may be rotten.
+        let moment = match [oldest, newest, at].into_iter().find(|known| known.lsn == lsn) {
             Some(known) => known,
             None => self.find_lsn(lsn)?,
         };
-        let inner = self.lock();
-        let boundary = inner.boundary_below(lsn).and_then(|number| Some((number, inner.boundary(number)?)));
-        let (boundary, at) =
-            boundary.ok_or_else(|| not_possible(format!("lsn {lsn} has just left the history")))?;
         Ok(Point { moment, boundary, boundary_lsn: at.lsn })
     }
 
@@ -317,7 +357,7 @@ impl History {
     /// As [`History::resolve`].
     pub fn resolve_pinned(self: &Arc<Self>, at: &At) -> Result<(Point, Pin)> {
         let point = self.resolve(at)?;
-        let pin = self.pin(point.boundary)?;
+        let pin = self.pin_point(&point)?;
         Ok((point, pin))
     }
 
@@ -484,8 +524,10 @@ impl History {
             warnings.drain(..hidden);
             warnings.push(format!("{hidden} older failed writes and clock jumps are not listed"));
         }
+        let (steps, exact) = (inner.steps(&gaps), inner.state.exact_start().start);
         if let Some((oldest, _)) = window {
-            bookmarks.retain(|bookmark| bookmark.lsn >= oldest.lsn);
+            let is_point = |lsn| lsn >= exact.lsn || steps.iter().any(|step| step.lsn == lsn);
+            bookmarks.retain(|bookmark| bookmark.lsn >= oldest.lsn && is_point(bookmark.lsn));
         } else {
             warnings.push(inner.why_no_point());
         }
@@ -521,6 +563,12 @@ impl History {
             epoch: inner.received_epoch,
             oldest: window.map(|(oldest, _)| oldest.into()),
             newest: window.map(|(_, newest)| newest.into()),
+            exact: window.map(|(oldest, _)| exact.max(oldest).into()),
+            steps: if window.is_some() {
+                steps.into_iter().map(ShownMoment::from).collect()
+            } else {
+                Vec::new()
+            },
             checkpoint_lsn: inner.state.checkpoint.lsn,
             batches: inner.batches.len() as u64,
             bookmarks,
@@ -545,6 +593,24 @@ impl History {
         }
         volumes.into_iter().map(|(id, (name, size_bytes))| (id, name, size_bytes)).collect()
     }
+}
+
+/// Whether a gap leaves out an lsn.
+pub(crate) fn is_in_gap(gaps: &[Gap], lsn: Lsn) -> bool {
+    gaps.iter().any(|gap| gap.holds(lsn))
+}
+
+/// Something below the exact window that is not one of its points.
+fn no_step(at: &At, exact: Moment, steps: &[Moment], is_below: impl Fn(&Moment) -> bool) -> Error {
+    let shown = |step: &Moment| format!("lsn {} at {}", step.lsn, rfc3339(step.time_ns));
+    let above = steps.partition_point(is_below);
+    let below = above.checked_sub(1).map(|at| shown(&steps[at]));
+    let nearest = below.into_iter().chain([steps.get(above).map_or_else(|| shown(&exact), shown)]);
+    not_possible(format!(
+        "{at} is older than the exact window, which begins with {}: below it only single points are kept; nearest points: {}",
+        shown(&exact),
+        nearest.collect::<Vec<_>>().join(", and ")
+    ))
 }
 
 fn gap_error(at: &At, gap: &Gap) -> Error {

@@ -208,10 +208,11 @@ fn redo_bytes(history: &History, point: Point) -> Result<u64> {
     let limit: Limit = history.limit();
     let (mut frame, mut bytes) = (Vec::new(), 0);
     while let Some(header) = reader.next(&mut frame, limit).map_err(damage)? {
-        if header.first_lsn > point.moment.lsn {
+        bytes += u64::from(header.raw_bytes);
+        // Not a frame further: it may be damaged, and is not needed.
+        if header.last_lsn >= point.moment.lsn {
             break;
         }
-        bytes += u64::from(header.raw_bytes);
     }
     Ok(bytes)
 }

@@ -7,6 +7,8 @@
 
 use journal::Lsn;
 
+use crate::thin::Steps;
+
 /// What a group is told to keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -14,6 +16,8 @@ pub struct Policy {
     pub window_ns: u64,
     /// Never shortened below this, ns.
     pub min_ns: u64,
+    /// Points below the window.
+    pub steps: Steps,
     /// Bytes of history; `None`: 4 times what the replicas hold, at least 1 GiB.
     pub quota_bytes: Option<u64>,
 }
@@ -97,7 +101,12 @@ mod tests {
     use super::*;
 
     const HOUR: u64 = 3_600_000_000_000;
-    const POLICY: Policy = Policy { window_ns: 24 * HOUR, min_ns: 4 * HOUR, quota_bytes: None };
+    const POLICY: Policy = Policy {
+        window_ns: 24 * HOUR,
+        min_ns: 4 * HOUR,
+        steps: Steps { hourly_ns: 0, daily_ns: 0 },
+        quota_bytes: None,
+    };
 
     /// One batch an hour, 10 bytes of undo each, one redo segment of 5 bytes each.
     fn day(hours: u64) -> (Vec<Aged>, Vec<RedoPart>) {

@@ -5,22 +5,33 @@
 //! them and drop from them. ⚠ What such a neighbour does in the middle of a look can pass for damage: only what two looks
 //! find at the same place is told. What the page cache holds is read from there: rot below it shows once it is evicted.
 //!
-//! State: the last pass's result; nothing on disk.
+//! What rotted of the journal is mended ([`crate::mend`]): after a pass, when the applier could not read on, and again when a
+//! source connects.
+//!
+//! State: the last pass's result, and what was put back; nothing on disk.
 
+use std::collections::VecDeque;
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use journal::io::{Disk, File};
+use journal::Lsn;
+use journal::io::Disk;
 use journal::verify::{Finding, Severity, VerifyOptions, verify_dir};
+use journal::walk::SegmentFile;
+use machine::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
+use crate::mend::{Mender, Repaired};
 use crate::point::rfc3339;
 use crate::state::{journal_dir, undo_dir};
 use crate::undo::file_number;
 use crate::{Error, Result};
+
+mod paced;
+
+use paced::Paced;
 
 /// Bytes read a second: a day's history of 1 TiB in less than a day, and little beside the stream on any disk.
 const RATE_BYTES_PER_S: u64 = 16 << 20;
@@ -71,6 +82,11 @@ pub struct Scrub {
 struct Told {
     stop: bool,
     now: bool,
+    /// What follows this lsn could not be read.
+    suspect: Option<Lsn>,
+    /// A source has come that may have what is rotten.
+    again: bool,
+    repaired: VecDeque<Repaired>,
     owed: Duration,
     last: Option<ScrubStatus>,
 }
@@ -98,31 +114,79 @@ impl Scrub {
         self.changed.notify_all();
     }
 
+    /// What was put back since the start, the newest last.
+    pub fn repaired(&self) -> Vec<Repaired> {
+        self.lock().repaired.iter().cloned().collect()
+    }
+
+    /// Something behind this lsn could not be read: looks there at once, and mends what can be mended.
+    pub fn suspect(&self, behind: Lsn) {
+        self.lock().suspect = Some(behind);
+        self.changed.notify_all();
+    }
+
+    /// What could not be mended is tried again: a source has come.
+    pub fn look_again(&self) {
+        self.lock().again = true;
+        self.changed.notify_all();
+    }
+
     /// Ends the thread, also in the middle of a pass.
     pub fn stop(&self) {
         self.lock().stop = true;
         self.changed.notify_all();
     }
 
-    /// The scrub thread of a group. `now_ns` tells this machine's clock.
-    pub(crate) fn run(self: &Arc<Self>, disk: &Arc<dyn Disk>, group_dir: &Path, now_ns: fn() -> u64) {
+    /// The scrub thread of a group.
+    pub(crate) fn run(self: &Arc<Self>, disk: &Arc<dyn Disk>, group_dir: &Path, mut mender: Mender) {
         if let Err(errno) = rustix::process::setpriority_process(None, NICENESS) {
             tracing::debug!(%errno, "the scrub thread keeps its priority");
         }
-        let mut pause = FIRST;
-        while self.wait(pause) {
-            match self.pass(disk, group_dir, now_ns) {
-                Ok(Some(found)) => {
-                    for Damage { file, offset, what } in &found.damage {
-                        tracing::error!(file = %file.display(), offset, what, "scrub found damage");
+        let mut due = machine::now() + FIRST;
+        loop {
+            match self.wait(due) {
+                Wake::Stop => return,
+                Wake::Suspect(lsn) => self.mend(&mut mender, |mender| (mender.behind(lsn), true)),
+                Wake::Again => self.mend(&mut mender, |mender| (mender.known(), false)),
+                Wake::Pass => {
+                    match self.pass(disk, group_dir, mender.now_ns) {
+                        Ok(Some(found)) => self.found(found, &mut mender),
+                        Ok(None) => return,
+                        // A directory that cannot be listed is met by everybody else, too.
+                        Err(error) => tracing::warn!(%error, "cannot scrub"),
                     }
-                    self.lock().last = Some(found);
+                    due = machine::now() + BETWEEN;
                 }
-                Ok(None) => return,
-                // A directory that cannot be listed is met by everybody else, too.
-                Err(error) => tracing::warn!(%error, "cannot scrub"),
             }
-            pause = BETWEEN;
+        }
+    }
+
+    fn found(self: &Arc<Self>, found: ScrubStatus, mender: &mut Mender) {
+        for Damage { file, offset, what } in &found.damage {
+            tracing::error!(file = %file.display(), offset, what, "scrub found damage");
+        }
+        let files: Vec<PathBuf> = found.damage.iter().map(|damage| damage.file.clone()).collect();
+        // Told before it is mended: that may take a while, and fail.
+        self.lock().last = Some(found);
+        self.mend(mender, |mender| ([mender.numbers(&files), mender.known()].concat(), false));
+    }
+
+    /// Mends what can be mended of some segments, and tells what came of it.
+    fn mend(self: &Arc<Self>, mender: &mut Mender, which: impl FnOnce(&Mender) -> (Vec<u64>, bool)) {
+        let (mut numbers, first) = which(mender);
+        numbers.sort_unstable();
+        numbers.dedup();
+        let paced = Paced { disk: Arc::clone(&mender.disk), scrub: Arc::clone(self) };
+        let done = mender.mend(&numbers, first, &|path, number| SegmentFile::open(&paced, path, number));
+        let mut told = self.lock();
+        if let Some(last) = &mut told.last {
+            last.damage.retain(|damage| !done.whole.contains(&damage.file));
+        }
+        for repaired in done.repaired {
+            if told.repaired.len() == MAX_FINDINGS {
+                told.repaired.pop_front();
+            }
+            told.repaired.push_back(repaired);
         }
     }
 
@@ -174,19 +238,24 @@ impl Scrub {
         Ok(found)
     }
 
-    /// Waits until a pass is due; false where the thread is to end.
-    fn wait(&self, pause: Duration) -> bool {
-        let until = Instant::now() + pause;
+    /// Waits until there is something to do.
+    fn wait(&self, until: Instant) -> Wake {
         let mut told = self.lock();
         loop {
             if told.stop {
-                return false;
+                return Wake::Stop;
             }
-            let left = until.saturating_duration_since(Instant::now());
+            if let Some(lsn) = told.suspect.take() {
+                return Wake::Suspect(lsn);
+            }
+            if std::mem::take(&mut told.again) {
+                return Wake::Again;
+            }
+            let left = until.saturating_duration_since(machine::now());
             if std::mem::take(&mut told.now) || left.is_zero() {
-                return true;
+                return Wake::Pass;
             }
-            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -195,10 +264,10 @@ impl Scrub {
         let mut told = self.lock();
         told.owed += Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / self.rate_bytes_per_s.max(1));
         if told.owed >= SLEEP {
-            let until = Instant::now() + std::mem::take(&mut told.owed);
-            while !told.stop && Instant::now() < until {
-                let left = until.saturating_duration_since(Instant::now());
-                told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner).0;
+            let until = machine::now() + std::mem::take(&mut told.owed);
+            while !told.stop && machine::now() < until {
+                let left = until.saturating_duration_since(machine::now());
+                told = self.changed.wait_timeout(told, left).unwrap_or_else(PoisonError::into_inner);
             }
         }
         if told.stop { Err(io::Error::other("scrubbing was stopped")) } else { Ok(()) }
@@ -209,81 +278,14 @@ impl Scrub {
     }
 }
 
+/// What the thread is to do.
+enum Wake {
+    Pass,
+    Suspect(Lsn),
+    Again,
+    Stop,
+}
+
 fn damaged(findings: Vec<Finding>) -> Vec<Finding> {
     findings.into_iter().filter(|finding| finding.severity == Severity::Corrupt).collect()
-}
-
-/// A disk that is only read, at a pace.
-struct Paced {
-    disk: Arc<dyn Disk>,
-    scrub: Arc<Scrub>,
-}
-
-struct PacedFile {
-    file: Arc<dyn File>,
-    scrub: Arc<Scrub>,
-}
-
-fn read_only<T>() -> io::Result<T> {
-    Err(io::ErrorKind::ReadOnlyFilesystem.into())
-}
-
-impl Disk for Paced {
-    fn create(&self, _path: &Path) -> io::Result<Arc<dyn File>> {
-        read_only()
-    }
-    fn open(&self, _path: &Path) -> io::Result<Arc<dyn File>> {
-        read_only()
-    }
-    fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        self.scrub.pay(0)?;
-        let file = self.disk.open_read(path)?;
-        Ok(Arc::new(PacedFile { file, scrub: Arc::clone(&self.scrub) }))
-    }
-    fn rename(&self, _from: &Path, _to: &Path) -> io::Result<()> {
-        read_only()
-    }
-    fn remove(&self, _path: &Path) -> io::Result<()> {
-        read_only()
-    }
-    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
-        read_only()
-    }
-    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        self.disk.list(dir)
-    }
-    fn create_dir(&self, _dir: &Path) -> io::Result<()> {
-        read_only()
-    }
-}
-
-impl File for PacedFile {
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.scrub.pay(buffer.len() as u64)?;
-        self.file.read_at(buffer, offset)
-    }
-    fn write_at(&self, _bytes: &[u8], _offset: u64) -> io::Result<()> {
-        read_only()
-    }
-    fn sync(&self) -> io::Result<()> {
-        read_only()
-    }
-    fn size(&self) -> io::Result<u64> {
-        self.file.size()
-    }
-    fn set_size(&self, _bytes: u64) -> io::Result<()> {
-        read_only()
-    }
-    fn allocate(&self, _bytes: u64) -> io::Result<()> {
-        read_only()
-    }
-    fn punch_hole(&self, _range: Range<u64>) -> io::Result<()> {
-        read_only()
-    }
-    fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
-        self.file.next_data(offset)
-    }
-    fn start_writeback(&self, _range: Range<u64>) -> io::Result<()> {
-        read_only()
-    }
 }

@@ -1,7 +1,8 @@
 //! What a group durably is: owner, checkpoint, batches, replicas.
 //!
 //! Stored in `groups/NAME/group`, a two-slot control file with slots of 32 KiB: room for 64 volumes; payload = version byte,
-//! then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`]. Version 1 is read, too.
+//! then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`], in version 3 by postcard of its
+//! [`Exact`], too. Version 1 is read; version 3 is written only where there is such a window.
 //! One owner writes it: the agent when it creates the group, from then on the applier.
 //!
 //! Invariants:
@@ -27,6 +28,8 @@ pub use wishes::{Back, Hold, MAX_HOLDS, Reached, Rewind, Wishes};
 /// Name of the control file in a group's directory.
 pub const GROUP_FILE: &str = "group";
 const VERSION: u8 = 2;
+/// With an exact window that begins above the oldest point.
+const VERSION_WITH_STEPS: u8 = 3;
 /// Before there were rewinds and holds.
 const VERSION_WITHOUT_WISHES: u8 = 1;
 /// Size of its slots. A replica takes about 280 bytes in its default place.
@@ -111,6 +114,19 @@ pub struct GroupState {
     /// What the operator asked for: rewinds and holds.
     #[serde(skip)]
     pub wishes: Wishes,
+    /// Where the exact window begins; `None` where it is the oldest point. Below it only boundaries are points: the redo
+    /// between them is gone.
+    #[serde(skip)]
+    pub exact: Option<Exact>,
+}
+
+/// Where every write is a recovery point from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exact {
+    /// The batch whose boundary it is.
+    pub batch: u64,
+    /// Where that is.
+    pub start: Moment,
 }
 
 impl GroupState {
@@ -136,6 +152,7 @@ impl GroupState {
             heartbeat: None,
             needs_resync: None,
             wishes: Wishes::default(),
+            exact: None,
         }
     }
 
@@ -155,7 +172,13 @@ impl GroupState {
         self.first_consistent = None;
         self.consistent_lsn = None;
         self.history_start = Moment::default();
-        (self.wishes.intent, self.wishes.rewound) = (None, None);
+        (self.wishes.intent, self.wishes.rewound, self.exact) = (None, None, None);
+    }
+
+    /// Where the exact window begins: the batch, and its boundary.
+    pub fn exact_start(&self) -> Exact {
+        let oldest = Exact { batch: self.oldest_batch.saturating_sub(1), start: self.history_start };
+        self.exact.unwrap_or(oldest)
     }
 
     /// The checkpoint with its time.
@@ -191,8 +214,13 @@ impl GroupState {
     fn encode(&self) -> Result<Vec<u8>> {
         let malformed =
             |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
-        let state = postcard::to_extend(self, vec![VERSION]).map_err(malformed)?;
-        postcard::to_extend(&self.wishes, state).map_err(malformed)
+        let version = if self.exact.is_some() { VERSION_WITH_STEPS } else { VERSION };
+        let state = postcard::to_extend(self, vec![version]).map_err(malformed)?;
+        let state = postcard::to_extend(&self.wishes, state).map_err(malformed)?;
+        match &self.exact {
+            Some(exact) => postcard::to_extend(exact, state).map_err(malformed),
+            None => Ok(state),
+        }
     }
 
     fn decode(bytes: &[u8], path: &Path) -> Result<GroupState> {
@@ -204,10 +232,15 @@ impl GroupState {
                 let (state, rest) = postcard::take_from_bytes::<GroupState>(rest).map_err(broken)?;
                 Ok(GroupState { wishes: postcard::from_bytes(rest).map_err(broken)?, ..state })
             }
-            Some((&VERSION_WITHOUT_WISHES, rest)) => postcard::from_bytes(rest).map_err(broken),
-            Some((other, _)) => {
-                Err(malformed(format!("version {other} (this program reads up to {VERSION}): upgrade it")))
+            Some((&VERSION_WITH_STEPS, rest)) => {
+                let (state, rest) = postcard::take_from_bytes::<GroupState>(rest).map_err(broken)?;
+                let (wishes, rest) = postcard::take_from_bytes(rest).map_err(broken)?;
+                Ok(GroupState { wishes, exact: Some(postcard::from_bytes(rest).map_err(broken)?), ..state })
             }
+            Some((&VERSION_WITHOUT_WISHES, rest)) => postcard::from_bytes(rest).map_err(broken),
+            Some((other, _)) => Err(malformed(format!(
+                "version {other} (this program reads up to {VERSION_WITH_STEPS}): upgrade it"
+            ))),
             None => Err(malformed("empty".into())),
         }
     }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use journal::Positions;
 use serde::{Deserialize, Serialize};
 
+use crate::mend::Repaired;
 use crate::point::ShownMoment;
 use crate::scrub::ScrubStatus;
 
@@ -50,6 +51,9 @@ pub struct GroupStatus {
     pub rewound: Option<RewoundStatus>,
     /// What the last check of the stored segments found; absent before the first has ended.
     pub scrub: Option<ScrubStatus>,
+    /// What rotted of the journal and was fetched from the source again since this process started; the newest 100.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<Repaired>,
 }
 
 /// A group that is rewound.
@@ -152,6 +156,7 @@ mod tests {
             apply_error: None,
             rewound: None,
             scrub: None,
+            repaired: Vec::new(),
         };
         let status = Status { groups: vec![group] };
         let json = serde_json::to_value(&status).unwrap();

@@ -37,8 +37,10 @@ const BLOCK_BYTES: u64 = 4096;
 /// A batch as its undo segment names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UndoSummary {
-    /// The batch.
+    /// The batch; of several that are merged the last.
     pub number: u64,
+    /// The first of the batches that it stands for: the batch itself, unless they were merged.
+    pub from: u64,
     /// Epoch of all its records.
     pub epoch: Epoch,
     /// First record.
@@ -88,9 +90,14 @@ pub fn read_summary(disk: &dyn Disk, dir: &Path, number: u64, group: GroupId) ->
     if (first.first_lsn, first.last_lsn, first.batch) != (header.first_lsn, header.last_lsn, number) {
         return Err(corrupt(SECTOR_BYTES, "first frame names another range".into()));
     }
+    let from = if header.merged_from == 0 { number } else { header.merged_from };
+    if from > number {
+        return Err(corrupt(0, format!("stands for batches {from} to {number}")));
+    }
     let bytes = file.size().map_err(|e| Error::io(format!("size of {}", path.display()), e))?;
     Ok(UndoSummary {
         number,
+        from,
         epoch: header.start.epoch,
         first: Moment { lsn: first.first_lsn, time_ns: first.first_time_ns },
         last: Moment { lsn: first.last_lsn, time_ns: first.last_time_ns },
@@ -153,6 +160,7 @@ impl<'a> UndoWriter<'a> {
             flags: 0,
             allocated_bytes: 0,
             nonce: 0,
+            merged_from: if summary.from < summary.number { summary.from } else { 0 },
         };
         let segment = SealedWriter::create(Arc::clone(disk), dir, header)?;
         let mut batch = Batch::default();
@@ -265,8 +273,11 @@ impl<'a> UndoWriter<'a> {
         Ok(())
     }
 
-    /// Adds old content; `None` for zeros.
-    fn push(&mut self, volume: VolumeId, range: Range<u64>, content: Option<&[u8]>) -> Result<()> {
+    /// Adds old content; `None` for zeros. What is added must not overlap, and comes by volume and offset.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NoSpace`] and [`ErrorKind::Io`].
+    pub(crate) fn push(&mut self, volume: VolumeId, range: Range<u64>, content: Option<&[u8]>) -> Result<()> {
         let Some(content) = content else {
             let extent = Extent { offset: range.start, len: range.end - range.start };
             self.batch.push(&record(Op::WriteZeroes, volume, self.summary.last, extent), &[]);
@@ -303,6 +314,15 @@ impl<'a> UndoWriter<'a> {
         self.close_frame_beyond(0)?;
         let sealed = self.segment.finish()?;
         Ok(UndoSummary { bytes: sealed.bytes, path: sealed.path, ..self.summary })
+    }
+
+    /// Makes the content durable; the segment has no name yet.
+    ///
+    /// # Errors
+    /// As [`UndoWriter::finish`].
+    pub(crate) fn seal(mut self) -> Result<journal::sealed::Sealed> {
+        self.close_frame_beyond(0)?;
+        Ok(self.segment.seal()?)
     }
 }
 
@@ -384,6 +404,11 @@ impl UndoSegment {
             };
             lay_under(map, whole, range, piece);
         }
+    }
+
+    /// Which one of its number it is: a merged one replaces the last of its batches.
+    pub(crate) fn nonce(&self) -> u64 {
+        self.summary.nonce
     }
 
     /// Reads, verifies and unpacks one frame.

@@ -5,7 +5,7 @@
 //! a batch registered and written between the two would be seen half.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use journal::compress::Decoder;
 use journal::extent_map::{ExtentMap, Piece};
@@ -13,6 +13,7 @@ use journal::frame::FrameHeader;
 use journal::io::File;
 use journal::record::{Located, Op, Records};
 use journal::{Lsn, VolumeId};
+use machine::Mutex;
 
 use crate::history::{History, Pin};
 use crate::point::Point;
@@ -101,7 +102,7 @@ impl View {
     /// [`ErrorKind::NotPossible`] where the volume does not exist at that point, or too much redo lies above the checkpoint;
     /// [`ErrorKind::Corrupt`] for damage.
     pub fn open(history: &Arc<History>, point: Point, volume: &str) -> Result<View> {
-        let pin = history.pin(point.boundary)?;
+        let pin = history.pin_point(&point)?;
         let volumes = history.volumes_at(point.moment.lsn);
         let Some((id, _, size_bytes)) = volumes.iter().find(|(_, name, _)| name == volume).cloned() else {
             let names: Vec<_> = volumes.iter().map(|(_, name, _)| name.as_str()).collect();

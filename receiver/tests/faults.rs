@@ -14,12 +14,13 @@ use journal::sim_disk::SimDisk;
 use receiver::ErrorKind;
 use receiver::point::At;
 use receiver::retention::Policy;
+use receiver::thin::Steps;
 use storage::*;
 
 const SIZES: [u64; 1] = [1 << 20];
 const REPLICA: &str = "/r/replica/g/v0.img";
 /// Everything goes that may.
-const NOTHING: Policy = Policy { window_ns: 0, min_ns: 0, quota_bytes: Some(0) };
+const NOTHING: Policy = Policy { window_ns: 0, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(0) };
 
 /// `count` writes of 32 KiB that no compression makes smaller, a frame each.
 fn write_noise(source: &mut Source, random: &mut Random, count: usize) {
@@ -213,7 +214,8 @@ fn a_quota_that_the_minimum_fills_is_left_again_when_time_has_passed_for_a_frame
     let durable = group.receive(&source, usize::MAX, Some(&history));
     apply_all(&mut applier, &durable).unwrap();
     let hour = 3_600_000_000_000;
-    let policy = Policy { window_ns: 24 * hour, min_ns: 4 * hour, quota_bytes: Some(100_000) };
+    let policy =
+        Policy { window_ns: 24 * hour, min_ns: 4 * hour, steps: Steps::NONE, quota_bytes: Some(100_000) };
     let over = |applier: &mut receiver::apply::Applier| {
         applier.expire(&policy, group.writer.segments()).unwrap().verdict.over_quota_bytes
     };

@@ -23,6 +23,7 @@ use receiver::restore::{RestoreRequest, open_bare, restore};
 use receiver::retention::Policy;
 use receiver::scrub::Scrub;
 use receiver::state::Moment;
+use receiver::thin::Steps;
 use receiver::view::View;
 use storage::*;
 
@@ -448,8 +449,8 @@ fn retention_drops_the_oldest_and_keeps_the_rest_exact() {
     let oldest = history.state().history_start;
     let half_ns = (newest - oldest.time_ns) / 2;
     let quota_bytes = Some(u64::MAX);
-    let keep_all = Policy { window_ns: u64::MAX, min_ns: 0, quota_bytes };
-    let policy = Policy { window_ns: half_ns, min_ns: 0, quota_bytes };
+    let keep_all = Policy { window_ns: u64::MAX, min_ns: 0, steps: Steps::NONE, quota_bytes };
+    let policy = Policy { window_ns: half_ns, min_ns: 0, steps: Steps::NONE, quota_bytes };
     assert_eq!(applier.expire(&keep_all, group.writer.segments()).unwrap().removed, 0);
 
     // A pinned point stays, and so does everything above it.
@@ -475,7 +476,7 @@ fn retention_drops_the_oldest_and_keeps_the_rest_exact() {
     let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(12_000)).unwrap();
     assert_eq!(history.state().history_start.lsn, start);
     assert_exact(&history, &source, start);
-    let nothing = Policy { window_ns: 0, min_ns: 0, quota_bytes: Some(0) };
+    let nothing = Policy { window_ns: 0, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(0) };
     applier.expire(&nothing, group.writer.segments()).unwrap();
     assert_eq!(history.resolve(&At::Latest).unwrap().moment.lsn, source.last());
     assert_exact(&history, &source, source.last());
@@ -667,7 +668,8 @@ fn merged_indexes_give_the_same_content_from_few_files() {
     let newest_ns = history.newest_receipt_ns();
     history.note_waiting(newest_ns + 1);
     let middle = source.records[source.records.len() / 2].0.time_ns;
-    let policy = Policy { window_ns: newest_ns - middle, min_ns: 0, quota_bytes: Some(u64::MAX) };
+    let policy =
+        Policy { window_ns: newest_ns - middle, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(u64::MAX) };
     applier.expire(&policy, group.writer.segments()).unwrap();
     let state = history.state();
     let first = |name: &String| name[2..22].parse::<u64>().unwrap();
@@ -702,7 +704,12 @@ fn scrub_takes_nobodys_work_for_damage_and_keeps_its_rate() {
         for _ in 0..12 {
             let durable = group.receive(&source, usize::MAX, Some(&history));
             apply_all(&mut applier, &durable).unwrap();
-            let policy = Policy { window_ns: 2_000_000_000, min_ns: 0, quota_bytes: Some(u64::MAX) };
+            let policy = Policy {
+                window_ns: 2_000_000_000,
+                min_ns: 0,
+                steps: Steps::NONE,
+                quota_bytes: Some(u64::MAX),
+            };
             let expired = applier.expire(&policy, group.writer.segments()).unwrap();
             if let Some(number) = expired.drop_journal_before {
                 group.writer.drop_before(number).unwrap();

@@ -20,6 +20,7 @@ use receiver::history::History;
 use receiver::point::At;
 use receiver::restore::{RestoreRequest, open_bare, restore};
 use receiver::retention::Policy;
+use receiver::thin::Steps;
 use storage::*;
 
 const SIZES: [u64; 2] = [256 << 10, 64 << 10];
@@ -337,7 +338,7 @@ fn discarding_everything_over_and_over_costs_its_undo_once() {
     for lsn in [point, written, source.last()] {
         assert_exact(&history, &source, lsn);
     }
-    let policy = Policy { window_ns: u64::MAX, min_ns: 0, quota_bytes: Some(1 << 40) };
+    let policy = Policy { window_ns: u64::MAX, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(1 << 40) };
     let batches = history.points().batches;
     let expired = applier.expire(&policy, &[]).unwrap();
     assert!(expired.verdict.kept_bytes >= batches * (64 << 10), "a small batch counts for its file");

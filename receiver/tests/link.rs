@@ -4,74 +4,16 @@
 
 mod link_source;
 
-use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use link_source::{Link, PATIENCE, Source, VOLUME_BYTES};
-use receiver::agent::{Handle, Receiver};
+use link_source::{PATIENCE, Site, VOLUME_BYTES, assert_equal};
+use receiver::agent::Receiver;
 use receiver::point::At;
 use receiver::restore::RestoreRequest;
 use receiver::status::State;
 use wire::message::{ErrorCode, Message, ReceiverCode};
-use wire::{Client, Fingerprint, Identity, Tuning, framing};
-
-/// A receiver's directory with its identity, and the settings to start it.
-struct Site {
-    dir: tempfile::TempDir,
-    identity: Fingerprint,
-}
-
-impl Site {
-    fn new() -> Site {
-        let dir = tempfile::tempdir().unwrap();
-        let identity = Identity::create(&dir.path().join("r/identity")).unwrap().fingerprint();
-        Site { dir, identity }
-    }
-
-    fn source(&self, group: &str) -> Source {
-        Source::new(&self.dir.path().join(format!("source-{group}")), group)
-    }
-
-    /// Settings that bind each source to its group, and apply without delay.
-    fn settings(&self, sources: &[&Source]) -> conf::Receiver {
-        let bind = |source: &&Source| conf::Source {
-            identity: source.identity.fingerprint().0,
-            groups: vec![source.group.clone()],
-        };
-        let local = ([127, 0, 0, 1], 0).into();
-        let mut settings =
-            conf::Receiver::embedded(&self.dir.path().join("r"), local, [0; 32], "none").unwrap();
-        settings.source = sources.iter().map(bind).collect();
-        settings.apply.idle = Duration::from_millis(5);
-        settings.apply.min_interval = Duration::ZERO;
-        settings.journal.segment_bytes = 1 << 20;
-        settings
-    }
-
-    async fn start(&self, sources: &[&Source]) -> Handle {
-        Receiver::start(self.settings(sources)).await.unwrap()
-    }
-
-    fn assert_replicas(&self, source: &Source) {
-        for (id, expected) in &source.model {
-            let path = self.dir.path().join(format!("r/replica/{}/vol{id}.img", source.group));
-            assert_equal(&path, expected);
-        }
-    }
-
-    async fn connect(&self, source: &Source, handle: &Handle) -> Link {
-        source.connect(handle.local_addr(), self.identity).await
-    }
-}
-
-#[track_caller]
-fn assert_equal(path: &Path, expected: &[u8]) {
-    let found = std::fs::read(path).unwrap();
-    assert_eq!(found.len(), expected.len(), "{}", path.display());
-    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
-    assert_eq!(differs, None, "{} differs", path.display());
-}
+use wire::{Client, Tuning, framing};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_sent_is_acknowledged_applied_and_restored_across_cuts_and_restarts() {

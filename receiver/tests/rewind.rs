@@ -18,6 +18,7 @@ use receiver::bare::Bare;
 use receiver::history::History;
 use receiver::point::At;
 use receiver::retention::Policy;
+use receiver::thin::Steps;
 use storage::*;
 
 const SIZES: [u64; 2] = [128 << 10, 64 << 10];
@@ -117,7 +118,8 @@ fn any_point_is_rewound_to_and_left_again() {
                 }
                 1 => {
                     let window_ns = random.below(20_000_000_000);
-                    let policy = Policy { window_ns, min_ns: 0, quota_bytes: Some(u64::MAX) };
+                    let policy =
+                        Policy { window_ns, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(u64::MAX) };
                     let expired = applier.expire(&policy, group.writer.segments()).expect(&context);
                     if let Some(number) = expired.drop_journal_before {
                         group.writer.drop_before(number).unwrap();
@@ -223,7 +225,7 @@ fn in_the_middle_of_a_resync_the_last_consistent_point_is_one_rewind_away() {
         let consistent = |history: &History| history.points().newest.map(|point| point.lsn);
         if history.state().first_consistent.is_some() {
             assert_eq!(consistent(&history), Some(last), "seed {seed}");
-            let nothing = Policy { window_ns: 0, min_ns: 0, quota_bytes: Some(0) };
+            let nothing = Policy { window_ns: 0, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(0) };
             applier.expire(&nothing, group.writer.segments()).unwrap();
         }
         drop((history, applier));
@@ -398,7 +400,7 @@ fn retention_keeps_what_is_under_hold() {
     assert_eq!((report.at.lsn, report.held), (held_at, true));
 
     let oldest = history.state().history_start.lsn;
-    let nothing = Policy { window_ns: 0, min_ns: 0, quota_bytes: Some(0) };
+    let nothing = Policy { window_ns: 0, min_ns: 0, steps: Steps::NONE, quota_bytes: Some(0) };
     let mut expire = |applier: &mut Applier| {
         let expired = applier.expire(&nothing, group.writer.segments()).unwrap();
         if let Some(number) = expired.drop_journal_before {
@@ -488,7 +490,12 @@ fn shortened_step_by_step_the_history_never_goes_back() {
     let (mut start, mut steps) = (history.state().history_start.lsn, 0);
     // By the quota, which takes one batch after the other: by age all that was applied again goes at once.
     for quota in (0..1200).rev() {
-        let policy = Policy { window_ns: u64::MAX, min_ns: 0, quota_bytes: Some(quota * (16 << 10)) };
+        let policy = Policy {
+            window_ns: u64::MAX,
+            min_ns: 0,
+            steps: Steps::NONE,
+            quota_bytes: Some(quota * (16 << 10)),
+        };
         let expired = applier.expire(&policy, group.writer.segments()).unwrap();
         if let Some(number) = expired.drop_journal_before {
             group.writer.drop_before(number).unwrap();

@@ -12,14 +12,14 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use journal::compress::Compression;
 use journal::frame::Stamp;
 use journal::{Lsn, Position};
 use kfilter::Op;
+use machine::{JoinHandle, Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 
 use crate::capture::nbd::{CapturedVolume, OnGap};
@@ -36,6 +36,7 @@ use crate::resync::{Engine, Halt};
 use crate::start::{self, OpenRing, OpenVolume, Opened, Started};
 use crate::state::StateFile;
 use crate::status::{Board, State, Status};
+use crate::surroundings::Surroundings;
 use crate::verify::Verification;
 
 /// How long a stop waits for clients' requests in flight.
@@ -49,8 +50,8 @@ pub struct Replicator;
 /// A running source. Dropping it without [`Handle::shutdown`] is like a kill: the next start takes over.
 pub struct Handle {
     pub(crate) agent: Arc<Agent>,
-    pub(crate) pipeline: Option<thread::JoinHandle<Option<(Position, bool)>>>,
-    pub(crate) sync: Option<thread::JoinHandle<Option<()>>>,
+    pub(crate) pipeline: Option<JoinHandle<Option<(Position, bool)>>>,
+    pub(crate) sync: Option<JoinHandle<Option<()>>>,
     pub(crate) link: tokio::task::JoinHandle<()>,
     pub(crate) upkeep: tokio::task::JoinHandle<()>,
     pub(crate) stop_link: watch::Sender<bool>,
@@ -61,6 +62,7 @@ pub struct Handle {
 /// What threads and tasks share.
 pub(crate) struct Agent {
     pub(crate) settings: conf::Replicator,
+    pub(crate) surroundings: Surroundings,
     pub(crate) shared: Shared,
     pub(crate) volumes: Vec<Arc<Volume>>,
     /// Lsns that `wait` wants applied soon.
@@ -86,12 +88,21 @@ impl Replicator {
     /// # Errors
     /// Settings that do not fit what is there; somebody else serves the group; no room for the ring.
     pub async fn start(settings: conf::Replicator) -> Result<Handle> {
+        Replicator::start_on(settings, Surroundings::real()).await
+    }
+
+    /// The same on other disks and another socket.
+    ///
+    /// # Errors
+    /// As [`Replicator::start`].
+    pub async fn start_on(settings: conf::Replicator, surroundings: Surroundings) -> Result<Handle> {
         let identity = wire::Identity::load(&settings.identity_dir)
             .map_err(|error| Error::because(ErrorKind::Settings, "load this side's identity", error))?;
-        let for_thread = settings.clone();
+        let for_thread = (settings.clone(), surroundings.clone());
         let (lock, started) = on_thread("af-start", move || {
-            let lock = lock_dir(&for_thread.dir)?;
-            Ok::<_, Error>((lock, start::start(&for_thread)?))
+            let (settings, surroundings) = &for_thread;
+            let lock = lock_dir(&settings.dir)?;
+            Ok::<_, Error>((lock, start::start(settings, surroundings)?))
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
@@ -143,6 +154,7 @@ impl Replicator {
         let verification = Verification::open(&settings.dir);
         let agent = Arc::new(Agent {
             settings,
+            surroundings,
             shared,
             volumes,
             apply_now,
@@ -170,7 +182,7 @@ impl Replicator {
             Some(())
         })?;
         let (stop_link, stopped) = watch::channel(false);
-        let link = LinkSettings::new(&agent.settings, identity)?;
+        let link = LinkSettings::new(&agent.settings, identity, agent.surroundings.socket.clone())?;
         let link = tokio::spawn(Link::new(link, agent.clone(), wanted).run(stopped));
         let upkeep = tokio::spawn(upkeep(agent.clone(), last_time_ns));
         Ok(Handle {
@@ -233,12 +245,11 @@ pub(crate) async fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T> {
     let (done, result) = tokio::sync::oneshot::channel();
-    thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            // The receiver is gone only when the caller gave up.
-            let _ = done.send(work());
-        })
+    let run = move || {
+        // The receiver is gone only when the caller gave up.
+        let _ = done.send(work());
+    };
+    machine::spawn(name, run)
         .map_err(|error| Error::because(ErrorKind::Io, format!("start thread {name}"), error))?;
     result.await.map_err(|_| Error::new(ErrorKind::Stopped, format!("thread {name} ended without a result")))
 }
@@ -282,7 +293,7 @@ impl Agent {
         self: Arc<Self>,
         name: &str,
         work: impl FnOnce(&Agent) -> Option<T> + Send + 'static,
-    ) -> Result<thread::JoinHandle<Option<T>>> {
+    ) -> Result<JoinHandle<Option<T>>> {
         let called = name.to_owned();
         let guarded = move || {
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&self)));
@@ -294,9 +305,7 @@ impl Agent {
                 None
             })
         };
-        thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(guarded)
+        machine::spawn(name, guarded)
             .map_err(|error| Error::because(ErrorKind::Io, format!("start thread {name}"), error))
     }
 
@@ -335,17 +344,17 @@ pub(crate) fn name_of(state: State) -> String {
 
 /// Looks after the clocks and the lease once a second.
 async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
-    let mut watch = JumpWatch::new(Instant::now(), now_ns());
+    let mut watch = JumpWatch::new(machine::now(), now_ns());
     // A clock that stands before the newest record was set back while nothing ran.
     let mut pending =
-        JumpWatch::new(Instant::now(), last_time_ns).look(Instant::now(), now_ns()).filter(|jump| *jump < 0);
+        JumpWatch::new(machine::now(), last_time_ns).look(machine::now(), now_ns()).filter(|jump| *jump < 0);
     let mut ticks = tokio::time::interval(UPKEEP);
     loop {
         ticks.tick().await;
         agent.notice_overflow();
         agent.look_at_disks();
         agent.shared.skipped.keep();
-        pending = watch.look(Instant::now(), now_ns()).or(pending);
+        pending = watch.look(machine::now(), now_ns()).or(pending);
         // Between the start of an epoch and its synchronisation the stream has no place for it.
         if agent.shared.board.state().0 == State::Replicating
             && let Some(jump_ns) = pending.take()
@@ -370,6 +379,11 @@ impl Handle {
     /// Newest lsn given out.
     pub fn captured_lsn(&self) -> Lsn {
         Lsn(self.agent.shared.ring.captured_lsn())
+    }
+
+    /// The volumes that the NBD front serves.
+    pub fn exports(&self) -> Vec<Arc<CapturedVolume>> {
+        self.agent.volumes.iter().filter_map(|volume| volume.served().cloned()).collect()
     }
 
     /// Follows what the receiver says.

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use journal::Lsn;
 use kfilter::dirty::CAUSE_AGENT;
@@ -90,9 +90,9 @@ impl Agent {
         let last_lsn = Lsn(end_capture(&group, volume.id)?.last_lsn);
         volume.set_disk(None);
         self.shared.board.take_out(&name);
-        let begun = Instant::now();
+        let begun = machine::now();
         let mut at = self.shared.progress.position();
-        while at.lsn < last_lsn && self.shared.health.is_good() && begun.elapsed() < DRAIN {
+        while at.lsn < last_lsn && self.shared.health.is_good() && machine::since(begun) < DRAIN {
             self.shared.progress.wait_beyond(&at, STEP);
             at = self.shared.progress.position();
         }
@@ -160,11 +160,11 @@ pub(crate) struct CaptureEnd {
 /// # Errors
 /// The kernel module's.
 pub(crate) fn end_capture(group: &Group, volume: u32) -> Result<CaptureEnd> {
-    let begun = Instant::now();
+    let begun = machine::now();
     loop {
         match group.detach(volume, STEP) {
             Ok(last_lsn) => return Ok(CaptureEnd { last_lsn, is_settled: true }),
-            Err(error) if error.kind == Cause::TimedOut && begun.elapsed() < RETURN => {}
+            Err(error) if error.kind == Cause::TimedOut && machine::since(begun) < RETURN => {}
             Err(error) if error.kind == Cause::TimedOut => {
                 tracing::warn!(
                     volume,

@@ -53,6 +53,10 @@ impl Disk for BufferedDisk {
         self.0.rename(from, to)
     }
 
+    fn rename_dir(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename_dir(from, to)
+    }
+
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.0.remove(path)
     }

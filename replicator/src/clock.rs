@@ -1,14 +1,13 @@
 //! The source's clocks: realtime for records, and the detection of its jumps.
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 /// A realtime jump beyond this is an event in the stream (DESIGN section 8).
 const JUMP: Duration = Duration::from_secs(5);
 
 /// Realtime, nanoseconds since 1970. Reads no system call on this platform (vdso).
 pub fn now_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    machine::realtime_ns()
 }
 
 /// Compares the realtime clock with the monotonic one.

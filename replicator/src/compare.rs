@@ -7,7 +7,7 @@
 //! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::Duration;
 
 use quinn::Connection;
@@ -107,7 +107,7 @@ impl Questions {
                 Ok(()) => return Ok(Pending { question, answer: pending }),
                 Err(mpsc::error::TrySendError::Full(back) | mpsc::error::TrySendError::Closed(back)) => {
                     asked = back;
-                    std::thread::sleep(LOOK);
+                    machine::sleep(LOOK);
                 }
             }
         }
@@ -123,7 +123,7 @@ impl Questions {
         mut look: impl FnMut() -> Result<(), E>,
     ) -> Result<Answer, E> {
         loop {
-            match pending.answer.recv_timeout(LOOK) {
+            match answered(&pending.answer) {
                 Ok(answer) => return Ok(answer),
                 Err(RecvTimeoutError::Timeout) => look()?,
                 Err(RecvTimeoutError::Disconnected) => pending = self.post(pending.question, &mut look)?,
@@ -161,4 +161,14 @@ impl Questions {
         // The sending side lives as long as we do.
         std::future::pending().await
     }
+}
+/// The answer, waiting a moment for it.
+fn answered(answer: &Receiver<Answer>) -> Result<Answer, RecvTimeoutError> {
+    let attempt = || match answer.try_recv() {
+        Ok(answer) => Some(Ok(answer)),
+        Err(TryRecvError::Empty) => None,
+        Err(TryRecvError::Disconnected) => Some(Err(RecvTimeoutError::Disconnected)),
+    };
+    let real = || Some(answer.recv_timeout(LOOK));
+    machine::block_for(LOOK, attempt, real).unwrap_or(Err(RecvTimeoutError::Timeout))
 }

@@ -1,10 +1,11 @@
 //! What the agent notices of gaps in capture, and says about them.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use journal::Lsn;
 use kfilter::dirty::{CAUSE_QUOTA, CAUSE_RING_FULL};
 use kfilter::{Mode, Op};
+use machine::Mutex;
 
 use crate::agent::Agent;
 use crate::capture::{Refusal, Ring, Tap};

@@ -7,10 +7,8 @@
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
-use std::thread;
 
 use bytes::Bytes;
-use journal::io::{Disk, RealDisk};
 use journal::reader::Reader;
 use journal::tail::Tail;
 use journal::{Lsn, Position};
@@ -22,6 +20,7 @@ use wire::{Backoff, Client, ControlReceiver, ControlSender, Fingerprint, FrameWr
 use crate::agent::Agent;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
+use crate::refetch;
 use crate::ship::{self, Unjoined};
 use crate::state::Gap;
 use crate::status::State;
@@ -37,7 +36,11 @@ impl LinkSettings {
     ///
     /// # Errors
     /// The socket or the settings of the endpoint.
-    pub fn new(settings: &conf::Replicator, identity: Identity) -> Result<LinkSettings> {
+    pub fn new(
+        settings: &conf::Replicator,
+        identity: Identity,
+        socket: Option<Arc<dyn quinn::AsyncUdpSocket>>,
+    ) -> Result<LinkSettings> {
         let quic = &settings.quic;
         let tuning = Tuning {
             stream_window_bytes: quic.stream_window,
@@ -48,8 +51,13 @@ impl LinkSettings {
             keep_alive: settings.receiver.idle_timeout / 3,
             idle_timeout: settings.receiver.idle_timeout,
         };
-        let client = Client::new(&identity, Fingerprint(settings.receiver.identity), &tuning)
-            .map_err(|error| Error::because(ErrorKind::Settings, "make the QUIC endpoint", error))?;
+        let pinned = Fingerprint(settings.receiver.identity);
+        let client = match socket {
+            Some(socket) => Client::on(socket, &identity, pinned, &tuning),
+            None => Client::new(&identity, pinned, &tuning),
+        };
+        let client =
+            client.map_err(|error| Error::because(ErrorKind::Settings, "make the QUIC endpoint", error))?;
         Ok(LinkSettings { client, peer: settings.receiver.clone() })
     }
 }
@@ -224,6 +232,11 @@ impl Link {
         let mut sending = tokio::spawn(send_frames(writer, frames));
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
+        let Some(tail) = self.tail() else {
+            return Ok(End::Lost("the source journal is over".into()));
+        };
+        let journal = agent.settings.dir.join("journal");
+        let disk = agent.surroundings.disk.clone();
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
             sent = &mut sending => match sent {
@@ -232,6 +245,7 @@ impl Link {
                 Err(_) => End::Lost("the sending task ended".into()),
             },
             error = carried.carry(connection) => End::Lost(describe(&error)),
+            error = refetch::serve(connection, &disk, &journal, &tail) => End::Lost(describe(&error)),
             end = self.follow(connection, &mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
@@ -247,7 +261,7 @@ impl Link {
         let state = file.get();
         Message::Hello {
             versions: VERSIONS.to_vec(),
-            features: wire::compare::FEATURE,
+            features: wire::compare::FEATURE | wire::refetch::FEATURE,
             group_id: state.group.0,
             group: self.agent.settings.group.clone(),
             lineage: state.lineage.0,
@@ -270,10 +284,10 @@ impl Link {
     }
 
     fn open_reader(&self, resume: Option<Position>) -> std::result::Result<(Reader, Position), Unjoined> {
-        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
         if self.tail().is_none() {
             return Err(Unjoined::Transient("there is none".to_owned()));
         }
+        let disk = self.agent.surroundings.disk.clone();
         let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
             if ship::is_transient(&error) {
                 Unjoined::Transient(error.to_string())
@@ -301,7 +315,7 @@ impl Link {
                 }
             }
         };
-        if let Err(error) = thread::Builder::new().name("af-ship".to_owned()).spawn(read) {
+        if let Err(error) = machine::spawn("af-ship", read) {
             // The queue is closed at once, which ends the connection; the next attempt may find a thread.
             tracing::error!(%error, "start the reader of the source journal");
         }

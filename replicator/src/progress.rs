@@ -4,11 +4,12 @@
 //! per frame or per message, never per write.
 
 use std::collections::VecDeque;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use journal::{Lsn, Position};
+use machine::{Condvar, Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use crate::compare::Questions;
@@ -147,13 +148,15 @@ impl Progress {
 
     /// Waits until the journal grows beyond `seen`, the wait is over, or the agent stops; false when it stops.
     pub fn wait_beyond(&self, seen: &Position, at_most: Duration) -> bool {
-        let inner = self.lock();
-        let (inner, _) = self
-            .appended
-            .wait_timeout_while(inner, at_most, |inner| {
-                !inner.closed && inner.journaled.order() <= seen.order()
-            })
-            .unwrap_or_else(PoisonError::into_inner);
+        let ends = machine::now() + at_most;
+        let mut inner = self.lock();
+        while !inner.closed && inner.journaled.order() <= seen.order() {
+            let left = ends.saturating_duration_since(machine::now());
+            if left.is_zero() {
+                break;
+            }
+            inner = self.appended.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner);
+        }
         !inner.closed
     }
 

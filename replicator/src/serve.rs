@@ -15,7 +15,8 @@ impl Agent {
         if self.halt.stop.load(Ordering::Acquire) {
             return Ok(());
         }
-        for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
+        let volumes = if self.surroundings.serves { &*self.volumes } else { &[] };
+        for (volume, settings) in volumes.iter().zip(&self.settings.volume) {
             // What the kernel captures needs no front.
             let Some(volume) = volume.served() else { continue };
             let mut listen = vec![nbd::Listen::Unix { path: settings.nbd.clone(), mode: 0o600 }];

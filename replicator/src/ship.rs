@@ -91,7 +91,7 @@ pub fn read_ahead(
     while !frames.is_closed() {
         match reader.next(&mut buffer, Limit::UpTo(tail.appended()))? {
             Some(_) => {
-                if frames.blocking_send(Bytes::copy_from_slice(&buffer)).is_err() {
+                if !hand_over(frames, Bytes::copy_from_slice(&buffer)) {
                     break;
                 }
             }
@@ -103,6 +103,16 @@ pub fn read_ahead(
         }
     }
     Ok(())
+}
+
+/// Waits for room; false when nobody takes frames any more.
+fn hand_over(frames: &mpsc::Sender<Bytes>, frame: Bytes) -> bool {
+    let attempt = || match frames.try_send(frame.clone()) {
+        Ok(()) => Some(true),
+        Err(mpsc::error::TrySendError::Full(_)) => None,
+        Err(mpsc::error::TrySendError::Closed(_)) => Some(false),
+    };
+    machine::block(attempt, || frames.blocking_send(frame.clone()).is_ok())
 }
 
 #[cfg(test)]

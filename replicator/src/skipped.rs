@@ -11,11 +11,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kfilter::abi::GRANULE;
+use machine::{Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::granules::Granules;
@@ -96,7 +97,7 @@ impl Skipped {
             }
         }
         if granules.remove(range) {
-            inner.changed.get_or_insert_with(Instant::now);
+            inner.changed.get_or_insert_with(machine::now);
         }
         parts
     }
@@ -131,7 +132,7 @@ impl Skipped {
     /// Writes the file anew now and then, while there is something to be taken out of it.
     pub fn keep(&self) {
         let mut inner = self.lock();
-        if inner.changed.is_some_and(|since| since.elapsed() >= KEEP) {
+        if inner.changed.is_some_and(|since| machine::since(since) >= KEEP) {
             inner.volumes.retain(|_, granules| !granules.is_empty());
             if let Err(error) = self.write(&inner.volumes) {
                 tracing::warn!(%error, "what was skipped cannot be noted");

@@ -1,8 +1,9 @@
 //! What `afterimage status` shows of a source, and the one function through which a volume's state changes.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use journal::Positions;
+use machine::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 /// State of a volume, by the names of DESIGN section 6, ordered from best to worst.

@@ -1,11 +1,9 @@
 //! How a run ends: clients first, then the volumes, then the journal, and a clean mark only when nothing is owed.
 
-use std::fs::File;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use journal::Position;
-use journal::io::RealDisk;
 use kfilter::Mode;
 
 use crate::agent::{Agent, Handle, STOP_DEADLINE, on_thread};
@@ -148,7 +146,7 @@ impl Handle {
 
     fn settle_journal(&self) -> Result<()> {
         let dir = self.agent.settings.dir.join("journal");
-        BufferedDisk::settle(&RealDisk, &dir)
+        BufferedDisk::settle(self.agent.surroundings.disk.as_ref(), &dir)
             .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))
     }
 
@@ -170,7 +168,7 @@ impl Handle {
         }
         for volume in &self.agent.settings.volume {
             // Its times, too: the stamp is read from them, and must be what a crash leaves.
-            File::open(&volume.path).and_then(|file| file.sync_all()).map_err(|error| {
+            self.agent.surroundings.backings.settle(&volume.path).map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync {}", volume.path.display()), error)
             })?;
         }
@@ -179,7 +177,7 @@ impl Handle {
         self.agent.state().update(|state| {
             for known in &mut state.volumes {
                 let path = paths.iter().find(|(name, _)| **name == known.name);
-                known.stamp = path.and_then(|(_, path)| start::stamp::of_path(path));
+                known.stamp = path.and_then(|(_, path)| self.agent.surroundings.backings.stamp(path));
             }
             state.clean = Some(last.lsn);
         })?;

@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
+use machine::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, Handle, name_of};

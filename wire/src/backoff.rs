@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use rand::Rng;
-
 /// Pauses between attempts. Holds no clock: the caller sleeps.
 #[derive(Debug, Clone)]
 pub struct Backoff {
@@ -21,7 +19,9 @@ impl Backoff {
 
     /// How long to pause before the next attempt.
     pub fn pause(&mut self) -> Duration {
-        self.pause_drawn(rand::rng().random_range(0.5..=1.0))
+        // 53 random bits are a fraction of 1.
+        let drawn = (machine::random_u64() >> 11) as f64 / (1_u64 << 53) as f64;
+        self.pause_drawn(0.5 + drawn / 2.0)
     }
 
     /// An attempt worked: the next failure starts at `min` again.

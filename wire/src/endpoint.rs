@@ -214,13 +214,12 @@ fn stand(
     server: Option<quinn::ServerConfig>,
     identity: &Identity,
 ) -> Result<quinn::Endpoint> {
-    quinn::Endpoint::new_with_abstract_socket(
-        EndpointConfig::new(Arc::new(ResetKey(identity.derive(b"afterimage stateless reset")))),
-        server,
-        socket,
-        Arc::new(TokioRuntime),
-    )
-    .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
+    let mut config = EndpointConfig::new(Arc::new(ResetKey(identity.derive(b"afterimage stateless reset"))));
+    if machine::is_simulated() {
+        config.rng_seed(Some(std::array::from_fn(|_| machine::random_u64().to_le_bytes()[0])));
+    }
+    quinn::Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))
+        .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
 }
 
 /// The key of stateless resets (RFC 9000, section 10.3), the same for every process of an identity: so a peer learns from

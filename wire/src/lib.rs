@@ -9,6 +9,8 @@
 //!        ── uni streams of frames ────────────►              journal frames, byte for byte   (frames)
 //!        ── bidi streams of questions ────────►              hashes of the replica           (compare)
 //!        ◄─────────────────────────────────────
+//!        ◄─ bidi stream of questions ──────────              frames that rotted, once more   (refetch)
+//!        ──────────────────────────────────────►
 //! ```
 //! This room owns no position and decides no resume: bytes in QUIC's buffers are not received, and only an
 //! [`Message::Ack`] moves progress. Reconnecting is the caller's loop, paced by [`Backoff`].
@@ -24,6 +26,7 @@ pub mod frames;
 pub mod framing;
 pub mod identity;
 pub mod message;
+pub mod refetch;
 pub mod socket;
 #[cfg(test)]
 mod testing;

@@ -235,6 +235,20 @@ pub enum Message {
         /// 16 bytes a chunk, in order.
         hashes: Vec<u8>,
     },
+    /// Receiver, on a stream of questions: send a frame again, see [`crate::refetch`].
+    FrameRequest {
+        /// The frame that follows this …
+        after: Position,
+        /// … and ends here.
+        last_lsn: u64,
+    },
+    /// Source, in answer: the frame's next bytes.
+    FramePart {
+        /// Bytes of the frame behind these.
+        left_bytes: u32,
+        /// These bytes.
+        bytes: Vec<u8>,
+    },
 }
 
 impl Message {
@@ -340,6 +354,11 @@ mod tests {
                 "01080180804080800480800402030404040404040404040404040404040404040404040404040404040404040404",
             ),
             (Message::Hashes { applied_lsn: 5, hashes: vec![6, 7] }, "010905020607"),
+            (
+                Message::FrameRequest { after: resume, last_lsn: 301 },
+                "010a010101010101010101010101010101010203030303030303030303030303030303ac02ffffffffffffffffff01ad02",
+            ),
+            (Message::FramePart { left_bytes: 512, bytes: vec![8, 9] }, "010b8004020809"),
         ]
     }
 

@@ -47,7 +47,7 @@ const GSO_SEGMENTS: usize = 10;
 const UDP_PAYLOAD_BYTES: usize = 65_507;
 /// Every QUIC path carries this (RFC 9000, section 14).
 const MIN_MTU_BYTES: u16 = 1200;
-/// Streams of questions (`compare`) at once, beside the control stream.
+/// Streams of questions (`compare`, the other way `refetch`) at once, beside the control stream.
 const QUESTION_STREAMS: u32 = 1;
 /// Uni streams of frames that a source may have open at once.
 const FRAME_STREAMS: u32 = 16;
@@ -55,7 +55,7 @@ const FRAME_STREAMS: u32 = 16;
 /// What the peer may open.
 #[derive(Clone, Copy)]
 pub(crate) enum Side {
-    /// We are the source: the receiver opens nothing.
+    /// We are the source: the receiver opens a stream of questions.
     Client,
     /// We are the receiver: the source opens the control stream and streams of frames.
     Server,
@@ -76,7 +76,7 @@ impl Tuning {
         let idle =
             IdleTimeout::try_from(self.idle_timeout).map_err(|_| refuse("idle timeout is too long"))?;
         let (bidi, uni) = match side {
-            Side::Client => (0, 0),
+            Side::Client => (QUESTION_STREAMS, 0),
             Side::Server => (1 + QUESTION_STREAMS, FRAME_STREAMS),
         };
         let mut mtu_discovery = MtuDiscoveryConfig::default();

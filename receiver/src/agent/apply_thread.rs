@@ -6,12 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use journal::Lsn;
 use journal::compress::Compression;
 use journal::segment::SegmentSummary;
+use machine::Mutex;
 use tokio::sync::watch;
 
 use super::bell::{Bell, Wake};
@@ -28,6 +29,8 @@ use crate::history::History;
 use crate::ingest::queue::Ingest;
 use crate::point::At;
 use crate::retention::Policy;
+use crate::scrub::Scrub;
+use crate::thin::Steps;
 
 /// Pause between two rounds of housekeeping: bounds how old a kept heartbeat is, at one sync of a small file.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
@@ -37,6 +40,8 @@ const RETRY: Duration = Duration::from_millis(500);
 const REOPEN: Duration = Duration::from_secs(10);
 /// Merged indexes made in one round of housekeeping: 200 batches a second could not outrun them.
 const MERGES: usize = 64;
+/// Time in one round of housekeeping after which no more old undo is merged.
+const THINNING: Duration = Duration::from_secs(1);
 /// Apply is work that can wait: acknowledgements cannot.
 const NICENESS: i32 = 10;
 
@@ -49,6 +54,7 @@ pub(super) struct Parts {
     pub orders: Arc<Orders>,
     pub ingest: Ingest,
     pub progress: watch::Sender<Progress>,
+    pub scrub: Arc<Scrub>,
 }
 
 /// See the module.
@@ -64,6 +70,8 @@ pub(super) struct ApplyThread {
     /// The applier failed: it is opened again then.
     reopen_at: Option<Instant>,
     shortened: bool,
+    /// Behind this lsn the journal was suspected of damage already.
+    suspected: Option<Lsn>,
 }
 
 impl ApplyThread {
@@ -75,13 +83,17 @@ impl ApplyThread {
         let mut thread = ApplyThread {
             parts,
             dir: setup.group_dir(name),
-            settings: apply_settings(&setup.settings, name),
+            settings: ApplySettings {
+                hold_replicas: setup.hold_replicas,
+                ..apply_settings(&setup.settings, name)
+            },
             policy: policy(&setup.settings.history),
             failure: setup.failure.clone(),
             setup: setup.clone(),
             applier: None,
             reopen_at: None,
             shortened: false,
+            suspected: None,
         };
         thread.reopen()?;
         Ok(thread)
@@ -96,7 +108,7 @@ impl ApplyThread {
             tracing::debug!(%errno, "the apply thread keeps its priority");
         }
         self.go_on_rewinding()?;
-        let mut housekeeping = Instant::now() + HOUSEKEEPING;
+        let mut housekeeping = machine::now() + HOUSEKEEPING;
         loop {
             let wake = self.parts.bell.wait(self.checkpoint(), housekeeping);
             if wake == Wake::Stop || self.failure.get().is_some() {
@@ -107,11 +119,11 @@ impl ApplyThread {
                 Wake::Order => self.carry_out_orders()?,
                 Wake::Pause | Wake::Stop => {}
             }
-            if Instant::now() >= housekeeping {
+            if machine::now() >= housekeeping {
                 self.reopen_if_due()?;
                 self.go_on_rewinding()?;
                 self.keep_house()?;
-                housekeeping = Instant::now() + HOUSEKEEPING;
+                housekeeping = machine::now() + HOUSEKEEPING;
             }
         }
         if self.failure.get().is_none() {
@@ -140,7 +152,7 @@ impl ApplyThread {
                 let checkpoint = state.checkpoint.lsn;
                 let stall = Stall::of(state);
                 let stands = state.wishes.rewound.is_some() && state.wishes.intent.is_none();
-                let now = Instant::now();
+                let now = machine::now();
                 let after_resync = self.setup.settings.apply.min_interval / HASTE;
                 // Before the checkpoint is told: whoever waits for it sees nothing waiting below it any more.
                 self.parts.bell.ring(|schedule| {
@@ -166,7 +178,7 @@ impl ApplyThread {
     /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
     /// Until then the failed applier still keeps house.
     fn stalled(&mut self, error: Error) -> Result<()> {
-        let now = Instant::now();
+        let now = machine::now();
         let retry_at = match error.kind {
             ErrorKind::Sync => return Err(error),
             ErrorKind::NoSpace | ErrorKind::Io if self.applier.is_some() => now + RETRY,
@@ -175,11 +187,40 @@ impl ApplyThread {
         let why = error.in_full();
         let stall = match error.kind {
             ErrorKind::ReplicaFailed | ErrorKind::Busy => Stall::ReplicaFailed(why),
+            ErrorKind::Corrupt => self.suspect(why),
             _ => Stall::Stopped(why),
         };
         self.parts.bell.ring(|schedule| schedule.hold(retry_at));
         self.publish(self.checkpoint(), Some(stall));
         Ok(())
+    }
+
+    /// What cannot be read may be rot in the journal: the scrub thread looks, and mends what the source still holds. What it
+    /// does not hold is lost to the replica, and only a new epoch brings it further.
+    fn suspect(&mut self, why: String) -> Stall {
+        let checkpoint = self.checkpoint();
+        if let Some(stall) = self.hole() {
+            return stall;
+        }
+        if self.suspected.replace(checkpoint) != Some(checkpoint) {
+            self.parts.scrub.suspect(checkpoint);
+        }
+        Stall::Stopped(why)
+    }
+
+    /// What is lost behind the checkpoint, where no newer epoch has begun to repair it.
+    fn hole(&self) -> Option<Stall> {
+        let epoch = self.parts.progress.borrow().durable.epoch.number;
+        let hole = self.parts.history.hole(self.checkpoint())?;
+        let stands = hole.gone.is_some() && hole.epoch >= epoch;
+        stands.then(|| {
+            let (before, last) = (hole.before.lsn, hole.last);
+            Stall::NeedsResync(format!(
+                "the records of lsn {} to {last} are lost: {}",
+                before.next(),
+                hole.why()
+            ))
+        })
     }
 
     fn carry_out_orders(&mut self) -> Result<()> {
@@ -207,6 +248,12 @@ impl ApplyThread {
         match order {
             Order::Rewind(at, answer) => answered(answer, self.rewind(&at)),
             Order::Resume(answer) => answered(answer, self.resume()),
+            Order::LookAgain => {
+                self.suspected = None;
+                self.reopen()?;
+                self.parts.bell.ring(|schedule| schedule.release());
+                self.go_on_rewinding()
+            }
             Order::Hold(name, release, answer) => {
                 let held = self.applier().and_then(|applier| applier.hold(&name, release, now_ns()));
                 answered(answer, held)
@@ -301,12 +348,12 @@ impl ApplyThread {
         let behind = segments.iter().filter(|segment| !segment.sealed || segment.last_lsn > checkpoint);
         let bytes: u64 = behind.map(|segment| segment.bytes.max(1)).sum();
         let bytes = if durable > checkpoint { bytes } else { 0 };
-        self.parts.bell.ring(|schedule| schedule.set_back(durable, bytes, Instant::now()));
+        self.parts.bell.ring(|schedule| schedule.set_back(durable, bytes, machine::now()));
     }
 
     fn reopen_if_due(&mut self) -> Result<()> {
         match self.reopen_at {
-            Some(at) if Instant::now() >= at => self.reopen(),
+            Some(at) if machine::now() >= at => self.reopen(),
             _ => Ok(()),
         }
     }
@@ -319,7 +366,7 @@ impl ApplyThread {
             Ok(applier) => {
                 let state = applier.state();
                 let checkpoint = state.checkpoint.lsn;
-                let stall = Stall::of(state);
+                let stall = Stall::of(state).or_else(|| self.hole());
                 let failure = applier.failure();
                 self.applier = Some(applier);
                 match failure {
@@ -366,7 +413,7 @@ impl ApplyThread {
             Ok(expired) => {
                 self.follow(&expired);
                 self.merge();
-                Ok(())
+                self.thin()
             }
             Err(error) if error.kind == ErrorKind::Sync => Err(error),
             Err(error) => {
@@ -381,6 +428,24 @@ impl ApplyThread {
         if let Some(applier) = &mut self.applier {
             applier.merge(MERGES);
         }
+    }
+
+    /// Batches below the exact window become one for each step; as many as fit a short time, since apply waits for it.
+    fn thin(&mut self) -> Result<()> {
+        let Some(applier) = &mut self.applier else { return Ok(()) };
+        let until = machine::now() + THINNING;
+        while machine::now() < until {
+            match applier.thin(&self.policy) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind == ErrorKind::Sync => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot merge old undo");
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// What retention means for ingest: segments to let go, or nothing more to take.
@@ -454,5 +519,6 @@ fn apply_settings(settings: &conf::Receiver, group: &str) -> ApplySettings {
 
 fn policy(history: &conf::History) -> Policy {
     let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-    Policy { window_ns: ns(history.window), min_ns: ns(history.min), quota_bytes: history.quota }
+    let steps = Steps { hourly_ns: ns(history.keep_hourly), daily_ns: ns(history.keep_daily) };
+    Policy { window_ns: ns(history.window), min_ns: ns(history.min), steps, quota_bytes: history.quota }
 }

@@ -16,7 +16,7 @@ pub struct Berth {
     /// Held while one connection makes way for the next.
     turn: tokio::sync::Mutex<Option<Docked>>,
     /// Who is connected, for the status.
-    peer: Arc<std::sync::Mutex<Option<String>>>,
+    peer: Arc<machine::Mutex<Option<String>>>,
 }
 
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub struct Attached {
     /// Everything that the group durably holds; `None` while it holds nothing.
     pub resume: Option<Position>,
     replaced: Arc<Notify>,
-    peer: Arc<std::sync::Mutex<Option<String>>>,
+    peer: Arc<machine::Mutex<Option<String>>>,
     _ended: oneshot::Sender<()>,
 }
 
@@ -81,6 +81,6 @@ impl Drop for Attached {
     }
 }
 
-fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+fn lock<T>(mutex: &machine::Mutex<T>) -> machine::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -4,10 +4,11 @@
 //! order, the agent when it stops. The
 //! lock is held for arithmetic only, so nobody ever waits for a batch.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use journal::Lsn;
+use machine::{Condvar, Mutex, MutexGuard};
 
 use super::schedule::{Due, Pace, Schedule};
 
@@ -83,7 +84,7 @@ impl Bell {
             if std::mem::take(&mut state.ordered) {
                 return Wake::Order;
             }
-            let now = Instant::now();
+            let now = machine::now();
             let next = match state.schedule.due(checkpoint, now) {
                 Due::Now => return Wake::Batch,
                 Due::At(at) => at.min(until),
@@ -93,7 +94,7 @@ impl Bell {
                 return Wake::Pause;
             }
             let timeout = next.saturating_duration_since(now);
-            state = self.rung.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.rung.wait_timeout(state, timeout).unwrap_or_else(PoisonError::into_inner);
         }
     }
 

@@ -4,12 +4,9 @@
 //! receiver was seen to run: of the realtime clock and the one since boot, whichever moved less. It goes on from the
 //! newest receipt on disk, so a clock that was set while we were away, or our absence itself, ages nothing.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 /// Realtime, nanoseconds; 0 for a clock before 1970.
 pub fn now_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    machine::realtime_ns()
 }
 
 /// A difference between the clocks that is told, beside what slewing explains.
@@ -29,6 +26,9 @@ pub struct Times {
 impl Times {
     /// Both, now.
     pub fn now() -> Times {
+        if let Some(boot_ns) = machine::simulated_boot_ns() {
+            return Times { real_ns: now_ns(), boot_ns };
+        }
         let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         let seconds_ns = u64::try_from(boot.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000);
         let boot_ns = seconds_ns.saturating_add(u64::try_from(boot.tv_nsec).unwrap_or(0));

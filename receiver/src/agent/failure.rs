@@ -4,9 +4,9 @@
 //! process exits non-zero, and recovery happens on restart. A thread that panics is reported the same way: a group
 //! without its ingest thread would otherwise look healthy and never acknowledge again.
 
+use machine::JoinHandle;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use tokio::sync::watch;
 
@@ -68,7 +68,7 @@ pub fn spawn(
         }
     };
     let what = format!("start thread {name}");
-    std::thread::Builder::new().name(name).spawn(run).map_err(|source| Error::io(what, source))
+    machine::spawn(name, run).map_err(|source| Error::io(what, source))
 }
 
 #[cfg(test)]

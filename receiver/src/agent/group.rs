@@ -7,16 +7,16 @@
 //! A group is created by the first hello of the identity that the settings bind to its name, and is never given to
 //! another. It outlives connections; it ends with the agent.
 
+use machine::JoinHandle;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Instant;
+use std::sync::{Arc, PoisonError};
 
 use journal::frame::FrameHeader;
 use journal::io::Disk;
 use journal::segment::SegmentSummary;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Epoch, GroupId, Lineage, Lsn, Position};
+use machine::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use wire::message::ErrorCode;
 
@@ -26,7 +26,7 @@ use super::bell::Bell;
 use super::clock::ReceiptClock;
 use super::failure::{self, Failure};
 use super::heartbeats::Heartbeats;
-use super::orders::Orders;
+use super::orders::{Order, Orders};
 use super::progress::Progress;
 use super::schedule::Pace;
 use crate::error::{Error, Result};
@@ -35,6 +35,8 @@ use crate::ingest::queue::Ingest;
 use crate::ingest::thread::{Durable, Place, Runner};
 use crate::ingest::{IngestCore, Refusal};
 use crate::lock::GroupLock;
+use crate::mend::Mender;
+use crate::refetch::Fetcher;
 use crate::scrub::Scrub;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir};
 
@@ -56,6 +58,8 @@ pub struct Claim {
 pub struct Setup {
     /// The disk under everything.
     pub disk: Arc<dyn Disk>,
+    /// Whether replicas are held against other programs.
+    pub hold_replicas: bool,
     /// Settings.
     pub settings: Arc<conf::Receiver>,
     /// Where final errors go.
@@ -86,6 +90,7 @@ pub struct Group {
     pub(super) scrub: Arc<Scrub>,
     pub(super) berth: Berth,
     hashing: Arc<tokio::sync::Semaphore>,
+    fetcher: Arc<Fetcher>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     // Last: let go when everything that uses the directory has ended.
     _lock: GroupLock,
@@ -139,6 +144,19 @@ impl Group {
         // 2. Then the replica; whatever is wrong with it, ingest goes on.
         let heartbeats = Arc::new(Mutex::new(Heartbeats::new(state.heartbeat)));
         let orders = Arc::new(Orders::default());
+        let scrub = Arc::new(Scrub::default());
+        let fetcher = Arc::new(Fetcher::default());
+        let (told, rung) = (orders.clone(), bell.clone());
+        let mender = Mender {
+            disk: setup.disk.clone(),
+            history: history.clone(),
+            ingest: ingest.clone(),
+            fetcher: fetcher.clone(),
+            segments: segments.clone(),
+            now_ns: super::now_ns,
+            mended: Box::new(move || told.leave(&rung, Order::LookAgain)),
+            rotten: std::collections::BTreeMap::new(),
+        };
         let parts = Parts {
             history: history.clone(),
             bell: bell.clone(),
@@ -147,16 +165,16 @@ impl Group {
             orders: orders.clone(),
             ingest: ingest.clone(),
             progress: progress.clone(),
+            scrub: scrub.clone(),
         };
         let apply = ApplyThread::open(setup, name, parts)?;
-        let scrub = Arc::new(Scrub::default());
         let (scrubbed, disk, scrubbed_dir) = (scrub.clone(), setup.disk.clone(), dir.clone());
         // 3. Threads last: nothing is announced before everything is recovered.
         let threads = vec![
             failure::spawn(format!("ingest-{name}"), &setup.failure, move || runner.run())?,
             failure::spawn(format!("apply-{name}"), &setup.failure, move || apply.run())?,
             failure::spawn(format!("scrub-{name}"), &setup.failure, move || {
-                scrubbed.run(&disk, &scrubbed_dir, super::now_ns);
+                scrubbed.run(&disk, &scrubbed_dir, mender);
                 Ok(())
             })?,
         ];
@@ -175,6 +193,7 @@ impl Group {
             scrub,
             berth: Berth::default(),
             hashing: Arc::new(tokio::sync::Semaphore::new(1)),
+            fetcher,
             threads: Mutex::new(threads),
             _lock: lock,
         }))
@@ -236,9 +255,15 @@ impl Group {
         self.hashing.clone()
     }
 
+    /// Carries questions for rotten frames to the source that is connected, until the connection fails.
+    pub async fn refetch(&self, connection: &quinn::Connection, features: u64) -> wire::Error {
+        // Whatever waits for a source is asked for now.
+        self.fetcher.carry(connection, features, || self.scrub.look_again()).await
+    }
+
     /// The source spoke of its newest lsn.
     pub fn heartbeat(&self, beat: Moment) {
-        lock(&self.heartbeats).heard(beat, Instant::now());
+        lock(&self.heartbeats).heard(beat, machine::now());
     }
 
     /// Applies up to `lsn` without waiting for fuller batches.
@@ -306,7 +331,7 @@ fn ring_for_backlog(bell: &Bell, writer: &Writer, checkpoint: Lsn) {
         let behind = writer.segments().iter().filter(|segment| segment.last_lsn > checkpoint);
         let bytes = behind.map(|segment| segment.bytes).sum();
         bell.ring(|schedule| {
-            schedule.received(durable, bytes, Instant::now());
+            schedule.received(durable, bytes, machine::now());
             schedule.want(durable);
         });
     }
@@ -328,7 +353,7 @@ impl Durable for Told {
     }
 
     fn received(&mut self, last: Lsn, raw_bytes: u64) {
-        self.bell.ring(|schedule| schedule.received(last, raw_bytes, Instant::now()));
+        self.bell.ring(|schedule| schedule.received(last, raw_bytes, machine::now()));
     }
 
     fn waiting(&mut self, received_ns: u64) {

@@ -4,8 +4,9 @@
 //! is begun goes on when nobody waits any more.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
+use machine::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
@@ -22,6 +23,8 @@ pub enum Order {
     Rewind(At, Answer<RewindReport>),
     /// Roll forward again.
     Resume(Answer<ResumeReport>),
+    /// What could not be read can be: try again. Nobody waits for it.
+    LookAgain,
     /// Keep a bookmark from retention, or let it go.
     Hold(String, bool, Answer<HoldReport>),
 }
@@ -57,6 +60,16 @@ impl Orders {
             Error::new(ErrorKind::Busy, "the receiver is stopping; what was begun goes on at its next start")
         };
         answered.await.map_err(gone)?
+    }
+
+    /// Leaves an order that nobody waits for. Where too many wait the thread looks by itself, a little later.
+    pub fn leave(&self, bell: &Bell, order: Order) {
+        let mut waiting = self.lock();
+        if waiting.len() < MAX_WAITING {
+            waiting.push_back(order);
+        }
+        drop(waiting);
+        bell.order();
     }
 
     /// The next one.

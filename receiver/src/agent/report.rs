@@ -83,6 +83,7 @@ pub(super) fn group(group: &Group) -> GroupStatus {
             waiting_bytes,
         }),
         scrub,
+        repaired: group.scrub.repaired(),
     }
 }
 
@@ -103,6 +104,7 @@ pub(super) fn broken(name: &str, why: &str) -> GroupStatus {
         apply_error: Some(why.to_owned()),
         rewound: None,
         scrub: None,
+        repaired: Vec::new(),
     }
 }
 
@@ -145,7 +147,7 @@ fn rpo_ms(
         return Some(behind_ms);
     }
     let silent_ms = match heard_at {
-        Some(at) => u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX),
+        Some(at) => u64::try_from(machine::since(at).as_millis()).unwrap_or(u64::MAX),
         // Not heard since our start: only the clocks can say.
         None => now_ns().saturating_sub(newest_ns.unwrap_or(progress.durable_time_ns)) / 1_000_000,
     };

@@ -88,6 +88,17 @@ impl Applier {
         self.check_unchanged()?;
         let (point, _pin) = self.history.resolve_pinned(at)?;
         let Point { moment, boundary, boundary_lsn } = point;
+        let exact = self.store.state().exact_start().start;
+        if moment.lsn < exact.lsn {
+            let at = format!(
+                "lsn {} lies below the exact window, from where the replica could not be rolled forward again: restore it with \
+                 `afterimage restore`; the oldest point to rewind to is lsn {} at {}",
+                moment.lsn,
+                exact.lsn,
+                rfc3339(exact.time_ns)
+            );
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
         let mut state = self.store.state().clone();
         let goes_back = moment.lsn < state.checkpoint.lsn;
         let back = goes_back.then_some(Back { batch: state.applied_batch + 1, boundary, boundary_lsn });
@@ -264,6 +275,7 @@ impl Applier {
         let dir = undo_dir(&self.group_dir);
         let summary = UndoSummary {
             number: back.batch,
+            from: back.batch,
             epoch: order.position.epoch,
             first: order.to(),
             last: order.to(),

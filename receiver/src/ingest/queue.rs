@@ -5,11 +5,13 @@
 //! the thread beside the frames.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use journal::Position;
 use journal::frame::{FrameHeader, MAX_FRAME_BYTES};
+use journal::writer::Writer;
+use machine::{Mutex, MutexGuard};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::Refusal;
@@ -72,12 +74,17 @@ impl Session {
     }
 }
 
+/// See [`Item::Work`].
+pub(super) type Work = Box<dyn FnOnce(&mut Writer) -> journal::Result<()> + Send>;
+
 /// What the thread takes from the queue.
 pub(super) enum Item {
     /// A frame of a session.
     Frame { session: Arc<Session>, header: FrameHeader, frame: Bytes, _room: OwnedSemaphorePermit },
     /// Answered with the durable position once everything before it is durable.
     Settle(oneshot::Sender<Position>),
+    /// Work for the owner of the journal's writer. Only a final error is returned.
+    Work(Work),
     /// Something else than a frame changed: look.
     Nudge,
 }
@@ -116,6 +123,40 @@ impl Ingest {
         position.await.map_err(|_| Gone)
     }
 
+    /// Has the owner of the journal's writer do something, between two frames, and waits for what it came to; `None` where
+    /// it is gone. Blocks; not for the runtime.
+    pub fn with_writer<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Writer) -> journal::Result<T> + Send + 'static,
+    ) -> Option<journal::Result<T>> {
+        let (answer, answered) = std::sync::mpsc::sync_channel(1);
+        let work: Work = Box::new(move |writer| {
+            let done = work(writer);
+            let is_final = done.as_ref().err().filter(|error| error.kind == journal::ErrorKind::Sync);
+            let fatal = is_final.map(|error| journal::Error::new(error.kind, error.at.clone()));
+            // Whoever asked may be gone.
+            let _ = answer.try_send(done);
+            fatal.map_or(Ok(()), Err)
+        });
+        let mut item = Some(Item::Work(work));
+        if machine::is_simulated() {
+            let sent = machine::block(
+                || match self.items.try_send(item.take()?) {
+                    Ok(()) => Some(true),
+                    Err(mpsc::error::TrySendError::Full(back)) => {
+                        item = Some(back);
+                        None
+                    }
+                    Err(mpsc::error::TrySendError::Closed(_)) => Some(false),
+                },
+                || false,
+            );
+            return sent.then(|| machine::block(|| tried(&answered), || None)).flatten();
+        }
+        self.items.blocking_send(item?).ok()?;
+        answered.recv().ok()
+    }
+
     /// Lets go of journal segments below `segment`: history does not need them any more.
     pub fn drop_before(&self, segment: u64) {
         if self.drop_before.fetch_max(segment, Ordering::AcqRel) < segment {
@@ -142,6 +183,15 @@ impl Ingest {
     }
 }
 
+/// What came of work: nothing yet, or the answer, or that nobody will answer.
+fn tried<T>(answered: &std::sync::mpsc::Receiver<T>) -> Option<Option<T>> {
+    match answered.try_recv() {
+        Ok(answer) => Some(Some(answer)),
+        Err(std::sync::mpsc::TryRecvError::Empty) => None,
+        Err(std::sync::mpsc::TryRecvError::Disconnected) => Some(None),
+    }
+}
+
 /// The thread's end.
 pub(super) struct Queue {
     items: mpsc::Receiver<Item>,
@@ -158,7 +208,18 @@ impl Queue {
 
     /// The next item, waiting for it; `None` when every [`Ingest`] is gone.
     pub fn next(&mut self) -> Option<Item> {
-        self.items.blocking_recv()
+        let items = &mut self.items;
+        if machine::is_simulated() {
+            return machine::block(
+                || match items.try_recv() {
+                    Ok(item) => Some(Some(item)),
+                    Err(mpsc::error::TryRecvError::Empty) => None,
+                    Err(mpsc::error::TryRecvError::Disconnected) => Some(None),
+                },
+                || None,
+            );
+        }
+        items.blocking_recv()
     }
 
     /// Whether the thread should end.

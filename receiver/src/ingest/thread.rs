@@ -129,9 +129,12 @@ impl<D: Durable> Runner<D> {
                     // Whoever asked may have gone meanwhile.
                     let _ = answer.send(self.writer.durable());
                 }
+                Item::Work(work) => {
+                    work(&mut self.writer).map_err(|e| Error::from(e).during("mend the journal"))?
+                }
                 Item::Nudge => {}
             }
-            let due = self.unsynced.since.is_some_and(|since| since.elapsed() >= SYNC_DELAY);
+            let due = self.unsynced.since.is_some_and(|since| machine::since(since) >= SYNC_DELAY);
             if due || self.unsynced.bytes >= SYNC_BYTES {
                 self.sync()?;
             }
@@ -173,7 +176,7 @@ impl<D: Durable> Runner<D> {
         let unsynced = &mut self.unsynced;
         unsynced.bytes += frame.len() as u64;
         unsynced.raw_bytes += u64::from(header.raw_bytes);
-        unsynced.since.get_or_insert_with(Instant::now);
+        unsynced.since.get_or_insert_with(machine::now);
         let events = if header.flags & FLAG_EVENTS != 0 { frame } else { Bytes::new() };
         unsynced.frames.push((*header, events, received_ns));
         Ok(())
@@ -215,7 +218,7 @@ impl<D: Durable> Runner<D> {
             if session.is_closed() || self.queue.is_stopping() {
                 return Ok(None);
             }
-            std::thread::sleep(FULL_RETRY);
+            machine::sleep(FULL_RETRY);
             self.drop_segments()?;
         }
     }

@@ -17,6 +17,8 @@ use crate::ingest::Refusal;
 pub(super) struct Greeting {
     /// Protocol version of the session.
     pub version: u16,
+    /// What the peer offers.
+    pub features: u64,
     /// The peer's program, for the log.
     pub agent: String,
 }
@@ -27,7 +29,7 @@ pub(super) async fn greet(
     identity: &Fingerprint,
     hello: Message,
 ) -> Result<(Arc<Group>, Greeting), Refusal> {
-    let Message::Hello { versions, group_id, group, lineage, volumes, agent, .. } = hello else {
+    let Message::Hello { versions, features, group_id, group, lineage, volumes, agent, .. } = hello else {
         return Err(Refusal::new(ErrorCode::BadFrame, "the first message was not a hello"));
     };
     let Some(version) = VERSIONS.into_iter().find(|version| versions.contains(version)) else {
@@ -48,5 +50,5 @@ pub(super) async fn greet(
     }
     let claim = Claim { name: group, id: GroupId(group_id), owner: identity.0, lineage: Lineage(lineage) };
     let group = shared.group_for(&claim).await?;
-    Ok((group, Greeting { version, agent }))
+    Ok((group, Greeting { version, features, agent }))
 }

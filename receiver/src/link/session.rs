@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use wire::message::{ErrorCode, Message, ReceiverState};
 use wire::{ControlReceiver, ControlSender, Fingerprint, FrameReader};
 
+use super::greet::Greeting;
 use super::{CLOSED, Chain, FAREWELL_TIMEOUT, farewell, stopping};
 use crate::agent::Shared;
 use crate::agent::attach::Attached;
@@ -70,7 +71,7 @@ impl From<wire::Error> for End {
 }
 
 /// Runs a session of a greeted peer to its end.
-pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, version: u16) -> End {
+pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, hello: &Greeting) -> End {
     let who = format!("{} {}", wires.peer, wires.identity);
     let attached = match group.attach(who).await {
         Ok(attached) => attached,
@@ -82,7 +83,7 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
     let mut progress = group.progress();
     let state = progress.borrow_and_update().receiver_state();
     let welcome = Message::Welcome {
-        version,
+        version: hello.version,
         features: features(&shared.settings, group.name()),
         resume: attached.resume.map(Into::into),
         state: state.clone(),
@@ -94,7 +95,7 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, v
     let Wires { connection, sender, receiver, .. } = wires;
     let (end, ended) = oneshot::channel();
     let reading = async {
-        let reason = first_end(&connection, receiver, group, shared, &attached).await;
+        let reason = first_end(&connection, receiver, group, shared, &attached, hello.features).await;
         // Nothing more is handed to ingest: a newer connection need not wait for our goodbye.
         drop(attached);
         // The speaking half may have ended first, with the connection.
@@ -121,6 +122,7 @@ async fn first_end(
     group: &Group,
     shared: &Shared,
     attached: &Attached,
+    features: u64,
 ) -> End {
     let mut stop = shared.stopping.subscribe();
     tokio::select! {
@@ -136,6 +138,7 @@ async fn first_end(
         _ = stop.wait_for(|stop| *stop) => End::Refused(stopping()),
         end = control(receiver, group) => end,
         end = super::questions::answer(connection, group) => end,
+        error = group.refetch(connection, features) => error.into(),
         end = frames(connection, group, attached) => end,
     }
 }

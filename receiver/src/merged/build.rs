@@ -28,13 +28,25 @@ pub(crate) enum Parts<'a> {
 }
 
 /// One sorted stream of disjoint extents.
-struct Stream<'a> {
+pub(crate) struct Stream<'a> {
     /// Entries read and not used up, the next one last.
     ready: Vec<Entry>,
     more: Option<(&'a MergedIndex, u64)>,
 }
 
 impl Stream<'_> {
+    /// The extents of an undo segment; `None` where its index is larger than `most`.
+    pub(crate) fn of(disk: &dyn Disk, summary: &UndoSummary, most: u64) -> Result<Option<Stream<'static>>> {
+        let index = SegmentIndex::open(disk, &summary.path).map_err(damage)?;
+        if index.footer_bytes() > most {
+            return Ok(None);
+        }
+        let batch = summary.number;
+        let mut ready: Vec<Entry> = index.extents().map(|extent| Entry { batch, extent }).collect();
+        ready.reverse();
+        Ok(Some(Stream { ready, more: None }))
+    }
+
     fn head(&mut self) -> Result<Option<Entry>> {
         if self.ready.is_empty()
             && let Some((index, page)) = &mut self.more
@@ -95,14 +107,8 @@ pub(crate) fn build(
     match parts {
         Parts::Segments(summaries) => {
             for summary in *summaries {
-                let index = SegmentIndex::open(&**disk, &summary.path).map_err(damage)?;
-                if index.footer_bytes() > MAX_INDEX_BYTES {
-                    return Ok(None);
-                }
-                let batch = summary.number;
-                let mut ready: Vec<Entry> = index.extents().map(|extent| Entry { batch, extent }).collect();
-                ready.reverse();
-                streams.push(Stream { ready, more: None });
+                let Some(stream) = Stream::of(&**disk, summary, MAX_INDEX_BYTES)? else { return Ok(None) };
+                streams.push(stream);
             }
         }
         #[cfg(test)]
@@ -178,7 +184,7 @@ fn joins(before: &Entry, next: &Entry) -> bool {
 }
 
 /// The next stretch in order, from the oldest stream that covers it.
-fn next_piece(streams: &mut [Stream<'_>]) -> Result<Option<Entry>> {
+pub(crate) fn next_piece(streams: &mut [Stream<'_>]) -> Result<Option<Entry>> {
     let mut heads = Vec::with_capacity(streams.len());
     for stream in &mut *streams {
         heads.push(stream.head()?);

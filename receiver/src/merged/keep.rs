@@ -40,6 +40,11 @@ impl OpenIndexes {
         self.0.retain(|(known, _)| *known != node);
     }
 
+    /// Lets go of what is about batches that were merged.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&Node) -> bool) {
+        self.0.retain(|(node, _)| keep(node));
+    }
+
     /// Lets go of what is about batches that left.
     pub(crate) fn forget_below(&mut self, oldest: u64) {
         self.0.retain(|(node, _)| node.first >= oldest);
@@ -67,7 +72,9 @@ impl Inner {
 
     /// The first index that is missing and can be made, of the lowest level.
     fn unmerged(&self) -> Option<Node> {
-        let oldest = self.state.oldest_batch.checked_sub(1)?;
+        // Below the exact window batches are merged themselves.
+        self.state.oldest_batch.checked_sub(1)?;
+        let oldest = self.state.exact_start().batch;
         for level in 1..=MAX_LEVEL {
             let span = Node::span(level);
             let mut first = oldest.next_multiple_of(span) + 1;
@@ -107,7 +114,9 @@ impl History {
         let mut inner = self.lock();
         let (oldest, applied) = (inner.state.oldest_batch, inner.state.applied_batch);
         let is_held = |node: &Node| oldest != 0 && node.first >= oldest && node.last() <= applied;
-        inner.merged = names.iter().filter_map(|name| Node::of_name(name)).filter(is_held).collect();
+        let held = names.iter().filter_map(|name| Node::of_name(name)).filter(is_held);
+        // What was merged itself has no index any more.
+        inner.merged = held.filter(|node| inner.digest_of(*node).is_some()).collect();
         Ok(())
     }
 
@@ -198,11 +207,12 @@ impl History {
         while batch <= newest && map.covered_bytes() < range.end - range.start {
             let merged = self.lock().merged_at(batch, newest);
             let Some(node) = merged else {
-                self.segment(batch)?.lay_under(map, volume, range);
+                let number = self.covering(batch);
+                self.segment(number)?.lay_under(map, volume, range);
                 if map.len() > most {
                     return Ok(false);
                 }
-                batch += 1;
+                batch = number + 1;
                 continue;
             };
             match self.open_merged(node).and_then(|index| index.lay_under(map, volume, range, most)) {

@@ -144,8 +144,16 @@ mod tests {
         now.extend(unhex(&format!("00{rewind}01{position}0901016201020{}", 3)));
         assert_eq!(hex(&wished.encode().unwrap()), hex(&now));
         assert_eq!(GroupState::decode(&now, Path::new("x")).unwrap(), wished);
-        let unknown = GroupState::decode(&[3, 0], Path::new("x")).unwrap_err();
-        assert!(unknown.to_string().contains("version 3"), "{unknown}");
+        let unknown = GroupState::decode(&[4, 0], Path::new("x")).unwrap_err();
+        assert!(unknown.to_string().contains("version 4"), "{unknown}");
+
+        // Version 3: an exact window that begins at batch 7, lsn 200, time 1.
+        let start = Moment { lsn: Lsn(200), time_ns: 1 };
+        let stepped = GroupState { exact: Some(super::super::Exact { batch: 7, start }), ..wished };
+        now[0] = 3;
+        now.extend(unhex("07c80101"));
+        assert_eq!(hex(&stepped.encode().unwrap()), hex(&now));
+        assert_eq!(GroupState::decode(&now, Path::new("x")).unwrap(), stepped);
     }
 
     fn hex(bytes: &[u8]) -> String {

@@ -1,9 +1,14 @@
 //! A scripted source: an epoch with volumes, writes and bookmarks as sealed frames, the model of what they mean, and the
 //! client side of the wire.
 
+#![allow(dead_code, reason = "each test binary uses its part of the harness")]
+#![allow(clippy::unwrap_used, reason = "a test harness")]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,6 +16,7 @@ use journal::compress::{Compression, Encoder};
 use journal::frame::{Batch, FrameHeader, Stamp, chain_seed};
 use journal::record::{Op, Record, VolumeRecord};
 use journal::{Epoch, EpochId, Extent, GroupId, Lineage, Lsn, VolumeId, VolumeUuid};
+use receiver::agent::{Handle, Receiver};
 use tokio::time::timeout;
 use wire::message::{ErrorCode, Message, Position, ReceiverState};
 use wire::{Client, ControlReceiver, ControlSender, Fingerprint, FrameWriter, Identity, Tuning, framing};
@@ -19,6 +25,63 @@ use wire::{Client, ControlReceiver, ControlSender, Fingerprint, FrameWriter, Ide
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub const VOLUME_BYTES: usize = 1 << 20;
+
+/// A receiver's directory with its identity, and the settings to start it.
+pub struct Site {
+    pub dir: tempfile::TempDir,
+    pub identity: Fingerprint,
+}
+
+impl Site {
+    pub fn new() -> Site {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Identity::create(&dir.path().join("r/identity")).unwrap().fingerprint();
+        Site { dir, identity }
+    }
+
+    pub fn source(&self, group: &str) -> Source {
+        Source::new(&self.dir.path().join(format!("source-{group}")), group)
+    }
+
+    /// Settings that bind each source to its group, and apply without delay.
+    pub fn settings(&self, sources: &[&Source]) -> conf::Receiver {
+        let bind = |source: &&Source| conf::Source {
+            identity: source.identity.fingerprint().0,
+            groups: vec![source.group.clone()],
+        };
+        let local = ([127, 0, 0, 1], 0).into();
+        let mut settings =
+            conf::Receiver::embedded(&self.dir.path().join("r"), local, [0; 32], "none").unwrap();
+        settings.source = sources.iter().map(bind).collect();
+        settings.apply.idle = Duration::from_millis(5);
+        settings.apply.min_interval = Duration::ZERO;
+        settings.journal.segment_bytes = 1 << 20;
+        settings
+    }
+
+    pub async fn start(&self, sources: &[&Source]) -> Handle {
+        Receiver::start(self.settings(sources)).await.unwrap()
+    }
+
+    pub fn assert_replicas(&self, source: &Source) {
+        for (id, expected) in &source.model {
+            let path = self.dir.path().join(format!("r/replica/{}/vol{id}.img", source.group));
+            assert_equal(&path, expected);
+        }
+    }
+
+    pub async fn connect(&self, source: &Source, handle: &Handle) -> Link {
+        source.connect(handle.local_addr(), self.identity).await
+    }
+}
+
+#[track_caller]
+pub fn assert_equal(path: &Path, expected: &[u8]) {
+    let found = std::fs::read(path).unwrap();
+    assert_eq!(found.len(), expected.len(), "{}", path.display());
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "{} differs", path.display());
+}
 
 pub struct Source {
     pub identity: Identity,
@@ -144,7 +207,7 @@ impl Source {
     pub fn hello(&self) -> Message {
         Message::Hello {
             versions: vec![1],
-            features: 0,
+            features: wire::refetch::FEATURE,
             group_id: self.stamp.group.0,
             group: self.group.clone(),
             lineage: self.stamp.lineage.0,
@@ -179,6 +242,48 @@ impl Source {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// What a source says when it is asked for a frame again.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Again {
+    /// The frame.
+    Held,
+    /// It is gone.
+    Gone,
+    /// Another frame of the same length.
+    Forged,
+}
+
+/// Answers questions for frames over a connection until it ends; counts them.
+pub fn serve_again(
+    connection: quinn::Connection,
+    frames: Vec<(FrameHeader, Bytes)>,
+    again: Again,
+) -> Arc<AtomicUsize> {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = asked.clone();
+    tokio::spawn(async move {
+        while let Ok((mut sender, mut receiver)) = framing::accept(&connection).await {
+            while let Ok(Some(Message::FrameRequest { after, last_lsn })) = receiver.next().await {
+                counted.fetch_add(1, Ordering::SeqCst);
+                let wanted = frames.iter().find(|(header, _)| header.last_lsn.0 == last_lsn).unwrap();
+                assert_eq!(wanted.0.chain_in, after.chain);
+                let mut bytes = wanted.1.to_vec();
+                if again == Again::Gone {
+                    let reason = "its room was needed".to_owned();
+                    sender.send(&Message::Error { code: ErrorCode::NotPossible, reason }).await.unwrap();
+                    continue;
+                }
+                if again == Again::Forged {
+                    let at = bytes.len() - 1;
+                    bytes[at] ^= 1;
+                }
+                wire::refetch::send_frame(&mut sender, &bytes).await.unwrap();
+            }
+        }
+    });
+    asked
 }
 
 /// The source's end of a session.

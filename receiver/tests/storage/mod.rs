@@ -86,6 +86,11 @@ impl Source {
         self.consistent = false;
     }
 
+    /// Time passes.
+    pub fn wait(&mut self, ns: u64) {
+        self.time_ns += ns;
+    }
+
     pub fn push(&mut self, op: Op, volume: u32, offset: u64, len: u64, payload: Vec<u8>) -> Lsn {
         self.lsn += 1;
         self.push_piece(op, volume, offset, len, payload)

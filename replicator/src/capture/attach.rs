@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kfilter::Group;
 
@@ -152,10 +152,10 @@ pub fn drain(disk: &Disk) -> Result<()> {
     })?;
     let name = name.trim();
     let run = |action: &[&str]| run(Command::new(&program).args(action).arg(name), SUSPEND);
-    let started = Instant::now();
+    let started = machine::now();
     let suspended = run(&["suspend", "--nolockfs"]);
     let resumed = run(&["resume"]);
-    let stopped_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let stopped_ms = u64::try_from(machine::since(started).as_millis()).unwrap_or(u64::MAX);
     tracing::info!(device = name, stopped_ms, "device-mapper device settled");
     if let Err(error) = &resumed {
         tracing::error!(%error, device = name, "the device may be suspended: run `dmsetup resume` on it");
@@ -179,16 +179,16 @@ fn run(command: &mut Command, at_most: Duration) -> Result<()> {
     let io = |error| Error::because(ErrorKind::Io, what.clone(), error);
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().map_err(io)?;
-    let begun = Instant::now();
+    let begun = machine::now();
     loop {
         match child.try_wait().map_err(io)? {
             Some(status) if status.success() => return Ok(()),
             Some(status) => return Err(Error::new(ErrorKind::Io, format!("{what}: {status}"))),
-            None if begun.elapsed() > at_most => {
+            None if machine::since(begun) > at_most => {
                 end(&mut child);
                 return Err(Error::new(ErrorKind::Io, format!("{what}: not done after {at_most:?}")));
             }
-            None => std::thread::sleep(LOOK),
+            None => machine::sleep(LOOK),
         }
     }
 }

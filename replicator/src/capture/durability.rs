@@ -5,8 +5,9 @@
 //! answer its client that everything is durable. Whoever comes while one runs is served by the next, together with
 //! all others who came meanwhile.
 
+use machine::{Condvar, Mutex, MutexGuard};
 use std::io;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 /// What is known to be durable.
 #[derive(Debug, Default)]

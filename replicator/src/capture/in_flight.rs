@@ -8,10 +8,11 @@
 //! behind the old one that still waits, so the old one cannot undo what comes after the new one. And a large discard
 //! has its turn under writes that never end.
 
+use machine::{Condvar, Mutex, MutexGuard};
 use std::io;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::PoisonError;
+use std::time::Duration;
 
 /// The ranges in flight. As many as there are connections and pool threads, so a short list beats a tree.
 #[derive(Debug, Default)]
@@ -96,15 +97,15 @@ impl InFlight {
     /// The barrier of a resync: whether every change that began before the mark has left, within a time. Changes that
     /// come after it are not waited for, however many they are.
     pub fn until_left(&self, mark: u64, at_most: Duration) -> bool {
-        let ends = Instant::now() + at_most;
+        let ends = machine::now() + at_most;
         let mut queue = self.lock();
         while queue.places.iter().any(|place| place.ticket < mark) {
-            let Some(rest) = ends.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero())
+            let Some(rest) = ends.checked_duration_since(machine::now()).filter(|rest| !rest.is_zero())
             else {
                 return false;
             };
             queue.waiting += 1;
-            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner);
             queue.waiting -= 1;
         }
         true
@@ -112,17 +113,17 @@ impl InFlight {
 
     /// From now on nothing begins. True: nothing is in flight any more; false: something still is after `deadline`.
     pub fn close(&self, deadline: Duration) -> bool {
-        let ends = Instant::now() + deadline;
+        let ends = machine::now() + deadline;
         let mut queue = self.lock();
         queue.closed = true;
         self.left.notify_all();
         while !queue.places.is_empty() {
-            let Some(rest) = ends.checked_duration_since(Instant::now()).filter(|rest| !rest.is_zero())
+            let Some(rest) = ends.checked_duration_since(machine::now()).filter(|rest| !rest.is_zero())
             else {
                 return false;
             };
             queue.waiting += 1;
-            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0;
+            queue = self.left.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner);
             queue.waiting -= 1;
         }
         true

@@ -7,10 +7,11 @@
 //! Bounds, which keep promise 1: at most [`MAX_WAIT`] a write, and only while room is really being given back. A journal that
 //! hangs, or is slower than that, holds nobody up: the ring fills and writes become bits.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use kfilter::Region;
+use machine::Mutex;
 
 /// Above this fill writes are paced; the rest of the ring is for what waits do not hold back.
 const HIGH: f64 = 0.75;
@@ -36,7 +37,7 @@ struct Seen {
 impl Pacer {
     /// Nothing seen yet.
     pub fn new() -> Pacer {
-        Pacer { seen: Mutex::new(Seen { first_held_lsn: 0, at: Instant::now() }) }
+        Pacer { seen: Mutex::new(Seen { first_held_lsn: 0, at: machine::now() }) }
     }
 
     /// Before a write is captured. Costs two loads while the ring has room.
@@ -49,18 +50,18 @@ impl Pacer {
 
     #[cold]
     fn wait(&self, nearly_full: impl Fn() -> bool, first_held_lsn: impl Fn() -> u64) {
-        let started = Instant::now();
-        while nearly_full() && started.elapsed() < MAX_WAIT && self.is_draining(first_held_lsn()) {
-            std::thread::sleep(STEP);
+        let started = machine::now();
+        while nearly_full() && machine::since(started) < MAX_WAIT && self.is_draining(first_held_lsn()) {
+            machine::sleep(STEP);
         }
     }
 
     fn is_draining(&self, first_held_lsn: u64) -> bool {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.first_held_lsn != first_held_lsn {
-            *seen = Seen { first_held_lsn, at: Instant::now() };
+            *seen = Seen { first_held_lsn, at: machine::now() };
         }
-        seen.at.elapsed() < STALLED
+        machine::since(seen.at) < STALLED
     }
 }
 

@@ -3,14 +3,15 @@
 //! Everything behind capture (pipeline, synchronisation, status, stop) works on [`Ring`] and [`Tap`], and knows no kind.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use kfilter::consumer::Malformed;
 pub use kfilter::device::Passed;
 use kfilter::{
     Captured, Consumer, Entry, Group, KernelConsumer, Loss, Mapping, Mode, Op, RecordRef, Refused, Region,
 };
+use machine::Mutex;
 
 use crate::capture::in_flight::InFlight;
 use crate::clock::now_ns;
@@ -112,10 +113,10 @@ impl Front {
     }
 
     fn barrier(&self, timeout: Duration) -> bool {
-        let deadline = Instant::now() + timeout;
+        let deadline = machine::now() + timeout;
         let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         self.in_flight.iter().zip(owed).all(|(volume, before)| {
-            volume.until_left(before, deadline.saturating_duration_since(Instant::now()))
+            volume.until_left(before, deadline.saturating_duration_since(machine::now()))
         })
     }
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 
@@ -22,13 +22,13 @@ pub fn machine_stops() -> bool {
         .stderr(Stdio::null())
         .spawn();
     let Ok(mut child) = asked else { return false };
-    let begun = Instant::now();
+    let begun = machine::now();
     while matches!(child.try_wait(), Ok(None)) {
-        if begun.elapsed() > ANSWER {
+        if machine::since(begun) > ANSWER {
             let _ = child.kill();
             return false;
         }
-        std::thread::sleep(Duration::from_millis(5));
+        machine::sleep(Duration::from_millis(5));
     }
     let mut text = String::new();
     let read = child.stdout.map(|mut out| std::io::Read::read_to_string(&mut out, &mut text));

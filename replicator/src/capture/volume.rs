@@ -1,8 +1,9 @@
 //! A captured volume, whatever captures it: where its content is read, and how large it is.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
+use machine::Mutex;
 use nbd::{BlockExtent, Export as _};
 
 use crate::capture::disk::Disk;

@@ -72,14 +72,14 @@ impl Pipeline {
         let kept = self.writer.take().filter(|_| !file.get().journal_damaged);
         let opened = match kept {
             Some(writer) => Some(writer),
-            None => start::reopen_journal(&agent.settings, &mut file)?,
+            None => start::reopen_journal(&agent.settings, &agent.surroundings, &mut file)?,
         };
         let appended = opened.as_ref().map(|writer| writer.appended().lsn).unwrap_or_default();
         let last = captured.max(self.journaled.lsn).max(appended).max(file.get().epoch_start);
         file.begin_epoch(Some(last), true)?;
         let state = file.get();
         let at = Position::epoch_start(state.lineage, state.epoch, state.epoch_start);
-        self.writer = Some(start::begin_in_journal(&agent.settings, &file, opened, at)?);
+        self.writer = Some(start::begin_in_journal(&agent.settings, &agent.surroundings, &file, opened, at)?);
         shared.set_tail(self.writer.as_ref());
         self.stamp.epoch = at.epoch;
         self.journaled = at;

@@ -1,8 +1,9 @@
 //! Whether the source journal takes frames, as everybody but the pipeline sees it.
 
+use machine::{Mutex, MutexGuard};
 use std::collections::BTreeSet;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const TAKES: u8 = 0;
 const SHORT: u8 = 1;

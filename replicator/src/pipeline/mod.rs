@@ -12,9 +12,9 @@
 //!   back, its range is dirty in the ring, and that is remembered durably (`shortage`). The clients go on.
 //! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the truth.
 
+use std::sync::Arc;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use journal::compress::Compression;
@@ -25,6 +25,7 @@ use journal::tail::Tail;
 use journal::writer::Writer;
 use journal::{Lsn, Position};
 use kfilter::Mode;
+use machine::Mutex;
 
 use crate::agent::Agent;
 use crate::capture::ring::ring_lost;
@@ -199,7 +200,7 @@ impl Pipeline {
         loop {
             let took = self.gather()?;
             self.commit_ready()?;
-            let aged = self.opened.is_some_and(|opened| opened.elapsed() >= self.settings.max_delay);
+            let aged = self.opened.is_some_and(|opened| machine::since(opened) >= self.settings.max_delay);
             let stopping = self.shared.stop.load(Ordering::Acquire);
             if self.batch.records() > 0 && (aged || stopping) {
                 self.close_batch()?;
@@ -220,7 +221,7 @@ impl Pipeline {
                 if !held {
                     break;
                 }
-                if stop_since.get_or_insert_with(Instant::now).elapsed() > STOP_DEADLINE {
+                if machine::since(*stop_since.get_or_insert_with(machine::now)) > STOP_DEADLINE {
                     // The ring stays, and the next owner redoes what hangs now.
                     tracing::warn!("writes to the backing hang; stopping without them");
                     return Ok((self.journaled, false));
@@ -228,9 +229,9 @@ impl Pipeline {
             }
             match self.opened {
                 Some(opened) => {
-                    let left = self.settings.max_delay.saturating_sub(opened.elapsed());
+                    let left = self.settings.max_delay.saturating_sub(machine::since(opened));
                     let is_busy = self.shared.ring.fill_ratio() > BUSY;
-                    thread::sleep(left.min(if is_busy { GATHER_BUSY } else { GATHER }));
+                    machine::sleep(left.min(if is_busy { GATHER_BUSY } else { GATHER }));
                 }
                 None => {
                     self.tap.wait(if held { NOT_DONE } else { IDLE });
@@ -263,7 +264,7 @@ impl Pipeline {
                     continue;
                 } else {
                     self.translator.push(&mut self.batch, &record)?;
-                    self.opened.get_or_insert_with(Instant::now);
+                    self.opened.get_or_insert_with(machine::now);
                 }
             }
             self.tap.advance().map_err(ring_lost)?;

@@ -186,8 +186,10 @@ pub fn shortened(text: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
-    use std::sync::{Arc, Mutex};
+
+    use machine::Mutex;
 
     use journal::io::{Disk, RealDisk};
     use journal::{Position, VolumeUuid};

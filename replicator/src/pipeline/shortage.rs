@@ -88,7 +88,7 @@ impl Pipeline {
         self.shared.board.change(State::Degraded, why.as_str());
         let pause = if why.contains("quota") { TRY } else { TRY_DISK };
         let (last, time_ns) = (self.journaled.lsn, 0);
-        self.shortage = Some(Shortage { why, last, time_ns, tried: Instant::now(), pause });
+        self.shortage = Some(Shortage { why, last, time_ns, tried: machine::now(), pause });
         Ok(())
     }
 
@@ -115,12 +115,12 @@ impl Pipeline {
     /// Whether there is room again: then what was given up gets its places, and capture goes on.
     pub(super) fn mend_shortage(&mut self) -> Result<()> {
         let Some(shortage) = &mut self.shortage else { return Ok(()) };
-        if shortage.tried.elapsed() < shortage.pause
+        if machine::since(shortage.tried) < shortage.pause
             || self.shared.stop.load(std::sync::atomic::Ordering::Acquire)
         {
             return Ok(());
         }
-        shortage.tried = Instant::now();
+        shortage.tried = machine::now();
         let (last, time_ns, why) = (shortage.last, shortage.time_ns, shortage.why.clone());
         match self.make_room(self.settings.quota_bytes / FREE) {
             Ok(true) => {}

@@ -13,10 +13,11 @@
 //! * A slot that the map does not know has no content (its agent died, or the window was given up): it is emitted
 //!   empty, and the dirty bits that stand for its range stay.
 
+use machine::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What the mask tells apart.
 pub const SECTOR: u64 = 512;

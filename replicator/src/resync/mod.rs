@@ -93,7 +93,7 @@ impl<'a> Engine<'a> {
         Engine {
             agent,
             pace: Pace::new(agent.settings.resync.rate),
-            looked: Instant::now(),
+            looked: machine::now(),
             untold: agent.shared.ring.untold_writes(),
             retry: None,
             verifier: None,
@@ -115,7 +115,7 @@ impl<'a> Engine<'a> {
         while !self.agent.halt.stop.load(Ordering::Acquire) {
             let done = match self.work() {
                 Work::None => {
-                    std::thread::sleep(LOOK);
+                    machine::sleep(LOOK);
                     Ok(())
                 }
                 Work::Gap(cause) => self.resync(&cause),
@@ -151,13 +151,13 @@ impl<'a> Engine<'a> {
             return Work::None;
         }
         if agent.shared.apart.load(Ordering::Acquire) || agent.shared.health.is_broken() {
-            let waits = self.turned.is_some_and(|(at, pause)| at.elapsed() < pause);
+            let waits = self.turned.is_some_and(|(at, pause)| machine::since(at) < pause);
             return if waits { Work::None } else { Work::Epoch };
         }
         if !agent.shared.health.is_good() {
             return Work::None;
         }
-        if self.retry.is_some_and(|(at, _)| Instant::now() < at) {
+        if self.retry.is_some_and(|(at, _)| machine::now() < at) {
             return Work::None;
         }
         let ring = &agent.shared.ring;
@@ -165,10 +165,10 @@ impl<'a> Engine<'a> {
             return Work::Gap(agent.gap_cause());
         }
         let verifies = state == State::Replicating && self.verifies();
-        if self.looked.elapsed() < LOOK_BITS && !verifies {
+        if machine::since(self.looked) < LOOK_BITS && !verifies {
             return Work::None;
         }
-        self.looked = Instant::now();
+        self.looked = machine::now();
         if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
             return if verifies { Work::Verify } else { Work::None };
         }
@@ -184,12 +184,12 @@ impl<'a> Engine<'a> {
         let agent = self.agent;
         let shared = &agent.shared;
         let pause = self.turned.map_or(RETRY, |(_, pause)| (pause * 2).min(RETRY_MAX));
-        self.turned = Some((Instant::now(), pause));
+        self.turned = Some((machine::now(), pause));
         shared.epoch_due.store(true, Ordering::Release);
         shared.ring.wake_consumer();
         while shared.epoch_due.load(Ordering::Acquire) {
             agent.halt.check()?;
-            std::thread::sleep(Duration::from_millis(5));
+            machine::sleep(Duration::from_millis(5));
         }
         if !shared.health.is_good() {
             let (state, _) = shared.board.state();
@@ -214,7 +214,7 @@ impl<'a> Engine<'a> {
         };
         *shared.sync_cause.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = cause.to_owned();
         shared.board.change(state, format!("{cause}; starting"));
-        let started = Instant::now();
+        let started = machine::now();
         let mut report = Report::new(shared.board.clone(), state, cause);
         let mut unreadable = Unreadable::default();
         loop {
@@ -256,7 +256,7 @@ impl<'a> Engine<'a> {
                             (state.needs_resync, state.gap_in_ring) = (None, false);
                         }
                     })?;
-                    let seconds = started.elapsed().as_secs_f64();
+                    let seconds = machine::since(started).as_secs_f64();
                     tracing::info!(cause, content_bytes = report.sent, seconds, "synchronised");
                     if agent.state().get().needs_resync.is_none() {
                         shared.board.change(State::Replicating, agent.words());
@@ -266,7 +266,7 @@ impl<'a> Engine<'a> {
                 // Nothing can be copied, and yet writes only set bits, or bits are set (of volumes that are not captured any
                 // more): a begin makes records of writes again, and bits that nobody reads can be cleared.
                 Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => self.begin_without_window()?,
-                Err(Refusal::Full) => std::thread::sleep(LOOK),
+                Err(Refusal::Full) => machine::sleep(LOOK),
                 Err(Refusal::Failed(error)) => return Err(error),
             }
             agent.halt.check()?;
@@ -313,7 +313,7 @@ impl<'a> Engine<'a> {
         let shared = &self.agent.shared;
         while shared.ring.fill_ratio() > DRAINED && shared.goes_on() {
             self.agent.halt.check()?;
-            std::thread::sleep(Duration::from_millis(5));
+            machine::sleep(Duration::from_millis(5));
         }
         self.agent.halt.check()
     }
@@ -347,12 +347,12 @@ impl<'a> Engine<'a> {
         let ring = &self.agent.shared.ring;
         match ring.begin() {
             Err(Refusal::Failed(error)) => return Err(error),
-            Err(_) => std::thread::sleep(LOOK),
+            Err(_) => machine::sleep(LOOK),
             Ok(_) => {}
         }
         if let Err(why) = window::barrier(self.agent)? {
             tracing::warn!("{why}");
-            std::thread::sleep(RETRY);
+            machine::sleep(RETRY);
         }
         for volume in self.agent.volumes.iter().filter(|volume| !volume.is_attached()) {
             if let Some(size) = ring.size_bytes(volume.id).filter(|_| ring.is_dirty(volume.id)) {
@@ -375,7 +375,7 @@ impl<'a> Engine<'a> {
 
     fn back_off(&mut self) -> Duration {
         let wait = self.retry.map_or(RETRY, |(_, wait)| (wait * 2).min(RETRY_MAX));
-        self.retry = Some((Instant::now() + wait, wait));
+        self.retry = Some((machine::now() + wait, wait));
         wait
     }
 

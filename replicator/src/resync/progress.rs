@@ -27,7 +27,7 @@ pub struct Report {
 impl Report {
     /// Nothing is done yet.
     pub fn new(board: Arc<Board>, state: State, cause: &str) -> Report {
-        let now = Instant::now();
+        let now = machine::now();
         let (started, shown, logged) = (now, now, now);
         Report { board, state, cause: cause.to_owned(), started, shown, logged, done: 0, total: 0, sent: 0 }
     }
@@ -50,20 +50,20 @@ impl Report {
     }
 
     fn show(&mut self, waits: &str) {
-        if self.state == State::Replicating || self.shown.elapsed() < SHOW {
+        if self.state == State::Replicating || machine::since(self.shown) < SHOW {
             return;
         }
-        self.shown = Instant::now();
+        self.shown = machine::now();
         let fraction = (self.done as f64 / self.total.max(1) as f64).min(1.0);
-        let left_s = self.started.elapsed().as_secs_f64() / fraction.max(1e-9) * (1.0 - fraction);
+        let left_s = machine::since(self.started).as_secs_f64() / fraction.max(1e-9) * (1.0 - fraction);
         let mib = |bytes: u64| bytes >> 20;
         let (percent, done, total, sent) =
             (fraction * 100.0, mib(self.done), mib(self.total), mib(self.sent));
         let then = if waits.is_empty() { format!("{left_s:.0} s left") } else { waits.to_owned() };
         let why =
             format!("{}; {percent:.0} % ({done} of {total} MiB, {sent} MiB of content), {then}", self.cause);
-        if self.logged.elapsed() >= LOG {
-            self.logged = Instant::now();
+        if machine::since(self.logged) >= LOG {
+            self.logged = machine::now();
             tracing::info!("{why}");
         }
         self.board.progress(self.state, why);

@@ -60,7 +60,7 @@ impl Verifier {
             rate => rate,
         };
         let pace = Pace::new(rate_bits_per_s);
-        Verifier { started_ns: run.report.started_ns, pace, rate_bits_per_s, next: Instant::now() }
+        Verifier { started_ns: run.report.started_ns, pace, rate_bits_per_s, next: machine::now() }
     }
 
     fn window_bytes(&self) -> u64 {
@@ -74,7 +74,7 @@ impl Verifier {
 impl Engine<'_> {
     /// Whether a verification is to go on now.
     pub(super) fn verifies(&self) -> bool {
-        let now = Instant::now();
+        let now = machine::now();
         let is_due = self.verifier.as_ref().is_none_or(|verifier| verifier.next <= now);
         is_due && self.agent.verification.is_running()
     }
@@ -92,7 +92,7 @@ impl Engine<'_> {
 
     fn next_look(&mut self, run: &mut Run, verifier: &mut Verifier) -> Result<()> {
         let agent = self.agent;
-        verifier.next = Instant::now() + AGAIN;
+        verifier.next = machine::now() + AGAIN;
         match agent.shared.progress.questions().is_offered() {
             None => {
                 agent.verification.waits("waiting for the receiver");
@@ -138,7 +138,7 @@ impl Engine<'_> {
                     run.report.compared_bytes += window.end - window.start;
                     run.offset = window.end;
                     // The next window is at hand.
-                    verifier.next = Instant::now();
+                    verifier.next = machine::now();
                 }
                 self.judge(run, &volume, &looked, (!is_first).then_some(&again))?;
                 agent.verification.put(run.clone());

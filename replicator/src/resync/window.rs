@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kfilter::Mode;
 use kfilter::abi::GRANULE;
@@ -235,7 +235,7 @@ impl<'a> Copier<'a> {
             };
             match shared.map.begin(self.volume.id, range.clone(), step) {
                 Ok(after) => return Ok(after),
-                Err(Refusal::Full) => std::thread::sleep(LOOK),
+                Err(Refusal::Full) => machine::sleep(LOOK),
                 // A dead agent's, or of a window that was given up.
                 Err(Refusal::Owed) => barrier(self.agent)?.map_err(Stop::Later)?,
                 Err(Refusal::BitmapMode | Refusal::Dirty) => return Err(Stop::Lost),
@@ -297,7 +297,7 @@ impl<'a> Copier<'a> {
         if let Err(error) = self.volume.read_at(range.start, bytes) {
             return self.unreadable(range, zeros, &error, buffer);
         }
-        self.pace.read(Instant::now(), range.end - range.start);
+        self.pace.read(machine::now(), range.end - range.start);
         let mut slots: Vec<(Range<u64>, Vec<u8>)> = Vec::with_capacity(SLOTS);
         let mut sent = 0;
         let mut at = range.start;
@@ -366,18 +366,18 @@ impl<'a> Copier<'a> {
             }
             let (backlog_bytes, _) = shared.progress.backlog();
             let quota_bytes = self.agent.settings.journal.quota;
-            match self.pace.advice(Instant::now(), shared.ring.fill_ratio(), backlog_bytes, quota_bytes) {
+            match self.pace.advice(machine::now(), shared.ring.fill_ratio(), backlog_bytes, quota_bytes) {
                 Advice::Go => return Ok(()),
                 Advice::Wait(time) => {
-                    std::thread::sleep(time.min(Duration::from_millis(100)));
+                    machine::sleep(time.min(Duration::from_millis(100)));
                     if time <= Duration::from_millis(100) {
                         return Ok(());
                     }
                 }
-                Advice::Yield => std::thread::sleep(LOOK),
+                Advice::Yield => machine::sleep(LOOK),
                 Advice::Backlog => {
                     self.report.waits("waiting for the receiver to acknowledge what it was sent");
-                    std::thread::sleep(LOOK * 4);
+                    machine::sleep(LOOK * 4);
                 }
             }
         }
@@ -430,7 +430,7 @@ impl<'a> Copier<'a> {
                 Err(Refusal::Failed(error)) => return Err(Stop::Failed(error)),
                 Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => return Err(Stop::Lost),
             }
-            std::thread::sleep(LOOK);
+            machine::sleep(LOOK);
         }
     }
 

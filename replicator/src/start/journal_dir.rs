@@ -12,21 +12,21 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::state::StateFile;
 
 /// Moves the journal out of the way; where to. The files alone, where a file system is mounted at its place.
-fn set_aside(settings: &conf::Replicator, dir: &Path) -> std::io::Result<PathBuf> {
+fn set_aside(disk: &dyn Disk, settings: &conf::Replicator, dir: &Path) -> std::io::Result<PathBuf> {
     let name = format!("journal.damaged-{}", now_ns());
     let aside = settings.dir.join(&name);
-    match std::fs::rename(dir, &aside) {
+    match disk.rename_dir(dir, &aside) {
         Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {}
         renamed => return renamed.map(|()| aside),
     }
     let aside = dir.join(name);
-    std::fs::create_dir(&aside)?;
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        if let (true, Some(name)) = (path.is_file(), path.file_name()) {
-            std::fs::rename(&path, aside.join(name))?;
-        }
+    disk.create_dir(&aside)?;
+    let is_ours = |name: &String| [".seg", ".spare", ".control"].iter().any(|end| name.ends_with(end));
+    for name in disk.list(dir)?.into_iter().filter(is_ours) {
+        disk.rename(&dir.join(&name), &aside.join(&name))?;
     }
+    disk.sync_dir(&aside)?;
+    disk.sync_dir(dir)?;
     Ok(aside)
 }
 
@@ -41,7 +41,7 @@ pub(super) fn open(
     let create = |error| Error::because(ErrorKind::Io, format!("create {}", dir.display()), error);
     disk.create_dir(&dir).map_err(create)?;
     let put_away = |why: &dyn std::fmt::Display| {
-        let aside = set_aside(settings, &dir)
+        let aside = set_aside(disk.as_ref(), settings, &dir)
             .map_err(|error| Error::because(ErrorKind::Io, format!("set aside {}", dir.display()), error))?;
         tracing::error!(%why, aside = %aside.display(), "the source journal is damaged; it is set aside, remove it when it was looked at");
         disk.create_dir(&dir).map_err(create)

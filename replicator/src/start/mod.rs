@@ -14,7 +14,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use journal::io::RealDisk;
 use journal::record::VolumeRecord;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Lsn, Position};
@@ -29,6 +28,7 @@ use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};
 use crate::skipped::Skipped;
 use crate::state::{Gap, KnownVolume, StateFile};
+use crate::surroundings::Surroundings;
 
 mod front;
 mod journal_dir;
@@ -110,15 +110,15 @@ pub fn ring_dir(settings: &conf::Replicator, state: &StateFile) -> PathBuf {
 ///
 /// # Errors
 /// Settings that do not fit what is there, a disk that cannot be opened or shrank, no room for the ring.
-pub fn start(settings: &conf::Replicator) -> Result<Started> {
-    let disk: Arc<dyn journal::io::Disk> = Arc::new(RealDisk);
+pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result<Started> {
+    let disk = surroundings.disk.clone();
     let mut state = StateFile::open(&disk, &settings.dir)?;
     let first = state.get().epoch.number == 0;
-    let (volumes, mut doubts) = volumes::open(settings, &mut state)?;
+    let (volumes, mut doubts) = volumes::open(settings, surroundings, &mut state)?;
     if first {
         doubts.always.push("first synchronisation".to_owned());
     }
-    let buffered = journal_disk();
+    let buffered = journal_disk(surroundings);
     let (writer, doubt, unusable) = match journal_dir::open(&buffered, settings, &mut state) {
         Ok((writer, doubt)) => (writer, doubt, None),
         Err(error) => (None, Some("the source journal cannot be used".to_owned()), Some(describe(&error))),
@@ -190,7 +190,9 @@ pub fn start(settings: &conf::Replicator) -> Result<Started> {
     let at = Position::epoch_start(state.get().lineage, state.get().epoch, state.get().epoch_start);
     let begun = match unusable {
         Some(why) => Err(why),
-        None => begin_in_journal(settings, &state, writer, at).map_err(|error| describe(&error)),
+        None => {
+            begin_in_journal(settings, surroundings, &state, writer, at).map_err(|error| describe(&error))
+        }
     };
     if first {
         found.skip_free(&skipped);
@@ -327,16 +329,20 @@ fn dirty_cause(ring: &OpenRing, volumes: &[OpenVolume], state: &StateFile) -> St
 }
 
 /// What the source journal is kept on.
-fn journal_disk() -> Arc<dyn journal::io::Disk> {
-    Arc::new(BufferedDisk::new(Arc::new(RealDisk)))
+fn journal_disk(surroundings: &Surroundings) -> Arc<dyn journal::io::Disk> {
+    Arc::new(BufferedDisk::new(surroundings.disk.clone()))
 }
 
 /// The source journal, opened once more by a running agent; none where one must be made.
 ///
 /// # Errors
 /// The disk's.
-pub(crate) fn reopen_journal(settings: &conf::Replicator, state: &mut StateFile) -> Result<Option<Writer>> {
-    Ok(journal_dir::open(&journal_disk(), settings, state)?.0)
+pub(crate) fn reopen_journal(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    state: &mut StateFile,
+) -> Result<Option<Writer>> {
+    Ok(journal_dir::open(&journal_disk(surroundings), settings, state)?.0)
 }
 
 /// The journal in a new epoch, which begins at a position.
@@ -345,13 +351,15 @@ pub(crate) fn reopen_journal(settings: &conf::Replicator, state: &mut StateFile)
 /// The disk's.
 pub(crate) fn begin_in_journal(
     settings: &conf::Replicator,
+    surroundings: &Surroundings,
     state: &StateFile,
     writer: Option<Writer>,
     at: Position,
 ) -> Result<Writer> {
     let Some(mut writer) = writer else {
         let dir = settings.dir.join("journal");
-        return Ok(Writer::create(journal_disk(), &dir, writer_options(settings, state), at, now_ns())?);
+        let disk = journal_disk(surroundings);
+        return Ok(Writer::create(disk, &dir, writer_options(settings, state), at, now_ns())?);
     };
     writer.begin_epoch(at, now_ns())?;
     Ok(writer)

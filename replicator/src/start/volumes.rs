@@ -1,7 +1,6 @@
 //! The volumes of a run: opened, and compared with what the group knows of them.
 
 use journal::{VolumeId, VolumeUuid};
-use nbd::{Access, Backing};
 
 use super::{Doubts, OpenVolume, Opened, stamp};
 use crate::capture::attach;
@@ -9,9 +8,14 @@ use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Gap, KnownVolume, StateFile};
+use crate::surroundings::Surroundings;
 
 /// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the replica.
-pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result<(Vec<OpenVolume>, Doubts)> {
+pub(super) fn open(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    state: &mut StateFile,
+) -> Result<(Vec<OpenVolume>, Doubts)> {
     let mut doubts = Doubts::default();
     if let Some(gap) = &state.get().needs_resync {
         let to = if state.get().gap_in_ring { &mut doubts.without_ring } else { &mut doubts.always };
@@ -24,7 +28,7 @@ pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result
     for volume in &settings.volume {
         let remembered = known.iter().position(|known| known.name == volume.name);
         let detached = remembered.is_some_and(|at| known[at].detached);
-        let found = find(settings, volume, remembered.is_some(), detached)?;
+        let found = find(settings, surroundings, volume, remembered.is_some(), detached)?;
         let at = match (remembered, &found) {
             (Some(at), _) => at,
             (None, found) => {
@@ -73,7 +77,7 @@ pub(super) fn open(settings: &conf::Replicator, state: &mut StateFile) -> Result
         if !entry.present {
             doubts.always.push(format!("volume {} came back", volume.name));
         }
-        let identity = stamp::identity_of(&volume.path);
+        let identity = surroundings.backings.identity(&volume.path);
         if entry.stamp.is_some_and(|seen| seen[1] == 0 && identity.is_some_and(|now| now != seen)) {
             doubts
                 .always
@@ -128,6 +132,7 @@ impl FoundDisk {
 
 fn find(
     settings: &conf::Replicator,
+    surroundings: &Surroundings,
     volume: &conf::Volume,
     is_known: bool,
     detached: bool,
@@ -142,8 +147,10 @@ fn find(
         return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
     }
     create_missing(volume, is_known)?;
-    let stamp = stamp::of_path(&volume.path);
-    let backing = Backing::open(&volume.path, Access::ReadWrite)
+    let stamp = surroundings.backings.stamp(&volume.path);
+    let backing = surroundings
+        .backings
+        .open(&volume.path)
         .map_err(|error| Error::because(ErrorKind::Settings, format!("volume {}", volume.name), error))?;
     let size_bytes = backing.size_bytes();
     if size_bytes == 0 {
@@ -156,6 +163,7 @@ fn find(
 /// Makes the file of a new volume. One that is known and gone is not made again: an empty disk would take its place, and
 /// its replica's.
 fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
+    let Some(size) = volume.size else { return Ok(()) };
     if volume.path.exists() {
         return Ok(());
     }
@@ -168,7 +176,6 @@ fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
         );
         return Err(Error::new(ErrorKind::Settings, at));
     }
-    let Some(size) = volume.size else { return Ok(()) };
     let create = || -> std::io::Result<()> {
         if let Some(parent) = volume.path.parent() {
             std::fs::create_dir_all(parent)?;

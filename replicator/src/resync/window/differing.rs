@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::time::Instant;
 
 use kfilter::abi::GRANULE;
 use wire::compare::{self, HASH_BYTES};
@@ -48,7 +47,7 @@ impl Copier<'_> {
             }
             self.look()?;
             self.report.waits("waiting for the receiver, to compare with what it holds");
-            std::thread::sleep(super::LOOK * 4);
+            machine::sleep(super::LOOK * 4);
         }
     }
 
@@ -157,7 +156,7 @@ impl Copier<'_> {
             let bytes = &mut buffer.bytes()[..usize::try_from(end - at).unwrap_or(0)];
             let read = self.volume.read_at(at, bytes);
             if self.paces_hashes {
-                self.pace.read(Instant::now(), end - at);
+                self.pace.read(machine::now(), end - at);
             }
             if read.is_err() {
                 unreadable.push(at..end);

@@ -1,0 +1,835 @@
+//! A story: a random course of load and failures, told by a seed, and what has to be true after each of them.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use journal::Lsn;
+use journal::io::Disk;
+use journal::sim_disk::SimDisk;
+use receiver::agent::Receiver;
+use receiver::point::At;
+use receiver::view::View;
+use replicator::status::State;
+use replicator::{Replicator, Surroundings};
+
+use crate::clients::{self, Load};
+use crate::disk::LifeDisk;
+use crate::model::{BLOCK, Back, Model};
+use crate::net::{Net, Weather};
+use crate::room::Room;
+use crate::side::{Paths, Process, RECEIVER, SimBackings, Site, source_address};
+
+const GROUP: &str = "g";
+/// A view is read in pieces of this size.
+const PIECE: usize = 32 << 10;
+/// How long, in virtual time, everything may take to come right once nothing is in the way.
+const HEALING: Duration = Duration::from_secs(240);
+
+/// What a story needs of the machine it runs on.
+#[derive(Clone)]
+pub struct Ground {
+    /// Where things lie.
+    pub paths: Paths,
+    /// Identities, made once.
+    pub identities: Identities,
+}
+
+/// Directories of identities, and their fingerprints.
+#[derive(Clone)]
+pub struct Identities {
+    /// The source's.
+    pub source: (std::path::PathBuf, [u8; 32]),
+    /// The receiver's.
+    pub receiver: (std::path::PathBuf, [u8; 32]),
+}
+
+/// What a story came to.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// The first broken promise.
+    pub broken: Option<String>,
+    /// What happened, a line each.
+    pub log: String,
+    /// Writes answered.
+    pub writes: usize,
+    /// Points checked.
+    pub points: usize,
+    /// Points that were refused, as in a gap.
+    pub refused: usize,
+    /// Virtual time, s.
+    pub seconds: u64,
+    /// Turns of threads.
+    pub turns: u64,
+    /// Equal for equal runs.
+    pub trace: u64,
+}
+
+type Step = Result<(), String>;
+
+/// Sizes and times of one story.
+#[derive(Clone, Debug)]
+struct Shape {
+    volumes: Vec<usize>,
+    writers_each: usize,
+    quota: u64,
+    window: Duration,
+    events: u64,
+}
+
+struct Story {
+    site: Site,
+    ground: Ground,
+    shape: Shape,
+    model: Arc<Model>,
+    load: Arc<Load>,
+    lives: u64,
+    source: Option<Process<replicator::Handle>>,
+    receiver: Option<Process<receiver::agent::Handle>>,
+    source_disk: SimDisk,
+    backing_disk: SimDisk,
+    receiver_disk: SimDisk,
+    /// Of source, backing and what was captured by then.
+    source_backup: Option<(SimDisk, SimDisk, u64)>,
+    receiver_backup: Option<SimDisk>,
+    /// The newest position that the source saw acknowledged, by epoch.
+    acknowledged: (u64, u64),
+    /// Acknowledged to this source before the receiver was rolled back: worth nothing since.
+    void_up_to: (u64, u64),
+    told: Told,
+}
+
+/// Tells the story of a seed.
+pub fn tell(seed: u64, ground: &Ground, verbose: bool) -> Told {
+    let room = Room::new(seed);
+    let (inner, ground) = (room.clone(), ground.clone());
+    let told = room.run(move || {
+        let mut story = Story::new(inner, ground);
+        let outcome = story.run(verbose);
+        let mut told = std::mem::take(&mut story.told);
+        let broken = story.load.broken.lock().ok().and_then(|mut broken| broken.take());
+        told.broken = outcome.err().or(broken);
+        if told.broken.is_some() {
+            let room = story.site.room.describe();
+            let _ = writeln!(told.log, "{}\n{room}", story.states());
+        }
+        story.end();
+        told.writes = story.model.count();
+        told
+    });
+    let mut told = told.unwrap_or_else(|panic| {
+        let why = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|why| (*why).to_owned()));
+        Told { broken: Some(format!("panic: {}", why.unwrap_or_default())), ..Told::default() }
+    });
+    (told.seconds, told.turns, told.trace) = (room.now_ns() / 1_000_000_000, room.turns(), room.trace());
+    told
+}
+
+impl Story {
+    fn new(room: Arc<Room>, ground: Ground) -> Story {
+        let sizes = [96, 160, 256];
+        let volumes =
+            (0..1 + room.draw(2)).map(|_| sizes[usize::try_from(room.draw(3)).unwrap_or(0)]).collect();
+        let shape = Shape {
+            volumes,
+            writers_each: if room.chance(500) { 1 } else { 2 },
+            quota: if room.chance(300) { 6 << 20 } else { 64 << 20 },
+            window: if room.chance(400) { Duration::from_secs(3) } else { Duration::from_secs(3600) },
+            events: 4 + room.draw(6),
+        };
+        let load = Load::default();
+        load.pause_us.store(20_000, Ordering::Relaxed);
+        let net = Net::new(room.clone());
+        Story {
+            site: Site { room, net },
+            ground,
+            shape,
+            model: Arc::default(),
+            load: Arc::new(load),
+            lives: 0,
+            source: None,
+            receiver: None,
+            source_disk: SimDisk::new(),
+            backing_disk: SimDisk::new(),
+            receiver_disk: SimDisk::new(),
+            source_backup: None,
+            receiver_backup: None,
+            acknowledged: (0, 0),
+            void_up_to: (0, 0),
+            told: Told::default(),
+        }
+    }
+
+    fn room(&self) -> &Arc<Room> {
+        &self.site.room
+    }
+
+    fn note(&mut self, what: impl AsRef<str>) {
+        let ms = self.room().now_ns() / 1_000_000;
+        let _ = writeln!(self.told.log, "{:>4}.{:03} {}", ms / 1000, ms % 1000, what.as_ref());
+    }
+
+    fn pause(&self, most_ms: u64) {
+        machine::sleep(Duration::from_millis(1 + self.room().draw(most_ms)));
+    }
+
+    fn run(&mut self, verbose: bool) -> Step {
+        self.prepare();
+        self.start_receiver();
+        if self.room().chance(200) {
+            self.pause(2000);
+        }
+        self.start_source(Back::Killed)?;
+        self.until_well("first synchronisation")?;
+        for _ in 0..self.shape.events {
+            self.pause(800);
+            self.event()?;
+            self.promises()?;
+            if self.room().chance(300) {
+                self.until_well("after it")?;
+                self.equal()?;
+            }
+            self.points(2)?;
+            if verbose {
+                let states = self.states();
+                self.note(states);
+            }
+        }
+        self.site.net.set(Weather::FAIR);
+        self.until_well("in the end")?;
+        self.equal()?;
+        self.points(12)
+    }
+
+    fn prepare(&mut self) {
+        let paths = &self.ground.paths;
+        for (volume, blocks) in self.shape.volumes.clone().into_iter().enumerate() {
+            let mut image = vec![0; blocks * BLOCK];
+            for block in image.chunks_mut(BLOCK) {
+                if self.site.room.chance(600) {
+                    let word = self.site.room.draw(u64::MAX).to_le_bytes();
+                    block.chunks_mut(8).for_each(|part| part.copy_from_slice(&word));
+                }
+            }
+            self.backing_disk.put(&paths.backing.join(format!("v{volume}.img")), image);
+        }
+        for dir in [&paths.source, &paths.receiver, &paths.ring] {
+            let _ = std::fs::remove_dir_all(dir);
+            let _ = std::fs::create_dir_all(dir);
+        }
+        let _ = self.source_disk.create_dir(&paths.source);
+        let _ = self.receiver_disk.create_dir(&paths.receiver);
+        let shape = format!("{:?}", self.shape);
+        self.note(shape);
+    }
+
+    fn life(&mut self) -> u64 {
+        self.lives += 1;
+        self.lives
+    }
+
+    fn start_receiver(&mut self) {
+        let life = self.life();
+        let disk = LifeDisk::new(self.room(), &self.receiver_disk);
+        let socket = self.site.net.socket(RECEIVER.into());
+        let settings = self.receiver_settings();
+        let held: Arc<dyn Disk> = Arc::new(disk.clone());
+        let start = move || async move {
+            let settings = settings?;
+            let surroundings =
+                receiver::agent::Surroundings { disk: held, hold_replicas: false, socket: Some(socket) };
+            Receiver::start_on(settings, surroundings).await.map_err(|error| error.to_string())
+        };
+        self.receiver = Some(Process::start(&self.site, life, "receiver", disk, start, |_| {}));
+    }
+
+    fn receiver_settings(&self) -> Result<conf::Receiver, String> {
+        let (paths, identities) = (&self.ground.paths, &self.ground.identities);
+        let mut settings =
+            conf::Receiver::embedded(&paths.receiver, RECEIVER.into(), identities.source.1, GROUP)
+                .map_err(|error| error.to_string())?;
+        settings.identity_dir = identities.receiver.0.clone();
+        settings.journal.segment_bytes = 2 << 20;
+        settings.apply.batch_bytes = 256 << 10;
+        settings.apply.undo_bytes = 512 << 10;
+        settings.apply.interval = Duration::from_millis(400);
+        settings.apply.idle = Duration::from_millis(30);
+        settings.apply.min_interval = Duration::from_millis(60);
+        settings.history.window = self.shape.window;
+        settings.history.min = self.shape.window / 4;
+        Ok(settings)
+    }
+
+    fn start_source(&mut self, back: Back) -> Step {
+        let life = self.life();
+        let disk = LifeDisk::new(self.room(), &self.source_disk);
+        let mut backing = LifeDisk::new(self.room(), &self.backing_disk);
+        backing.dies_with(&disk);
+        let backings = Arc::new(SimBackings { disk: backing, below: self.backing_disk.clone() });
+        let surroundings = Surroundings {
+            disk: Arc::new(disk.clone()),
+            backings,
+            socket: Some(self.site.net.socket(source_address(life))),
+            serves: false,
+        };
+        let settings = self.source_settings()?;
+        let (room, model, load) = (self.room().clone(), self.model.clone(), self.load.clone());
+        let each = self.shape.writers_each;
+        self.load.busy.store(0, Ordering::Release);
+        let start = move || async move {
+            Replicator::start_on(settings, surroundings).await.map_err(|error| error.to_string())
+        };
+        let began =
+            move |handle: &replicator::Handle| clients::start(&room, &model, &load, handle, back, each);
+        self.source = Some(Process::start(&self.site, life, "source", disk, start, began));
+        self.until_runs("the source", |story| {
+            story.source.as_ref().map(|source| (source.daemon().is_some(), source.ended()))
+        })
+    }
+
+    fn source_settings(&self) -> Result<conf::Replicator, String> {
+        let (paths, identities) = (&self.ground.paths, &self.ground.identities);
+        let volumes = (0..self.shape.volumes.len())
+            .map(|volume| (format!("v{volume}"), paths.backing.join(format!("v{volume}.img")), None));
+        let mut settings =
+            conf::Replicator::embedded(&paths.source, GROUP, volumes, RECEIVER.into(), identities.receiver.1)
+                .map_err(|error| error.to_string())?;
+        settings.identity_dir = identities.source.0.clone();
+        settings.ring_dir = paths.ring.clone();
+        settings.ring.bytes = 1 << 20;
+        settings.journal.segment_bytes = 1 << 20;
+        settings.journal.quota = self.shape.quota;
+        settings.receiver.reconnect_min = Duration::from_millis(20);
+        settings.receiver.reconnect_max = Duration::from_millis(500);
+        settings.receiver.heartbeat = Duration::from_millis(300);
+        settings.receiver.idle_timeout = Duration::from_millis(1500);
+        settings.receiver.connect_timeout = Duration::from_millis(1500);
+        Ok(settings)
+    }
+
+    fn until_runs(
+        &mut self,
+        who: &str,
+        look: impl Fn(&Story) -> Option<(bool, Option<Result<(), String>>)>,
+    ) -> Step {
+        for _ in 0..30_000 {
+            match look(self) {
+                Some((true, _)) => return Ok(()),
+                Some((false, Some(ended))) => return Err(format!("{who} did not start: {ended:?}")),
+                _ => machine::sleep(Duration::from_millis(2)),
+            }
+        }
+        Err(format!("{who} does not start\n{}", self.room().describe()))
+    }
+
+    fn states(&self) -> String {
+        let source = self.source.as_ref().and_then(Process::daemon).map(|d| d.status());
+        let receiver = self.receiver.as_ref().and_then(Process::daemon).map(|d| d.status());
+        let mut text = String::new();
+        for group in source.iter().flat_map(|status| &status.groups) {
+            let _ = write!(
+                text,
+                "source {:?} ({}) epoch {} {:?} peer {:?}; ",
+                group.state, group.why, group.epoch, group.positions, group.peer
+            );
+        }
+        for group in receiver.iter().flat_map(|status| &status.groups) {
+            let _ = write!(
+                text,
+                "receiver {:?} ({:?}) epoch {} {:?}",
+                group.state, group.why, group.epoch, group.positions
+            );
+        }
+        text
+    }
+
+    /// A failure, or an order of the operator.
+    fn event(&mut self) -> Step {
+        match self.room().draw(17) {
+            0 | 1 => self.kill_source(),
+            2 | 3 => self.kill_receiver(),
+            4 => self.source_power_loss(),
+            5 | 6 => self.receiver_power_loss(),
+            7 => self.outage(),
+            8 => self.bad_weather(),
+            9 => self.burst(),
+            10 => self.receiver_full(),
+            11 => self.receiver_sync_fails(),
+            12 => self.clock_jump(),
+            13 => self.restart_source(),
+            14 => self.restart_receiver(),
+            15 => self.roll_back(),
+            _ => self.rewind(),
+        }
+    }
+
+    fn source(&self) -> Result<Arc<replicator::Handle>, String> {
+        let daemon = self.source.as_ref().and_then(Process::daemon);
+        daemon.ok_or_else(|| {
+            let how = self.source.as_ref().and_then(Process::ended);
+            format!("the source is gone: {how:?}")
+        })
+    }
+
+    fn kill_source(&mut self) -> Step {
+        self.note("source: kill -9");
+        self.see_acknowledged();
+        if let Some(source) = self.source.take() {
+            source.kill(self.room());
+        }
+        self.pause(1500);
+        self.start_source(Back::Killed)
+    }
+
+    fn source_power_loss(&mut self) -> Step {
+        self.note("source: power lost");
+        self.see_acknowledged();
+        if let Some(source) = self.source.take() {
+            source.kill(self.room());
+        }
+        self.lose_ring();
+        let seed = self.room().draw(u64::MAX);
+        (self.source_disk, self.backing_disk) =
+            (self.source_disk.crash(seed), self.backing_disk.crash(seed ^ 5));
+        self.pause(1500);
+        self.start_source(Back::PowerLost)
+    }
+
+    fn lose_ring(&self) {
+        let _ = std::fs::remove_dir_all(&self.ground.paths.ring);
+        let _ = std::fs::create_dir_all(&self.ground.paths.ring);
+    }
+
+    fn restart_source(&mut self) -> Step {
+        self.note("source: stop and start");
+        self.see_acknowledged();
+        if let Some(source) = self.source.take() {
+            source.stop(self.room()).map_err(|why| format!("the source's stop: {why}"))?;
+        }
+        self.pause(1500);
+        self.start_source(Back::Killed)
+    }
+
+    fn kill_receiver(&mut self) -> Step {
+        self.note("receiver: kill -9");
+        self.stop_receiver_hard();
+        self.pause(1500);
+        self.start_receiver();
+        self.receiver_kept_its_word()
+    }
+
+    fn stop_receiver_hard(&mut self) {
+        self.see_acknowledged();
+        if let Some(receiver) = self.receiver.take() {
+            receiver.kill(self.room());
+        }
+        // What was under way when it died.
+        self.see_acknowledged();
+    }
+
+    fn receiver_power_loss(&mut self) -> Step {
+        self.note("receiver: power lost");
+        self.stop_receiver_hard();
+        let seed = self.room().draw(u64::MAX);
+        self.receiver_disk = self.receiver_disk.crash(seed);
+        self.pause(1500);
+        self.start_receiver();
+        self.receiver_kept_its_word()
+    }
+
+    fn restart_receiver(&mut self) -> Step {
+        self.note("receiver: stop and start");
+        self.see_acknowledged();
+        if let Some(receiver) = self.receiver.take() {
+            receiver.stop(self.room()).map_err(|why| format!("the receiver's stop: {why}"))?;
+        }
+        self.pause(1500);
+        self.start_receiver();
+        self.receiver_kept_its_word()
+    }
+
+    /// Notes what the source was told to be durable.
+    fn see_acknowledged(&mut self) {
+        if let Some(source) = self.source.as_ref().and_then(Process::daemon) {
+            let peer = source.watch_peer().borrow().clone();
+            let word = (peer.epoch, peer.received.0);
+            if word > self.void_up_to {
+                self.acknowledged = self.acknowledged.max(word);
+            }
+        }
+    }
+
+    /// Promise 4: what was acknowledged is there after any end of the receiver.
+    fn receiver_kept_its_word(&mut self) -> Step {
+        let word = self.acknowledged;
+        self.until_runs("the receiver", |story| {
+            story.receiver.as_ref().map(|receiver| (receiver.daemon().is_some(), receiver.ended()))
+        })?;
+        let status = self.receiver.as_ref().and_then(Process::daemon).map(|daemon| daemon.status());
+        let Some(group) = status.and_then(|status| status.groups.into_iter().next()) else {
+            return if word.1 == 0 {
+                Ok(())
+            } else {
+                Err(format!("promise 4: acknowledged {word:?}, and no group is there"))
+            };
+        };
+        let held = (group.epoch, group.positions.received_lsn.0);
+        if held < word {
+            return Err(format!(
+                "promise 4: acknowledged {word:?}, held after the restart {held:?} ({:?})",
+                group.why
+            ));
+        }
+        Ok(())
+    }
+
+    fn outage(&mut self) -> Step {
+        self.note("network: cut");
+        self.site.net.set(Weather { cut: true, ..Weather::FAIR });
+        self.pause(6000);
+        self.site.net.set(Weather::FAIR);
+        self.note("network: back");
+        Ok(())
+    }
+
+    fn bad_weather(&mut self) -> Step {
+        let room = self.room();
+        let weather = Weather {
+            cut: false,
+            loss: room.draw(200),
+            doubled: room.draw(200),
+            delay_us: 500 + room.draw(40_000),
+            jitter_us: room.draw(40_000),
+        };
+        self.note(format!("network: {weather:?}"));
+        self.site.net.set(weather);
+        self.pause(4000);
+        if self.room().chance(700) {
+            self.site.net.set(Weather::FAIR);
+        }
+        Ok(())
+    }
+
+    /// More than the ring takes, over a journal that hardly moves.
+    fn burst(&mut self) -> Step {
+        self.note("clients: a burst, the source journal's disk slow");
+        let Some(source) = &self.source else { return Ok(()) };
+        source.disk.slow(40_000);
+        self.load.pause_us.store(50, Ordering::Relaxed);
+        self.pause(1200);
+        self.load.pause_us.store(20_000, Ordering::Relaxed);
+        if let Some(source) = &self.source {
+            source.disk.slow(0);
+        }
+        Ok(())
+    }
+
+    fn receiver_full(&mut self) -> Step {
+        self.note("receiver: disk full");
+        let used = self.receiver_disk.used_bytes();
+        self.receiver_disk.set_capacity(Some(used + self.room().draw(3 << 20)));
+        self.pause(4000);
+        self.receiver_disk.set_capacity(None);
+        Ok(())
+    }
+
+    /// A failed sync is final: the receiver ends by itself, and what it had acknowledged is there.
+    fn receiver_sync_fails(&mut self) -> Step {
+        self.note("receiver: syncs fail");
+        let below = if self.room().chance(500) { "groups" } else { "replica" };
+        let path = self.ground.paths.receiver.join(below);
+        self.receiver_disk.fail_syncs_below(Some(&path));
+        for _ in 0..1500 {
+            if self.receiver.as_ref().is_some_and(|receiver| receiver.ended().is_some()) {
+                break;
+            }
+            machine::sleep(Duration::from_millis(2));
+        }
+        self.stop_receiver_hard();
+        self.receiver_disk.fail_syncs(false);
+        let seed = self.room().draw(u64::MAX);
+        self.receiver_disk = self.receiver_disk.crash(seed);
+        self.start_receiver();
+        self.receiver_kept_its_word()
+    }
+
+    fn clock_jump(&mut self) -> Step {
+        let seconds = i64::try_from(self.room().draw(14_400)).unwrap_or(0) - 7200;
+        self.note(format!("clocks: {seconds} s"));
+        self.room().jump(seconds * 1_000_000_000);
+        Ok(())
+    }
+
+    /// One side is restored from a backup that was taken earlier, or a backup is taken.
+    fn roll_back(&mut self) -> Step {
+        match self.room().draw(2) {
+            0 => match self.receiver_backup.take() {
+                None => {
+                    self.note("receiver: a backup is taken");
+                    self.stop_receiver_hard();
+                    self.receiver_backup = Some(self.receiver_disk.crash(1));
+                    self.start_receiver();
+                    self.receiver_kept_its_word()
+                }
+                Some(backup) => {
+                    self.note("receiver: restored from its backup");
+                    self.stop_receiver_hard();
+                    self.receiver_disk = backup;
+                    // Nothing that was acknowledged since is expected any more.
+                    self.void_up_to = self.void_up_to.max(self.acknowledged);
+                    self.acknowledged = (0, 0);
+                    self.start_receiver();
+                    self.until_well("after the receiver was rolled back")
+                }
+            },
+            _ => match self.source_backup.take() {
+                None => {
+                    self.note("source: a backup is taken");
+                    if let Some(source) = self.source.take() {
+                        source.kill(self.room());
+                    }
+                    self.lose_ring();
+                    (self.source_disk, self.backing_disk) =
+                        (self.source_disk.crash(1), self.backing_disk.crash(1));
+                    self.source_backup = Some((self.source_disk.crash(1), self.backing_disk.crash(1), 0));
+                    self.start_source(Back::PowerLost)?;
+                    let captured = self.source()?.captured_lsn().0;
+                    if let Some(backup) = &mut self.source_backup {
+                        backup.2 = captured;
+                    }
+                    Ok(())
+                }
+                Some((disk, backing, captured)) => {
+                    self.note("source: restored from its backup");
+                    let newest = self.source().map_or(u64::MAX, |source| source.captured_lsn().0);
+                    if let Some(source) = self.source.take() {
+                        source.kill(self.room());
+                    }
+                    self.lose_ring();
+                    (self.source_disk, self.backing_disk) = (disk, backing);
+                    self.model.ambiguous(captured..newest.saturating_add(1));
+                    self.acknowledged = (0, 0);
+                    self.start_source(Back::RolledBack)?;
+                    self.until_well("after the source was rolled back")
+                }
+            },
+        }
+    }
+
+    /// Takes the replica back, compares it, and rolls it forward again.
+    fn rewind(&mut self) -> Step {
+        let Some(receiver) = self.receiver.as_ref().and_then(Process::daemon) else { return Ok(()) };
+        let Ok(points) = receiver.points(GROUP) else { return Ok(()) };
+        let (Some(oldest), Some(newest)) = (points.oldest, points.newest) else { return Ok(()) };
+        let at = match self.room().chance(500) {
+            true => At::Latest,
+            false => At::Lsn(Lsn(oldest.lsn.0 + self.room().draw(newest.lsn.0 - oldest.lsn.0 + 1))),
+        };
+        self.note(format!("receiver: rewind to {at:?}"));
+        let order = at.clone();
+        let outcome = self.on_receiver(move |handle| async move {
+            handle
+                .rewind(GROUP, order)
+                .await
+                .map(|report| report.lsn.0)
+                .map_err(|error| (error.kind, error.to_string()))
+        })?;
+        match outcome {
+            Some(Ok(lsn)) => {
+                self.check_replica(lsn)?;
+                self.pause(1500);
+                self.told.points += 1;
+            }
+            Some(Err((receiver::ErrorKind::NotPossible, _))) => self.told.refused += 1,
+            Some(Err((_, why))) => return Err(format!("rewind to {at:?}: {why}")),
+            None => return Ok(()),
+        }
+        let resumed = self.on_receiver(|handle| async move {
+            handle.resume(GROUP).await.map(|_| ()).map_err(|error| (error.kind, error.to_string()))
+        })?;
+        match resumed {
+            Some(Err((kind, why))) if kind != receiver::ErrorKind::NotPossible => {
+                Err(format!("resume: {why}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Runs an order on a runtime of its own, as the control socket would.
+    fn on_receiver<T: Send + 'static, F: Future<Output = T>>(
+        &self,
+        order: impl FnOnce(Arc<receiver::agent::Handle>) -> F,
+    ) -> Result<Option<T>, String> {
+        let Some(handle) = self.receiver.as_ref().and_then(Process::daemon) else { return Ok(None) };
+        let done = crate::turn::run(self.room(), &self.site.net, order(handle));
+        done.map(Some).map_err(|error| error.to_string())
+    }
+
+    fn check_replica(&self, lsn: u64) -> Step {
+        let images = self.replicas();
+        self.model.check_point(lsn, &images).map_err(|why| format!("the rewound replica: {why}"))
+    }
+
+    fn replicas(&self) -> Vec<Vec<u8>> {
+        let image = |volume| {
+            let path = self.ground.paths.receiver.join("replica").join(GROUP).join(format!("v{volume}.img"));
+            self.receiver_disk.contents(&path).unwrap_or_default()
+        };
+        (0..self.shape.volumes.len()).map(image).collect()
+    }
+
+    /// What holds at any time.
+    fn promises(&mut self) -> Step {
+        if let Some(why) = self.load.broken.lock().ok().and_then(|mut broken| broken.take()) {
+            return Err(why);
+        }
+        for (who, ended) in [
+            ("source", self.source.as_ref().and_then(Process::ended)),
+            ("receiver", self.receiver.as_ref().and_then(Process::ended)),
+        ] {
+            if let Some(how) = ended {
+                return Err(format!("the {who} ended by itself: {how:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Random points of the history, all volumes at the same instant.
+    fn points(&mut self, count: usize) -> Step {
+        for _ in 0..count {
+            let Some(receiver) = self.receiver.as_ref().and_then(Process::daemon) else { return Ok(()) };
+            let Ok(history) = receiver.history(GROUP) else { return Ok(()) };
+            let points = history.points();
+            let (Some(oldest), Some(newest)) = (points.oldest, points.newest) else { return Ok(()) };
+            let lsn = oldest.lsn.0 + self.room().draw(newest.lsn.0 - oldest.lsn.0 + 1);
+            match images(&history, lsn) {
+                Ok(Some(images)) => {
+                    self.told.points += 1;
+                    self.model.check_point(lsn, &images).map_err(|why| format!("promise 5: {why}"))?;
+                }
+                Ok(None) => self.told.refused += 1,
+                Err(why) => return Err(format!("promise 5: lsn {lsn}: {why}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything comes right by itself: all is captured, received and on the replica.
+    fn until_well(&mut self, when: &str) -> Step {
+        // Loss at a tenth lets CUBIC through at the pace of a modem: that is no failure.
+        self.site.net.set(Weather::FAIR);
+        let ends = machine::now() + HEALING;
+        let mut stuck_since = None;
+        loop {
+            self.promises()?;
+            let status = self.source().map(|source| source.status())?;
+            let group = &status.groups[0];
+            if group.state == State::Replicating && group.connected {
+                break;
+            }
+            // Needs-resync is left by a new start.
+            if group.state == State::NeedsResync {
+                let since = *stuck_since.get_or_insert(machine::now());
+                if machine::since(since) > Duration::from_secs(3) {
+                    stuck_since = None;
+                    self.restart_source()?;
+                }
+            } else {
+                stuck_since = None;
+            }
+            if machine::now() > ends {
+                return Err(format!("{when}: does not come right: {}", self.states()));
+            }
+            machine::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// With nothing under way, replica and disk are the same.
+    fn equal(&mut self) -> Step {
+        self.load.paused.store(true, Ordering::Release);
+        let outcome = self.equal_when_quiet();
+        self.load.paused.store(false, Ordering::Release);
+        outcome
+    }
+
+    fn equal_when_quiet(&mut self) -> Step {
+        let ends = machine::now() + HEALING;
+        while self.load.busy.load(Ordering::Acquire) > 0 {
+            machine::sleep(Duration::from_millis(2));
+        }
+        loop {
+            self.until_well("before comparing")?;
+            let captured = self.source()?.captured_lsn();
+            let status = self.receiver.as_ref().and_then(Process::daemon).map(|daemon| daemon.status());
+            let group = status.and_then(|status| status.groups.into_iter().next());
+            let source = self.source()?.status();
+            let same = group.as_ref().is_some_and(|group| {
+                group.positions.checkpoint_lsn >= captured && group.epoch == source.groups[0].epoch
+            });
+            if same && source.groups[0].state == State::Replicating {
+                break;
+            }
+            if machine::now() > ends {
+                return Err(format!("the replica does not get there: {}", self.states()));
+            }
+            machine::sleep(Duration::from_millis(20));
+        }
+        for (volume, replica) in self.replicas().iter().enumerate() {
+            let path = self.ground.paths.backing.join(format!("v{volume}.img"));
+            let disk = self.backing_disk.contents(&path).unwrap_or_default();
+            if *replica != disk {
+                let at = disk.iter().zip(replica).position(|(a, b)| a != b);
+                return Err(format!(
+                    "promise 3: replicating, nothing under way, and volume {volume} differs at byte {at:?} ({} and {} bytes)",
+                    disk.len(),
+                    replica.len()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        if let Some(source) = self.source.take() {
+            source.kill(&self.site.room);
+        }
+        if let Some(receiver) = self.receiver.take() {
+            receiver.kill(&self.site.room);
+        }
+        for dir in [&self.ground.paths.source, &self.ground.paths.receiver, &self.ground.paths.ring] {
+            let _ = std::fs::remove_dir_all::<&Path>(dir);
+        }
+    }
+}
+
+/// Every volume at an lsn; `None` where that is no recovery point.
+fn images(history: &Arc<receiver::history::History>, lsn: u64) -> Result<Option<Vec<Vec<u8>>>, String> {
+    let refused = |error: receiver::Error| match error.kind {
+        receiver::ErrorKind::NotPossible => Ok(None),
+        _ => Err(error.to_string()),
+    };
+    let (point, _pin) = match history.resolve_pinned(&At::Lsn(Lsn(lsn))) {
+        Ok(found) => found,
+        Err(error) => return refused(error),
+    };
+    let mut images = Vec::new();
+    for (_, name, _) in history.volumes_at(point.moment.lsn) {
+        let view = match View::open(history, point, &name) {
+            Ok(view) => view,
+            Err(error) => return refused(error),
+        };
+        let mut image = vec![0; usize::try_from(view.size_bytes()).unwrap_or(0)];
+        // In pieces, as a client would: batches are applied between them.
+        for (at, piece) in image.chunks_mut(PIECE).enumerate() {
+            view.read_at(piece, (at * PIECE) as u64).map_err(|error| format!("{name}: {error}"))?;
+        }
+        images.push(image);
+    }
+    Ok(Some(images))
+}
