@@ -35,6 +35,9 @@ pub struct Plan {
     /// NBD over TCP: the first volume's address, the others on the ports after it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nbd_tcp: Option<SocketAddr>,
+    /// What is copied at first.
+    #[serde(default)]
+    pub sync: conf::SyncMode,
     /// The volumes.
     pub volume: Vec<PlannedVolume>,
 }
@@ -91,7 +94,7 @@ impl Plan {
             .map(|(name, disk)| planned(name, disk))
             .collect::<Result<_>>()?;
         let group = args.group.clone().unwrap_or_else(|| DEFAULT_GROUP.into());
-        Ok(Plan { group, receiver_port: 0, nbd_tcp: None, volume })
+        Ok(Plan { group, receiver_port: 0, nbd_tcp: None, sync: args.sync.unwrap_or_default(), volume })
     }
 
     /// Remembers the plan; durable when this returns.
@@ -124,6 +127,7 @@ impl Plan {
             settings.ring_dir.set_file_name(format!("afterimage-{}", user.as_raw()));
         }
         for (volume, index) in settings.volume.iter_mut().zip(0u16..) {
+            volume.sync = self.sync;
             volume.nbd_tcp = self.nbd_tcp.map(|first| tcp_address(first, index)).transpose()?;
         }
         Ok(settings)
@@ -201,6 +205,12 @@ fn agree(args: &UpArgs, dir: &Path, plan: Plan) -> Result<Plan> {
             bail!(differ(format!("--size and --disk do not ask for {}", told(&plan.volume))));
         }
     }
+    if let Some(sync) = args.sync.filter(|sync| *sync != plan.sync) {
+        bail!(differ(format!(
+            "--sync {}, but the first copy was of another kind",
+            format!("{sync:?}").to_lowercase()
+        )));
+    }
     if !args.volume.is_empty() {
         let known: Vec<&String> = plan.volume.iter().map(|volume| &volume.name).collect();
         if names(&args.volume, known.len())?.iter().ne(known) {
@@ -231,6 +241,7 @@ mod tests {
             volume: volume.iter().map(|name| name.to_string()).collect(),
             group: None,
             nbd_tcp: None,
+            sync: None,
             log_format: Default::default(),
             disks: disks.to_vec(),
         }
@@ -275,6 +286,7 @@ mod tests {
             group: "g".into(),
             receiver_port: 0,
             nbd_tcp: Some(([127, 0, 0, 1], 10809).into()),
+            sync: conf::SyncMode::Allocated,
             volume: vec![
                 PlannedVolume { name: "a".into(), size_bytes: Some(1 << 20), disk: None },
                 PlannedVolume { name: "b".into(), size_bytes: None, disk: Some("/dev/b".into()) },
@@ -284,6 +296,7 @@ mod tests {
         assert_eq!(settings.volume[0].path, Path::new("/d/source/a.img"));
         assert_eq!(settings.volume[0].size, Some(1 << 20));
         assert_eq!(settings.volume[1].path, Path::new("/dev/b"));
+        assert_eq!(settings.volume[1].sync, conf::SyncMode::Allocated);
         assert_eq!(settings.volume[1].nbd_tcp, Some(([127, 0, 0, 1], 10810).into()));
         let settings = plan.receiver(Path::new("/d"), ([127, 0, 0, 1], 0).into(), [2; 32]).unwrap();
         assert!(settings.owns(&[2; 32], "g"));

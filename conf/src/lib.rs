@@ -30,7 +30,9 @@ pub use layers::Origin;
 pub use names::check_name;
 pub use quic::Quic;
 pub use receiver::{Apply, History, Receiver, Replica, Segments, Source};
-pub use replicator::{Capture, Journal, Kfilter, Nbd, OnStop, Peer, Replicator, Resync, Ring, Volume};
+pub use replicator::{
+    Capture, Journal, Kfilter, Nbd, OnStop, Peer, Replicator, Resync, Ring, SyncMode, Volume,
+};
 pub use source::{Checked, Daemon, Effective, Loaded, check, load_receiver, load_replicator};
 
 /// The whole `replicator.sample.toml`: every key, commented out, with its default.

@@ -97,6 +97,19 @@ pub struct Volume {
     pub nbd: PathBuf,
     /// TCP address of its NBD front, if it has one. NBD has no authentication.
     pub nbd_tcp: Option<SocketAddr>,
+    /// What is copied at first.
+    pub sync: SyncMode,
+}
+
+/// `sync`: what of a volume is copied when all of it has to be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", try_from = "String")]
+pub enum SyncMode {
+    /// Every byte.
+    #[default]
+    All,
+    /// What its file system has allocated, where that can be known exactly.
+    Allocated,
 }
 
 /// `[nbd]`: limits of the NBD front.
@@ -184,6 +197,18 @@ impl TryFrom<String> for Capture {
             "nbd" => Ok(Capture::Nbd),
             "kfilter" => Ok(Capture::Kfilter),
             _ => Err("\"nbd\" or \"kfilter\" is allowed"),
+        }
+    }
+}
+
+impl TryFrom<String> for SyncMode {
+    type Error = &'static str;
+
+    fn try_from(text: String) -> Result<Self, &'static str> {
+        match text.as_str() {
+            "all" => Ok(SyncMode::All),
+            "allocated" => Ok(SyncMode::Allocated),
+            _ => Err("\"all\" or \"allocated\" is allowed"),
         }
     }
 }
@@ -277,6 +302,7 @@ struct RawVolume {
     size: Option<u64>,
     nbd: Option<PathBuf>,
     nbd_tcp: Option<String>,
+    sync: SyncMode,
 }
 
 impl Default for RawPeer {
@@ -373,6 +399,7 @@ fn volumes(raw: Vec<RawVolume>, capture: Capture, dir: &Path) -> Result<Vec<Volu
             size: raw.size,
             nbd: names::path_or(&key("nbd"), raw.nbd, dir, &format!("{name}.nbd.sock"))?,
             nbd_tcp,
+            sync: raw.sync,
             name,
         };
         require(names.insert(volume.name.clone()), &key("name"), "each volume needs its own name")?;

@@ -4,7 +4,7 @@
 //! Little-endian, 64-bit. The mapping:
 //!
 //! ```text
-//!      0  identity page     written once, before the ring is put in place
+//!      0  identity page     written before the ring is put in place; epoch and its id also by `Region::renew`
 //!   4096  control words     each group of words that one side writes is on a cache line of its own
 //!   8192  64 volume slots   128 bytes each
 //!  16384  dirty bitmaps     for each volume: current, then pending; 64 KiB a bit

@@ -16,6 +16,7 @@
 //! ioctl        the calls of /dev/kfilter                                             both sides
 //! device       the user side of /dev/kfilter: groups that the kernel owns, read through a mapping
 //! calls        its ioctls, typed, and what their errors ask of the operator
+//! fsmap        free space of a mounted file system, from the kernel
 //! span         the user side's memory of a ring, by address
 //! region       the user side's home of a ring: a locked, preallocated file in tmpfs
 //! waker        lets the consumer sleep without missing a publish
@@ -38,6 +39,7 @@ pub mod device;
 pub mod dirty;
 pub mod entry;
 pub mod error;
+pub mod fsmap;
 pub mod ioctl;
 pub mod memory;
 pub mod recovery;

@@ -12,14 +12,15 @@
 //! Invariants: every page of the file is allocated before it is mapped (a store to a page that a full tmpfs
 //! cannot give is a SIGBUS); the file is touched only under the flock.
 
-use super::abi::{BITMAPS_AT, Identity, Layout, VolumeSpec};
+use super::abi::{BITMAPS_AT, Identity, Layout, VolumeSpec, control_at, identity_at};
 use super::consumer::Consumer;
 use super::error::{Error, ErrorKind};
-use super::memory::Host;
+use super::memory::{Host, Memory as _};
 use super::recovery::{Lost, TakeOver};
-use super::ring::{Reserver, Ring};
+use super::ring::{Mode, Refused, Reserver, Ring};
 use super::span::Span;
 use super::waker::Waker;
+use core::sync::atomic::Ordering::{Acquire, Release};
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstatfs};
 use rustix::io::Errno;
@@ -155,6 +156,35 @@ impl Region {
     /// pressure may swap them, and writes wait for that: worth a warning.
     pub fn is_pinned(&self) -> bool {
         self.host().pinned
+    }
+
+    /// Takes an empty ring whose writes only set bits into another epoch: the next record gets `next_lsn`. The consumer's
+    /// thread does it, since nobody else moves the tail. Refused with `BitmapMode` while writes are recorded, with `Full`
+    /// while records are held, with `Malformed` for an lsn that was given out.
+    ///
+    /// Crash order: 1 the lsn that a new owner counts from, 2 the identity; cut in between, the ring is nobody's, and the
+    /// next start begins a new epoch.
+    pub fn renew(&self, epoch: u64, epoch_id: &[u8; 16], next_lsn: u64) -> Result<(), Refused> {
+        self.host().locked(|reserver| {
+            let memory = self.memory();
+            if reserver.mode != Mode::Bitmap {
+                return Err(Refused::BitmapMode);
+            }
+            if memory.load64(control_at::TAIL, Acquire) != reserver.head {
+                return Err(Refused::Full);
+            }
+            if next_lsn < reserver.next_lsn {
+                return Err(Refused::Malformed);
+            }
+            memory.store64(control_at::ANCHOR_LSN, next_lsn, Release);
+            reserver.next_lsn = next_lsn;
+            // SAFETY: the identity is read by nobody but a new owner, and we are the owner as long as we live.
+            unsafe {
+                memory.write(identity_at::EPOCH, &epoch.to_le_bytes());
+                memory.write(identity_at::EPOCH_ID, epoch_id);
+            }
+            Ok(())
+        })
     }
 
     /// How much of the ring is reserved and not yet released, 0 to 1.
@@ -298,6 +328,38 @@ mod tests {
         // A new epoch takes its place.
         let region = Region::create(dir.path(), &RegionSpec { identity: other, ..SPEC }).unwrap();
         assert_eq!(region.used_bytes(), 0);
+    }
+
+    #[test]
+    fn goes_into_another_epoch_when_it_is_empty_and_keeps_its_bits() {
+        let dir = directory();
+        let region = Arc::new(Region::create(dir.path(), &SPEC).unwrap());
+        let mut consumer = Consumer::new(region.clone()).unwrap();
+        let other = Identity { epoch: 4, epoch_id: [9; 16], ..IDENTITY };
+        let renew = |lsn| region.renew(other.epoch, &other.epoch_id, lsn);
+        let Captured::Ring(token) = region.capture(Entry::write(7, 0, 512, 0), &[1; 512], 1).unwrap() else {
+            panic!("there is room")
+        };
+        assert_eq!(renew(50), Err(Refused::BitmapMode));
+        region.set_mode_bitmap(crate::dirty::CAUSE_AGENT, 2);
+        assert_eq!(renew(50), Err(Refused::Full), "a record is held");
+        region.mark_done(token);
+        assert!(consumer.peek().unwrap().is_some() && consumer.advance().unwrap());
+        assert_eq!(consumer.release(1), Ok(2));
+        region.mark_dirty(7, 0..1);
+        assert_eq!(renew(1), Err(Refused::Malformed), "given out");
+        assert_eq!(renew(50), Ok(()));
+        assert_eq!((region.captured_lsn(), region.first_held_lsn()), (49, 50));
+        assert_eq!(region.begin_resync(3), Ok(50));
+        assert_eq!(consumer.peek().unwrap().map(|record| record.lsn()), Some(50));
+        drop((consumer, region));
+        assert_eq!(
+            Region::take_over(dir.path(), &IDENTITY).unwrap_err().kind,
+            ErrorKind::Lost(Lost::Epoch),
+            "of the old epoch"
+        );
+        let region = Region::take_over(dir.path(), &other).unwrap().finish().unwrap();
+        assert!(region.is_dirty(7) && region.captured_lsn() == 50);
     }
 
     #[test]

@@ -43,6 +43,14 @@ pub trait Store: std::fmt::Debug + Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// Where the next data or hole is; `None` beyond the last. A store that cannot tell has data everywhere.
     fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>>;
+    /// Size now, bytes; `None`: it never changes.
+    fn size_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+    /// Whether a path leads to it.
+    fn is_at(&self, _path: &Path) -> bool {
+        true
+    }
 }
 
 /// An open disk.
@@ -103,6 +111,17 @@ impl Backing {
     /// Size when it was opened; a backing that grows must be opened anew.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Size now, in whole sectors; what was opened may have grown or shrunk since.
+    pub fn measure(&self) -> io::Result<u64> {
+        let size_bytes = self.store.size_bytes()?.unwrap_or(self.size_bytes);
+        Ok(size_bytes / u64::from(MIN_BLOCK_BYTES) * u64::from(MIN_BLOCK_BYTES))
+    }
+
+    /// Whether a path leads to this disk.
+    pub fn is_at(&self, path: &Path) -> bool {
+        self.store.is_at(path)
     }
 
     /// Fills `into` from `offset`.
@@ -193,6 +212,24 @@ impl Backing {
 }
 
 impl Store for File {
+    fn size_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(Some(rustix::fs::seek(self, SeekFrom::End(0))?))
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let identity = |found: &std::fs::Metadata| match found.file_type().is_block_device() {
+            true => (0, found.rdev()),
+            false => (found.dev(), found.ino()),
+        };
+        match (self.metadata(), std::fs::metadata(path)) {
+            (Ok(ours), Ok(there)) => {
+                ours.file_type() == there.file_type() && identity(&ours) == identity(&there)
+            }
+            _ => false,
+        }
+    }
+
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.read_exact_at(into, offset)
     }
@@ -272,6 +309,22 @@ mod tests {
         assert_eq!(directory.kind, Kind::Unsuitable);
         let missing = Backing::open(Path::new("no-such-disk"), Access::ReadOnly).unwrap_err();
         assert_eq!(missing.kind, Kind::Io);
+    }
+
+    #[test]
+    fn growth_and_another_file_in_its_place_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let make = || File::create(&path).unwrap().set_len(4096).unwrap();
+        make();
+        let backing = Backing::open(&path, Access::ReadWrite).unwrap();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(9000).unwrap();
+        assert_eq!((backing.size_bytes(), backing.measure().unwrap()), (4096, 8704));
+        assert!(backing.is_at(&path));
+        std::fs::remove_file(&path).unwrap();
+        assert!(!backing.is_at(&path));
+        make();
+        assert!(!backing.is_at(&path), "another file");
     }
 
     #[test]

@@ -17,16 +17,16 @@ use std::time::Duration;
 
 use journal::compress::Compression;
 use journal::frame::Stamp;
-use journal::writer::Writer;
 use journal::{Lsn, Position};
 use kfilter::Op;
 use machine::{JoinHandle, Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 
 use crate::capture::nbd::{CapturedVolume, OnGap};
-use crate::capture::ring::Front;
+use crate::capture::ring::{Front, InKernel};
 use crate::capture::{Refusal, Ring, Volume};
 use crate::clock::{JumpWatch, now_ns};
+use crate::disks::Ills;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gaps;
 use crate::link::{Link, LinkSettings};
@@ -74,6 +74,8 @@ pub(crate) struct Agent {
     pub(crate) operator: Mutex<()>,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
+    /// What is wrong with the disks behind the front.
+    pub(crate) ills: Mutex<Ills>,
     /// Comparison of the replica with the disks, by order.
     pub(crate) verification: Verification,
     failure: watch::Sender<Option<Arc<Error>>>,
@@ -104,7 +106,7 @@ impl Replicator {
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
-        let Started { state, volumes, ring, writer, cause, last_time_ns } = started;
+        let Started { state, volumes, ring, writer, cause, last_time_ns, skipped } = started;
         let known = state.get().clone();
         let stamp = Stamp { group: known.group, lineage: known.lineage, epoch: known.epoch };
         let board =
@@ -133,12 +135,17 @@ impl Replicator {
             health: Arc::default(),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::new(AtomicU64::new(0)),
+            tail: Arc::default(),
+            apart: Arc::default(),
+            skipped: Arc::new(skipped),
+            epoch_due: Arc::default(),
         };
-        let tail = writer.as_ref().map(Writer::shared).ok();
+        shared.set_tail(writer.as_ref().ok());
         if let Err(why) = &writer {
             tracing::error!(%why, "the disk is served without protection");
-            let why =
-                format!("not synchronised: {why}; writes are not recorded, restart the agent to synchronise");
+            let why = format!(
+                "not synchronised: {why}; writes are kept as dirty ranges; it is tried again by itself"
+            );
             shared.health.broken(&why);
             board.change(State::Degraded, why);
         }
@@ -156,10 +163,11 @@ impl Replicator {
             halt: Halt::default(),
             operator: Mutex::default(),
             due: Mutex::default(),
+            ills: Mutex::default(),
             verification,
             failure: watch::Sender::new(None),
         });
-        let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run() {
+        let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run(agent) {
             Ok(ended) => Some(ended),
             Err(error) => {
                 agent.fail(error);
@@ -174,14 +182,8 @@ impl Replicator {
             Some(())
         })?;
         let (stop_link, stopped) = watch::channel(false);
-        let link = match tail {
-            Some(tail) => {
-                let settings =
-                    LinkSettings::new(&agent.settings, identity, agent.surroundings.socket.clone())?;
-                tokio::spawn(Link::new(settings, agent.clone(), tail, wanted).run(stopped))
-            }
-            None => tokio::spawn(async {}),
-        };
+        let link = LinkSettings::new(&agent.settings, identity, agent.surroundings.socket.clone())?;
+        let link = tokio::spawn(Link::new(link, agent.clone(), wanted).run(stopped));
         let upkeep = tokio::spawn(upkeep(agent.clone(), last_time_ns));
         Ok(Handle {
             agent,
@@ -212,7 +214,7 @@ fn assemble(
                 };
                 Arc::new(Volume::device(volume.known.id.0, volume.known.name, disk))
             });
-            return (Ring::Kernel(Arc::new(group)), volumes.collect());
+            return (Ring::Kernel(InKernel::new(group)), volumes.collect());
         }
         OpenRing::Front(region) => Arc::new(region),
     };
@@ -350,6 +352,8 @@ async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
     loop {
         ticks.tick().await;
         agent.notice_overflow();
+        agent.look_at_disks();
+        agent.shared.skipped.keep();
         pending = watch.look(machine::now(), now_ns()).or(pending);
         // Between the start of an epoch and its synchronisation the stream has no place for it.
         if agent.shared.board.state().0 == State::Replicating

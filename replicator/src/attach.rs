@@ -98,12 +98,7 @@ impl Agent {
         }
         if state == State::Replicating {
             // Only new words: an overflow may be under repair by now.
-            self.shared.board.change_from(
-                State::Replicating,
-                State::Replicating,
-                self.detached_words(),
-                || true,
-            );
+            self.shared.board.change_from(State::Replicating, State::Replicating, self.words(), || true);
         } else {
             tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
         }
@@ -112,7 +107,7 @@ impl Agent {
 
     /// The volume of a device, or of a name.
     fn captured(&self, device: &Path) -> Result<(Arc<Group>, Arc<Volume>, PathBuf)> {
-        let Ring::Kernel(group) = &*self.shared.ring else {
+        let Ring::Kernel(kernel) = &*self.shared.ring else {
             let at =
                 "this group is captured by the NBD front: its disks are captured as long as the agent runs";
             return Err(Error::new(ErrorKind::NotPossible, at));
@@ -124,7 +119,7 @@ impl Agent {
         });
         let found = found.and_then(|settings| {
             let volume = self.volumes.iter().find(|volume| volume.name == settings.name)?;
-            Some((group.clone(), volume.clone(), settings.path.clone()))
+            Some((kernel.group(), volume.clone(), settings.path.clone()))
         });
         found.ok_or_else(|| {
             let devices: Vec<String> =

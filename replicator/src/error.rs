@@ -52,12 +52,15 @@ impl Error {
     }
 }
 
-/// An error and what is behind it, in one line.
+/// An error and all that is behind it, in one line.
 pub fn describe(error: &Error) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
+    let mut told = error.to_string();
+    let mut behind = std::error::Error::source(error);
+    while let Some(source) = behind {
+        told += &format!(": {source}");
+        behind = source.source();
     }
+    told
 }
 
 impl fmt::Display for Error {

@@ -2,14 +2,15 @@
 
 use std::sync::PoisonError;
 
+use journal::Lsn;
 use kfilter::dirty::{CAUSE_QUOTA, CAUSE_RING_FULL};
 use kfilter::{Mode, Op};
 use machine::Mutex;
 
 use crate::agent::Agent;
-use crate::capture::Refusal;
+use crate::capture::{Refusal, Ring, Tap};
 use crate::clock::now_ns;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::start;
 use crate::state::{Gap, KnownVolume, StateFile};
 use crate::status::State;
@@ -48,23 +49,37 @@ impl Agent {
         }
     }
 
-    /// Whether a gap is one that the synchronisation repairs by itself.
+    /// Whether a gap is one that the synchronisation repairs by itself, whoever does nothing.
     pub(crate) fn repairs_itself(&self) -> bool {
         let (state, _) = self.shared.board.state();
-        self.shared.health.is_good()
-            && !matches!(state, State::NeedsResync | State::Fenced | State::Rewound)
+        (self.shared.health.is_good() || state == State::NeedsResync)
+            && !matches!(state, State::Fenced | State::Rewound)
+            && !self.is_shrunk()
             && !self.volumes.iter().any(|volume| volume.sync_failed())
     }
 
-    /// What is to be said while replicating: which volumes are not captured.
-    pub(crate) fn detached_words(&self) -> String {
-        let names: Vec<&str> = self
-            .volumes
-            .iter()
-            .filter(|volume| !volume.is_attached())
-            .map(|volume| volume.name.as_str())
-            .collect();
-        if names.is_empty() { String::new() } else { format!("detached: {}", names.join(", ")) }
+    /// The ring becomes the current epoch's, and gives lsns from here on; it is empty, and writes only set bits. A new
+    /// consumer where the ring is another one. Called by the consumer's thread.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub(crate) fn renew_ring(&self, first_lsn: Lsn) -> Result<Option<Tap>> {
+        let _one = self.operator.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*self.shared.ring {
+            Ring::Front(front) => {
+                let epoch = self.state().get().epoch;
+                let renewed = front.region.renew(epoch.number, &epoch.id.0, first_lsn.0);
+                renewed.map_err(|refused| {
+                    let at = format!("the ring refused to go into the new epoch: {refused:?}");
+                    Error::new(ErrorKind::Ring, at)
+                })?;
+                Ok(None)
+            }
+            Ring::Kernel(kernel) => {
+                kernel.replace(start::kernel::renew(self, &kernel.group(), first_lsn)?);
+                self.shared.ring.tap().map(Some)
+            }
+        }
     }
 
     /// From its return on, durably, no receiver that holds nothing may start at this epoch: what it was found to hold

@@ -13,13 +13,16 @@
 //! ring becomes dirty bits.
 
 pub mod agent;
+mod allocated;
 mod attach;
 pub mod buffered_disk;
 pub mod capture;
 pub mod clock;
 pub mod compare;
+mod disks;
 pub mod error;
 mod gaps;
+mod granules;
 pub mod link;
 pub mod pipeline;
 pub mod progress;
@@ -28,6 +31,7 @@ mod report;
 pub mod resync;
 mod serve;
 pub mod ship;
+mod skipped;
 pub mod start;
 pub mod state;
 pub mod status;

@@ -5,7 +5,8 @@
 //! acknowledgement. A position that is not in our history ends in `needs-resync`, never in a guess.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use journal::reader::Reader;
@@ -65,12 +66,15 @@ impl LinkSettings {
 pub struct Link {
     settings: LinkSettings,
     agent: Arc<Agent>,
-    tail: Arc<Tail>,
     apply_now: mpsc::Receiver<Lsn>,
     /// What the receiver last said of itself.
     receiver: ReceiverState,
     /// Where we started when the receiver last refused what followed.
     refused_at: Option<Option<Position>>,
+    /// Bytes sent over connections that are over.
+    sent_before: u64,
+    /// The epoch that was greeted with: what is said of an older one says nothing of the current one.
+    epoch: u64,
 }
 
 /// A receiver that claims to hold more than this is broken or hostile: what is remembered of it could never be passed.
@@ -89,20 +93,24 @@ enum End {
 }
 
 impl Link {
-    pub(crate) fn new(
-        settings: LinkSettings,
-        agent: Arc<Agent>,
-        tail: Arc<Tail>,
-        apply_now: mpsc::Receiver<Lsn>,
-    ) -> Link {
+    pub(crate) fn new(settings: LinkSettings, agent: Arc<Agent>, apply_now: mpsc::Receiver<Lsn>) -> Link {
         let receiver = ReceiverState { code: ReceiverCode::Ok, why: String::new() };
-        Link { settings, agent, tail, apply_now, receiver, refused_at: None }
+        Link { settings, agent, apply_now, receiver, refused_at: None, sent_before: 0, epoch: 0 }
     }
 
     /// Runs until stopped.
     pub async fn run(mut self, mut stopped: watch::Receiver<bool>) {
         let mut backoff = Backoff::new(self.settings.peer.reconnect_min, self.settings.peer.reconnect_max);
+        let mut epochs = self.agent.shared.progress.watch_epochs();
         loop {
+            self.greets_in(*epochs.borrow_and_update());
+            if self.tail().is_none() {
+                // Nothing can be sent until the journal begins anew.
+                tokio::select! {
+                    _ = stopped.wait_for(|stopped| *stopped) => return,
+                    _ = epochs.changed() => continue,
+                }
+            }
             let attempt = tokio::select! {
                 _ = stopped.wait_for(|stopped| *stopped) => return,
                 end = self.settings.client.connect(&self.settings.peer.address, self.settings.peer.connect_timeout) => end,
@@ -110,11 +118,13 @@ impl Link {
             let end = match attempt {
                 Ok(connection) => {
                     let address = connection.remote_address();
-                    let end = match self.converse(&connection, address, &mut backoff, &mut stopped).await {
-                        Ok(end) => end,
-                        Err(error) => End::Lost(describe(&error)),
+                    let end = tokio::select! {
+                        end = self.converse(&connection, address, &mut backoff, &mut stopped) => end,
+                        _ = epochs.changed() => Ok(End::Lost("a new epoch begins".into())),
                     };
+                    let end = end.unwrap_or_else(|error| End::Lost(describe(&error)));
                     connection.close(0_u32.into(), b"done");
+                    self.sent_before += self.count(&connection);
                     end
                 }
                 Err(error) => End::Lost(describe(&error)),
@@ -138,7 +148,21 @@ impl Link {
             tokio::select! {
                 _ = stopped.wait_for(|stopped| *stopped) => return,
                 () = tokio::time::sleep(pause) => {}
+                _ = epochs.changed() => backoff.reset(),
             }
+        }
+    }
+
+    /// Bytes sent over a connection so far, told to all.
+    fn count(&self, connection: &quinn::Connection) -> u64 {
+        let sent = connection.stats().udp_tx.bytes;
+        self.agent.shared.progress.sent(self.sent_before + sent);
+        sent
+    }
+
+    fn greets_in(&mut self, epoch: u64) {
+        if std::mem::replace(&mut self.epoch, epoch) != epoch {
+            self.refused_at = None;
         }
     }
 
@@ -183,8 +207,8 @@ impl Link {
                 return Ok(End::Lost(format!("the source journal cannot be read: {why}")));
             }
             Err(Unjoined::Apart(why)) => {
-                self.agent.needs_resync(resume.as_ref(), &why);
-                return Ok(End::Stuck(format!("{why}; restart the agent to synchronise")));
+                self.agent.needs_resync(self.epoch, resume.as_ref(), &why);
+                return Ok(End::Lost(why));
             }
         };
         backoff.reset();
@@ -208,7 +232,10 @@ impl Link {
         let mut sending = tokio::spawn(send_frames(writer, frames));
         let agent = self.agent.clone();
         let carried = agent.shared.progress.questions();
-        let (journal, tail) = (agent.settings.dir.join("journal"), self.tail.clone());
+        let Some(tail) = self.tail() else {
+            return Ok(End::Lost("the source journal is over".into()));
+        };
+        let journal = agent.settings.dir.join("journal");
         let disk = agent.surroundings.disk.clone();
         let end = tokio::select! {
             _ = stopped.wait_for(|stopped| *stopped) => End::Stopped,
@@ -219,7 +246,7 @@ impl Link {
             },
             error = carried.carry(connection) => End::Lost(describe(&error)),
             error = refetch::serve(connection, &disk, &journal, &tail) => End::Lost(describe(&error)),
-            end = self.follow(&mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
+            end = self.follow(connection, &mut sender, &mut receiver, resume) => end.unwrap_or_else(|error| End::Lost(describe(&error))),
         };
         sending.abort();
         if matches!(end, End::Stopped) {
@@ -257,6 +284,9 @@ impl Link {
     }
 
     fn open_reader(&self, resume: Option<Position>) -> std::result::Result<(Reader, Position), Unjoined> {
+        if self.tail().is_none() {
+            return Err(Unjoined::Transient("there is none".to_owned()));
+        }
         let disk = self.agent.surroundings.disk.clone();
         let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
             if ship::is_transient(&error) {
@@ -269,14 +299,19 @@ impl Link {
         Ok((reader, start))
     }
 
+    fn tail(&self) -> Option<Arc<Tail>> {
+        self.agent.shared.tail.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn start_reader(&self, reader: Reader) -> mpsc::Receiver<Bytes> {
         let (frames, queue) = mpsc::channel(ship::READ_AHEAD_FRAMES);
-        let (agent, tail) = (self.agent.clone(), self.tail.clone());
+        let Some(tail) = self.tail() else { return queue };
+        let (agent, epoch) = (self.agent.clone(), self.epoch);
         let read = move || {
             if let Err(error) = ship::read_ahead(reader, &tail, &agent.shared.progress, &frames) {
                 tracing::error!(%error, "the source journal cannot be read");
                 if matches!(error.kind, journal::ErrorKind::Corrupt | journal::ErrorKind::Malformed) {
-                    agent.journal_is_damaged(&format!("the source journal is damaged: {error}"));
+                    agent.journal_is_damaged(epoch, &format!("the source journal is damaged: {error}"));
                 }
             }
         };
@@ -290,6 +325,7 @@ impl Link {
     /// Control messages in both directions until the connection ends.
     async fn follow(
         &mut self,
+        connection: &quinn::Connection,
         sender: &mut ControlSender,
         receiver: &mut ControlReceiver,
         resume: Option<Position>,
@@ -317,6 +353,7 @@ impl Link {
                     None => return Ok(End::Lost("the receiver closed the connection".into())),
                 },
                 _ = beats.tick() => {
+                    self.count(connection);
                     // Time first: everything captured after it has a later lsn than the one read next.
                     let time_ns = now_ns();
                     let captured_lsn = self.agent.shared.ring.captured_lsn();
@@ -346,15 +383,16 @@ impl Link {
         };
         let ReceiverState { code, why } = &self.receiver;
         let on_its_way = *code == ReceiverCode::NeedsResync && (epoch < current || checkpoint <= start);
-        let stuck = *code != ReceiverCode::Ok && !on_its_way;
+        let is_news = *code != ReceiverCode::Ok && !on_its_way;
         match code {
-            ReceiverCode::NeedsResync if stuck => self.agent.needs_resync(None, why),
+            ReceiverCode::NeedsResync if is_news => self.agent.needs_resync(self.epoch, None, why),
             ReceiverCode::Fenced => self.agent.shared.board.change(State::Fenced, why.clone()),
             _ => {}
         }
         self.agent.shared.progress.peer_changed(|peer| {
-            peer.stuck = stuck;
-            peer.trouble = if stuck { format!("receiver: {why}") } else { String::new() };
+            // A synchronisation comes by itself.
+            peer.stuck = is_news && *code != ReceiverCode::NeedsResync;
+            peer.trouble = if is_news { format!("receiver: {why}") } else { String::new() };
         });
     }
 
@@ -371,8 +409,8 @@ impl Link {
                 End::Lost(why)
             }
             ErrorCode::OutOfOrder | ErrorCode::ChainMismatch => {
-                self.agent.needs_resync(resume.as_ref(), &why);
-                End::Stuck(format!("{why}; restart the agent to synchronise"))
+                self.agent.needs_resync(self.epoch, resume.as_ref(), &why);
+                End::Lost(why)
             }
             ErrorCode::Fenced => {
                 self.agent.shared.board.change(State::Fenced, why.clone());
@@ -384,11 +422,15 @@ impl Link {
 }
 
 impl Agent {
-    /// Our history and the receiver's do not join: remembered durably, so that the next start synchronises in a new
-    /// epoch above everything that either side has seen.
-    fn needs_resync(&self, resume: Option<&Position>, why: &str) {
+    /// Our history and the receiver's do not join, as somebody found who greeted in `epoch`: remembered durably, so that
+    /// the synchronisation, of this run or of the next, begins a new epoch above everything that either side has seen.
+    fn needs_resync(&self, epoch: u64, resume: Option<&Position>, why: &str) {
         let gap = Gap { cause: why.to_owned(), since_ns: now_ns() };
-        let remembered = self.state().update(|state| {
+        let mut file = self.state();
+        if file.get().epoch.number != epoch {
+            return; // Of an epoch that is over.
+        }
+        let remembered = file.update(|state| {
             if let Some(resume) = resume {
                 state.above_epoch = state.above_epoch.max(resume.epoch.number);
                 state.above_lsn = state.above_lsn.max(resume.lsn);
@@ -400,16 +442,20 @@ impl Agent {
         if let Err(error) = remembered {
             tracing::error!(%error, "the gap cannot be remembered in the state file");
         }
-        self.shared.board.change(State::NeedsResync, format!("{why}; restart the agent to synchronise"));
+        self.shared.apart.store(true, Ordering::Release);
+        self.shared.board.change(State::NeedsResync, format!("{why}; a new epoch begins by itself"));
     }
 
-    /// As [`needs_resync`](Self::needs_resync); the next start also sets the journal aside, lest the receiver ask for the
-    /// same unreadable frame again.
-    fn journal_is_damaged(&self, why: &str) {
+    /// As [`needs_resync`](Self::needs_resync); the journal is set aside as well, lest the receiver ask for the same
+    /// unreadable frame again.
+    fn journal_is_damaged(&self, epoch: u64, why: &str) {
+        if self.state().get().epoch.number != epoch {
+            return;
+        }
         if let Err(error) = self.state().update(|state| state.journal_damaged = true) {
             tracing::error!(%error, "the damage cannot be remembered in the state file");
         }
-        self.needs_resync(None, why);
+        self.needs_resync(epoch, None, why);
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use journal::{Lsn, Position};
@@ -66,7 +67,9 @@ impl Inner {
 pub struct Progress {
     inner: Mutex<Inner>,
     appended: Condvar,
+    sent_bytes: AtomicU64,
     peer: watch::Sender<PeerView>,
+    epochs: watch::Sender<u64>,
     questions: Questions,
 }
 
@@ -78,9 +81,21 @@ impl Progress {
         Progress {
             inner: Mutex::new(Inner { journaled, entries, droppable: (0, Lsn::ZERO), closed: false }),
             appended: Condvar::new(),
+            sent_bytes: AtomicU64::new(0),
             peer: watch::Sender::new(PeerView::default()),
+            epochs: watch::Sender::new(journaled.epoch.number),
             questions: Questions::default(),
         }
+    }
+
+    /// So many bytes were sent to the receiver in this run.
+    pub fn sent(&self, bytes: u64) {
+        self.sent_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of datagrams sent to the receiver in this run, as of the last heartbeat.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes.load(Ordering::Relaxed)
     }
 
     /// What is asked of the peer.
@@ -110,9 +125,20 @@ impl Progress {
         self.appended.notify_all();
     }
 
-    /// A new epoch begins at `start`: nothing of it is journaled yet.
+    /// A new epoch begins at `start`: nothing of it is journaled yet. A link of the old one ends.
     pub fn epoch_began(&self, start: Position) {
         self.lock().journaled = start;
+        self.epochs.send_replace(start.epoch.number);
+    }
+
+    /// The journal that the link reads is over: it lets it go.
+    pub fn journal_over(&self) {
+        self.epochs.send_modify(|_| ());
+    }
+
+    /// Follows the epochs that begin in this run.
+    pub fn watch_epochs(&self) -> watch::Receiver<u64> {
+        self.epochs.subscribe()
     }
 
     /// Last frame appended.

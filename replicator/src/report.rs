@@ -52,6 +52,8 @@ impl Agent {
             positions,
             rpo_ms: lag_ns / 1_000_000,
             backlog_bytes,
+            sent_bytes: shared.progress.sent_bytes(),
+            skipped_bytes: shared.skipped.bytes(),
             journal_bytes: shared.journal_bytes.load(Ordering::Relaxed),
             ring_percent: percent(&shared.ring),
             connected: peer.connected.is_some(),

@@ -60,7 +60,8 @@ pub struct KnownVolume {
     pub name: String,
     /// Size when last seen, bytes.
     pub size_bytes: u64,
-    /// What tells whether others wrote to it since the clean stop ([`crate::start::stamp::of_path`]).
+    /// What tells whether others wrote to it since the clean stop ([`crate::start::stamp::of_path`]); while it is served,
+    /// whether it is the same file ([`crate::start::stamp::identity_of`]).
     pub stamp: Option<[u64; 3]>,
     /// False once it left the group.
     pub present: bool,

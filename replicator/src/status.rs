@@ -18,7 +18,7 @@ pub enum State {
     Resyncing,
     /// Writes become dirty bits, not records.
     Degraded,
-    /// A gap is known; the next start of the agent synchronises.
+    /// Source and replica do not join; a new epoch begins by itself.
     NeedsResync,
     /// Not captured.
     Detached,
@@ -53,6 +53,12 @@ pub struct GroupStatus {
     pub rpo_ms: u64,
     /// Journaled bytes that the receiver has not acknowledged.
     pub backlog_bytes: u64,
+    /// Bytes of datagrams sent to the receiver since the agent started, as of the last heartbeat.
+    #[serde(default)]
+    pub sent_bytes: u64,
+    /// Bytes that the file systems call free and that were not sent (`sync = "allocated"`).
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// Bytes that the source journal takes on disk.
     pub journal_bytes: u64,
     /// Fill of the ring, percent.
@@ -166,7 +172,8 @@ impl Board {
 
     /// Takes all volumes to a state, with its cause. The one function through which states change.
     ///
-    /// A worse state is left only for `Syncing`, `Resyncing` (a repair began) or `Replicating` reached through one.
+    /// A gap is left only for `Syncing` or `Resyncing` (a repair began), or for something worse; `Fenced` by nothing but a
+    /// new start. Anything else is not done: whoever speaks late does not undo what others have seen since.
     pub fn change(&self, to: State, why: impl Into<String>) {
         self.change_in(&mut self.lock(), to, why.into());
     }
@@ -186,8 +193,7 @@ impl Board {
         if from == to && inner.why == why {
             return;
         }
-        let lost = matches!(from, State::Degraded | State::NeedsResync | State::Fenced);
-        if lost && to < from && !matches!(to, State::Syncing | State::Resyncing) {
+        if !may_follow(from, to) {
             return;
         }
         if from != to {
@@ -238,6 +244,15 @@ impl Board {
     }
 }
 
+/// The edges of the diagram in docs/architecture.md.
+fn may_follow(from: State, to: State) -> bool {
+    match from {
+        State::Degraded | State::NeedsResync => to >= from || matches!(to, State::Syncing | State::Resyncing),
+        State::Fenced => to == State::Fenced,
+        State::Replicating | State::Syncing | State::Resyncing | State::Detached | State::Rewound => true,
+    }
+}
+
 fn worst(volumes: &[Shown]) -> State {
     let captured = volumes.iter().filter(|volume| !volume.out);
     captured.map(|volume| volume.state).max().unwrap_or(State::Detached)
@@ -257,6 +272,8 @@ mod tests {
             positions: Positions::default(),
             rpo_ms: 0,
             backlog_bytes: 0,
+            sent_bytes: 0,
+            skipped_bytes: 0,
             journal_bytes: 0,
             ring_percent: 0,
             peer: String::new(),
@@ -313,6 +330,29 @@ mod tests {
         board.change(State::Replicating, "");
         board.change_from(State::Replicating, State::Degraded, "ring full", || false);
         assert_eq!(board.state().0, State::Replicating);
+    }
+
+    #[test]
+    fn every_edge_of_the_diagram_is_taken_and_no_other() {
+        use State::{Degraded, Detached, Fenced, NeedsResync, Replicating, Resyncing, Rewound, Syncing};
+        let all = [Replicating, Syncing, Resyncing, Degraded, NeedsResync, Detached, Rewound, Fenced];
+        let edges = |from| match from {
+            // A start says what it finds; a repair ends well, or in whatever came between; nothing leads back from health.
+            Detached | Syncing | Resyncing | Replicating | Rewound => &all[..],
+            Degraded => &[Degraded, Syncing, Resyncing, NeedsResync, Detached, Rewound, Fenced],
+            NeedsResync => &[NeedsResync, Syncing, Resyncing, Detached, Rewound, Fenced],
+            Fenced => &[Fenced],
+        };
+        for from in all {
+            for to in all {
+                let board = Board::new("g", ["v".to_owned()].into_iter());
+                board.change(from, "before");
+                assert_eq!(board.state(), (from, "before".to_owned()), "from a start to {from:?}");
+                board.change(to, "after");
+                let expected = if edges(from).contains(&to) { (to, "after") } else { (from, "before") };
+                assert_eq!(board.state(), (expected.0, expected.1.to_owned()), "{from:?} to {to:?}");
+            }
+        }
     }
 
     #[test]

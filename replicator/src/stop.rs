@@ -26,7 +26,8 @@ impl Agent {
     /// What `kfilter.on_stop` says: ends the capture of all devices, or of none. The pipeline still runs, and takes what
     /// was captured last.
     fn detach_at_stop(&self) -> Result<Vec<Detached>> {
-        let Ring::Kernel(group) = &*self.shared.ring else { return Ok(Vec::new()) };
+        let Ring::Kernel(kernel) = &*self.shared.ring else { return Ok(Vec::new()) };
+        let group = kernel.group();
         let disks: Vec<_> =
             self.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
         let whole = self.shared.board.state().0 == State::Replicating
@@ -47,7 +48,7 @@ impl Agent {
         let (mut detached, mut settled) = (Vec::new(), true);
         for (id, disk) in disks {
             let written = start::stamp::written(&disk.sysfs()).unwrap_or([u64::MAX; 2]);
-            settled &= end_capture(group, id)?.is_settled;
+            settled &= end_capture(&group, id)?.is_settled;
             tracing::info!(device = %disk.path().display(), "detached for a clean stop");
             detached.push(Detached { id, disk, written });
         }
@@ -114,7 +115,8 @@ impl Handle {
     /// Order: 1 journal is durable, 2 the clean mark with the devices' stamps, 3 the kernel forgets the group (its ring holds
     /// nothing). Without devices that were detached the kernel captures on, and the next start takes over.
     fn mark_detached(&self, last: &Position, detached: &[Detached]) -> Result<()> {
-        let Ring::Kernel(group) = &*self.agent.shared.ring else { return Ok(()) };
+        let Ring::Kernel(kernel) = &*self.agent.shared.ring else { return Ok(()) };
+        let group = kernel.group();
         if detached.is_empty() {
             return Ok(());
         }
@@ -156,6 +158,13 @@ impl Handle {
             nbd::Export::sync(volume.as_ref()).map_err(|error| {
                 Error::because(ErrorKind::Io, format!("sync the backing of volume {}", volume.name), error)
             })?;
+        }
+        for (volume, settings) in self.agent.volumes.iter().zip(&self.agent.settings.volume) {
+            if volume.served().is_some_and(|served| !served.backing.is_at(&settings.path)) {
+                let path = settings.path.display();
+                let at = format!("{path} was removed or replaced while it was served: no clean mark is set");
+                return Err(Error::new(ErrorKind::NotPossible, at));
+            }
         }
         for volume in &self.agent.settings.volume {
             // Its times, too: the stamp is read from them, and must be what a crash leaves.

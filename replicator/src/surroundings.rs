@@ -36,6 +36,11 @@ pub trait Backings: Send + Sync {
     /// What changes when somebody writes to it; `None` where nothing tells.
     fn stamp(&self, path: &Path) -> Option<[u64; 3]>;
 
+    /// Which disk a path leads to, whatever is written to it; `None` where nothing tells.
+    fn identity(&self, _path: &Path) -> Option<[u64; 3]> {
+        None
+    }
+
     /// Makes durable what its stamp is read from.
     ///
     /// # Errors
@@ -54,6 +59,10 @@ impl Backings for RealBackings {
 
     fn stamp(&self, path: &Path) -> Option<[u64; 3]> {
         stamp::of_path(path)
+    }
+
+    fn identity(&self, path: &Path) -> Option<[u64; 3]> {
+        stamp::identity_of(path)
     }
 
     fn settle(&self, path: &Path) -> io::Result<()> {

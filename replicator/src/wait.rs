@@ -42,7 +42,7 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
         let (state, why) = agent.shared.board.state();
         // A gap that is repaired by itself is one that is synchronised soon.
         let synchronising = matches!(state, State::Syncing | State::Resyncing | State::Detached)
-            || (state == State::Degraded && agent.repairs_itself());
+            || (matches!(state, State::Degraded | State::NeedsResync) && agent.repairs_itself());
         if state != State::Replicating && !synchronising {
             return Ok(WaitOutcome::Impossible { why: format!("the group is {}: {why}", name_of(state)) });
         }

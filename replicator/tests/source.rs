@@ -222,11 +222,12 @@ async fn a_journal_that_cannot_be_had_keeps_nobody_from_the_disk() {
     assert_eq!(group.state, State::Degraded, "{}", group.why);
     qemu_io(&settings, &["write -P 3 0 64k", "flush"]);
     assert!(matches!(handle.wait(Duration::from_secs(60)).await.unwrap(), WaitOutcome::Impossible { .. }));
-    handle.shutdown().await.unwrap();
 
+    // Once it can be had, the running agent begins an epoch in it.
     std::fs::remove_file(dirs.state.path().join("journal")).unwrap();
-    let handle = Replicator::start(settings).await.unwrap();
-    until(&handle, "synchronised", |group| group.state == State::Replicating).await;
+    let group = until(&handle, "synchronised", |group| group.state == State::Replicating).await;
+    assert!(group.epoch > 1, "{group:?}");
+    qemu_io(&settings, &["write -P 4 1M 64k", "flush"]);
     handle.shutdown().await.unwrap();
     let (image, _) = replay(dirs.state.path());
     assert!(image == std::fs::read(dirs.state.path().join("disk.img")).unwrap());

@@ -31,6 +31,7 @@ pub mod daemon;
 pub mod database;
 pub mod history;
 pub mod image;
+pub mod load;
 pub mod nbd;
 pub mod nbd_client;
 pub mod oracle;

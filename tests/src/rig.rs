@@ -50,6 +50,7 @@ pub struct Pair<'a> {
     home: &'a Home,
     volumes: Vec<String>,
     receiver_dir: PathBuf,
+    replicas: Vec<(String, PathBuf)>,
     ring_dir: PathBuf,
     receiver_daemon: Option<Daemon>,
     source_daemon: Option<Daemon>,
@@ -117,6 +118,7 @@ impl<'a> Pair<'a> {
             source: Control::new(source_dir.join("control.sock")),
             receiver: Control::new(receiver_dir.join("control.sock")),
             receiver_dir,
+            replicas: Vec::new(),
             ring_dir,
             receiver_daemon: None,
             source_daemon: None,
@@ -191,8 +193,16 @@ impl<'a> Pair<'a> {
         self.volumes.iter().map(|volume| self.backing(volume)).collect()
     }
 
+    /// The settings put a volume's replica elsewhere.
+    pub fn replica_at(&mut self, volume: &str, path: &Path) {
+        self.replicas.push((volume.to_owned(), path.to_owned()));
+    }
+
     /// Where a volume's replica lies.
     pub fn replica(&self, volume: &str) -> PathBuf {
+        if let Some((_, path)) = self.replicas.iter().find(|(name, _)| name == volume) {
+            return path.clone();
+        }
         self.receiver_dir.join("replica").join(GROUP).join(format!("{volume}.img"))
     }
 

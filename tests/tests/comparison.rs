@@ -100,12 +100,11 @@ fn a_receiver_that_lost_everything_is_not_given_a_part_for_the_whole() -> Result
         pair.receiver_daemon()?.kill()?;
         std::fs::remove_dir_all(pair.group_dir())?;
         std::fs::remove_file(pair.replica("disk"))?;
+        let epoch = pair.source.group()?.number("epoch");
         pair.start_receiver()?;
-        let group = pair.source.until("not joined", MINUTE, |group| group.state() == "needs-resync")?;
-        home.figure(group.why().to_owned());
-        pair.source_daemon()?.stop()?;
-        pair.start_source()?;
-        pair.until_served()?;
+        let newer = |group: &Group| group.number("epoch") > epoch && group.state() == "replicating";
+        let group = pair.source.until("a new epoch", MINUTE, newer)?;
+        home.figure(format!("epoch {epoch} to {} in the running agent", group.number("epoch")));
         pair.assert_replica_equals_source()
     })
 }

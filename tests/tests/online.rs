@@ -2,70 +2,21 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
-use tests::control::{Group, poll};
-use tests::nbd_client::NbdClient;
+use rand::Rng;
+use tests::control::Group;
+use tests::load::{Load, LoadSpec};
 use tests::rig::{GROUP, Pair, PairSpec};
 use tests::{Home, story};
 
 const MINUTE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 
-/// Writes anywhere on a volume, as fast as it may, until it is stopped; comes back when the agent was killed.
-struct Load {
-    stop: Arc<AtomicBool>,
-    bytes: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<Result<()>>>,
-}
-
-impl Load {
-    fn start(
-        (socket, export): &(PathBuf, String),
-        clients: u64,
-        most: usize,
-        pause: Duration,
-        seed: u64,
-    ) -> Load {
-        let (stop, bytes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let threads = (0..clients).map(|client| {
-            let (socket, export, stop, bytes) = (socket.clone(), export.clone(), stop.clone(), bytes.clone());
-            let mut random = StdRng::seed_from_u64(seed + client);
-            thread::spawn(move || {
-                let connect = || poll("the front", MINUTE, || Ok(NbdClient::connect(&socket, &export).ok()));
-                let mut connected = connect()?;
-                let mut piece = vec![0; most];
-                while !stop.load(Ordering::Relaxed) {
-                    let length = random.random_range(1..=most / 512) * 512;
-                    let offset = random.random_range(0..=(connected.size() - length as u64) / 512) * 512;
-                    random.fill(&mut piece[..length]);
-                    match connected.write(&piece[..length], offset) {
-                        Ok(()) => _ = bytes.fetch_add(length as u64, Ordering::Relaxed),
-                        // The agent was killed: whether this was written, the disk says.
-                        Err(_) => connected = connect()?,
-                    }
-                    thread::sleep(pause);
-                }
-                Ok(())
-            })
-        });
-        Load { threads: threads.collect(), stop, bytes }
-    }
-
-    fn stop(self) -> Result<u64> {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads {
-            thread.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
-        }
-        Ok(self.bytes.load(Ordering::Relaxed))
-    }
+fn load(pair: &Pair<'_>, clients: u64, most: usize, pause: Duration, seed: u64) -> Load {
+    Load::start(&pair.sockets()[0], LoadSpec { clients, unit: 512, most, pause }, seed)
 }
 
 /// A disk with content in places of any alignment, and holes between them.
@@ -103,7 +54,7 @@ fn a_disk_in_use_is_taken_under_protection_under_its_writes() -> Result<()> {
         let mut pair = Pair::begin(home, &spec)?;
         let group = served(&pair)?;
         ensure!(group.state() == "syncing", "served while it is copied: {}", group.0);
-        let load = Load::start(&pair.sockets()[0], 2, 64 << 10, Duration::from_millis(2), home.seed());
+        let load = load(&pair, 2, 64 << 10, Duration::from_millis(2), home.seed());
         thread::sleep(Duration::from_millis(700));
         let group = pair.source.group()?;
         home.figure(format!("under way: {}", group.why()));
@@ -133,7 +84,7 @@ fn an_overflow_under_load_repairs_itself() -> Result<()> {
         let epoch = pair.source.group()?.number("epoch");
         let mut written = 0;
         for round in 0..2 {
-            let load = Load::start(&pair.sockets()[0], 4, 1 << 20, Duration::ZERO, home.seed() + round * 100);
+            let load = load(&pair, 4, 1 << 20, Duration::ZERO, home.seed() + round * 100);
             let lost = |group: &Group| group.state() != "replicating";
             let group = pair.source.until("an overflow", MINUTE, lost)?;
             home.figure(format!("{}: {}", group.state(), group.why()));
@@ -169,7 +120,7 @@ fn a_killed_agent_goes_on_with_what_is_left() -> Result<()> {
         };
         let mut pair = Pair::begin(home, &spec)?;
         let epoch = served(&pair)?.number("epoch");
-        let load = Load::start(&pair.sockets()[0], 2, 32 << 10, Duration::from_millis(2), home.seed());
+        let load = load(&pair, 2, 32 << 10, Duration::from_millis(2), home.seed());
         let mut random = home.rng();
         for kill in 0..5 {
             thread::sleep(Duration::from_millis(random.random_range(200..900)));

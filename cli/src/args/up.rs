@@ -28,6 +28,9 @@ pub struct UpArgs {
     /// Serve NBD on this TCP address too; further volumes on the ports after it. NBD knows no passwords
     #[arg(long, value_name = "IP:PORT")]
     pub nbd_tcp: Option<SocketAddr>,
+    /// What is copied at first: all, or what the disks' file systems have allocated [default: all]
+    #[arg(long, value_name = "WHAT", value_parser = parse_sync)]
+    pub sync: Option<conf::SyncMode>,
     /// How log lines look
     #[arg(long, value_enum, default_value_t)]
     pub log_format: LogFormat,
@@ -55,6 +58,10 @@ pub fn in_order(matches: &clap::ArgMatches) -> Vec<DiskArg> {
     let mut all: Vec<(usize, DiskArg)> = size_at.zip(sizes).chain(disk_at.zip(disks)).collect();
     all.sort_by_key(|(index, _)| *index);
     all.into_iter().map(|(_, disk)| disk).collect()
+}
+
+fn parse_sync(text: &str) -> Result<conf::SyncMode, String> {
+    conf::SyncMode::try_from(text.to_owned()).map_err(str::to_owned)
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {

@@ -17,6 +17,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kfilter::{Captured, Entry, Op, Refused, Region, Token};
@@ -52,6 +53,8 @@ pub struct CapturedVolume {
     pub board: Arc<Board>,
     /// Its changes in flight: what the barrier of a synchronisation waits for.
     pub in_flight: Arc<InFlight>,
+    /// What clients may use: never more than ring and stream know.
+    size_bytes: AtomicU64,
     durability: Durability,
     pacer: Pacer,
     on_gap: OnGap,
@@ -70,7 +73,41 @@ impl CapturedVolume {
         on_gap: OnGap,
     ) -> CapturedVolume {
         let (in_flight, durability, pacer) = (Arc::default(), Durability::default(), Pacer::new());
-        CapturedVolume { id, name, uuid, backing, ring, board, in_flight, durability, pacer, on_gap }
+        let size_bytes = AtomicU64::new(backing.size_bytes());
+        CapturedVolume {
+            id,
+            name,
+            uuid,
+            backing,
+            ring,
+            board,
+            in_flight,
+            size_bytes,
+            durability,
+            pacer,
+            on_gap,
+        }
+    }
+
+    /// Size that clients may use now, bytes.
+    pub fn size_bytes_now(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Ring and stream hear of a new size, before any write that needs it.
+    ///
+    /// # Errors
+    /// The ring refused: it does not know the volume.
+    pub fn tell_growth(&self, to: u64) -> Result<(), Refused> {
+        if self.ring.size_bytes(self.id).is_some_and(|known| known >= to) {
+            return Ok(());
+        }
+        self.ring.grow(self.id, to, &to.to_le_bytes(), now_ns()).map(drop)
+    }
+
+    /// Clients may use a new size, which [`tell_growth`](Self::tell_growth) has told.
+    pub fn serve_growth(&self, to: u64) {
+        self.size_bytes.fetch_max(to, Ordering::AcqRel);
     }
 
     /// Ends capture: from now on changes fail with `ESHUTDOWN`, before they reach ring or backing. True: none is in
@@ -144,7 +181,7 @@ impl CapturedVolume {
         );
         tracing::error!("{why}");
         self.ring.set_mode_bitmap(kfilter::dirty::CAUSE_AGENT, now_ns());
-        self.ring.mark_dirty(self.id, 0..self.backing.size_bytes());
+        self.ring.mark_dirty(self.id, 0..self.size_bytes_now());
         self.board.change(State::Degraded, why.as_str());
         (self.on_gap)(&why);
     }
@@ -196,7 +233,7 @@ impl Export for CapturedVolume {
     }
 
     fn size_bytes(&self) -> u64 {
-        self.backing.size_bytes()
+        self.size_bytes_now()
     }
 
     fn read_only(&self) -> bool {

@@ -3,7 +3,7 @@
 //! Everything behind capture (pipeline, synchronisation, status, stop) works on [`Ring`] and [`Tap`], and knows no kind.
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use kfilter::consumer::Malformed;
@@ -68,7 +68,27 @@ pub enum Ring {
     /// Behind the NBD front.
     Front(Front),
     /// In the kernel.
-    Kernel(Arc<Group>),
+    Kernel(InKernel),
+}
+
+/// The kernel's group, which a new epoch of a running agent replaces.
+pub struct InKernel(RwLock<Arc<Group>>);
+
+impl InKernel {
+    /// This group.
+    pub fn new(group: Group) -> InKernel {
+        InKernel(RwLock::new(Arc::new(group)))
+    }
+
+    /// The group as it is now.
+    pub fn group(&self) -> Arc<Group> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Another takes its place.
+    pub fn replace(&self, group: Group) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(group);
+    }
 }
 
 /// The NBD front's ring, and the changes in flight of its volumes.
@@ -106,7 +126,7 @@ impl Ring {
     pub fn ring_bytes(&self) -> u64 {
         match self {
             Ring::Front(front) => front.region.ring_bytes(),
-            Ring::Kernel(group) => group.ring_bytes(),
+            Ring::Kernel(kernel) => kernel.group().ring_bytes(),
         }
     }
 
@@ -114,7 +134,7 @@ impl Ring {
     pub fn fill_ratio(&self) -> f64 {
         let used = match self {
             Ring::Front(front) => front.region.used_bytes(),
-            Ring::Kernel(group) => group.used_bytes(),
+            Ring::Kernel(kernel) => kernel.group().used_bytes(),
         };
         used as f64 / self.ring_bytes() as f64
     }
@@ -123,7 +143,7 @@ impl Ring {
     pub fn mode(&self) -> Mode {
         match self {
             Ring::Front(front) => front.region.mode(),
-            Ring::Kernel(group) => group.mode(),
+            Ring::Kernel(kernel) => kernel.group().mode(),
         }
     }
 
@@ -131,7 +151,7 @@ impl Ring {
     pub fn loss(&self) -> Option<Loss> {
         match self {
             Ring::Front(front) => front.region.loss(),
-            Ring::Kernel(group) => group.loss(),
+            Ring::Kernel(kernel) => kernel.group().loss(),
         }
     }
 
@@ -139,12 +159,12 @@ impl Ring {
     pub fn captured_lsn(&self) -> u64 {
         match self {
             Ring::Front(front) => front.region.captured_lsn(),
-            Ring::Kernel(group) => match group.status() {
+            Ring::Kernel(kernel) => match kernel.group().status() {
                 Ok(status) => status.captured_lsn,
                 Err(error) => {
                     // The file is open and the call has no argument that could be wrong: only a module taken away.
                     tracing::error!(%error, "ask the kernel module for its newest lsn");
-                    group.first_held_lsn().saturating_sub(1)
+                    kernel.group().first_held_lsn().saturating_sub(1)
                 }
             },
         }
@@ -154,7 +174,7 @@ impl Ring {
     pub fn counters(&self) -> Option<KernelCounters> {
         match self {
             Ring::Front(_) => None,
-            Ring::Kernel(group) => group.status().ok().map(KernelCounters::from),
+            Ring::Kernel(kernel) => kernel.group().status().ok().map(KernelCounters::from),
         }
     }
 
@@ -162,7 +182,7 @@ impl Ring {
     pub fn first_held_lsn(&self) -> u64 {
         match self {
             Ring::Front(front) => front.region.first_held_lsn(),
-            Ring::Kernel(group) => group.first_held_lsn(),
+            Ring::Kernel(kernel) => kernel.group().first_held_lsn(),
         }
     }
 
@@ -170,7 +190,7 @@ impl Ring {
     pub fn dirty_extents(&self, volume: u32) -> Vec<Range<u64>> {
         match self {
             Ring::Front(front) => front.region.dirty_extents(volume).collect(),
-            Ring::Kernel(group) => group.dirty_extents(volume).collect(),
+            Ring::Kernel(kernel) => kernel.group().dirty_extents(volume).collect(),
         }
     }
 
@@ -178,7 +198,7 @@ impl Ring {
     pub fn is_dirty(&self, volume: u32) -> bool {
         match self {
             Ring::Front(front) => front.region.is_dirty(volume),
-            Ring::Kernel(group) => group.is_dirty(volume),
+            Ring::Kernel(kernel) => kernel.group().is_dirty(volume),
         }
     }
 
@@ -186,7 +206,7 @@ impl Ring {
     pub fn size_bytes(&self, volume: u32) -> Option<u64> {
         match self {
             Ring::Front(front) => front.region.size_bytes(volume),
-            Ring::Kernel(group) => group.size_bytes(volume),
+            Ring::Kernel(kernel) => kernel.group().size_bytes(volume),
         }
     }
 
@@ -204,7 +224,7 @@ impl Ring {
                     Captured::Bits => Err(Refusal::BitmapMode),
                 }
             }
-            Ring::Kernel(group) => Ok(group.event(op, volume, payload)?),
+            Ring::Kernel(kernel) => Ok(kernel.group().event(op, volume, payload)?),
         }
     }
 
@@ -225,7 +245,7 @@ impl Ring {
                     Captured::Bits => Err(Refusal::BitmapMode),
                 }
             }
-            Ring::Kernel(group) => Ok(group.slots(volume, ranges)?),
+            Ring::Kernel(kernel) => Ok(kernel.group().slots(volume, ranges)?),
         }
     }
 
@@ -240,7 +260,7 @@ impl Ring {
                 front.flip();
                 Ok(lsn)
             }
-            Ring::Kernel(group) => Ok(group.begin()?),
+            Ring::Kernel(kernel) => Ok(kernel.group().begin()?),
         }
     }
 
@@ -255,7 +275,7 @@ impl Ring {
                 front.flip();
                 Ok(lsn)
             }
-            Ring::Kernel(group) => Ok(group.fence()?),
+            Ring::Kernel(kernel) => Ok(kernel.group().fence()?),
         }
     }
 
@@ -267,7 +287,8 @@ impl Ring {
     pub fn barrier(&self, timeout: Duration, drained: bool) -> Result<Passed> {
         match self {
             Ring::Front(front) => Ok(if front.barrier(timeout) { Passed::Yes } else { Passed::NotYet }),
-            Ring::Kernel(group) => group
+            Ring::Kernel(kernel) => kernel
+                .group()
                 .barrier(timeout, drained)
                 .map_err(|error| Error::because(ErrorKind::Ring, "wait for writes in flight", error)),
         }
@@ -280,7 +301,7 @@ impl Ring {
     pub fn end(&self) -> Step<u64> {
         match self {
             Ring::Front(front) => Ok(front.region.end_resync(now_ns())?),
-            Ring::Kernel(group) => Ok(group.end()?),
+            Ring::Kernel(kernel) => Ok(kernel.group().end()?),
         }
     }
 
@@ -291,7 +312,8 @@ impl Ring {
     pub fn clear(&self, volume: u32, range: Range<u64>) -> Result<()> {
         match self {
             Ring::Front(front) => front.region.clear_dirty(volume, range),
-            Ring::Kernel(group) => group
+            Ring::Kernel(kernel) => kernel
+                .group()
                 .clear(volume, range)
                 .map_err(|error| Error::because(ErrorKind::Ring, "clear dirty bits", error))?,
         }
@@ -307,7 +329,8 @@ impl Ring {
             Ring::Front(front) => {
                 front.region.mark_dirty(volume, range);
             }
-            Ring::Kernel(group) => {
+            Ring::Kernel(kernel) => {
+                let group = kernel.group();
                 // Beyond the end there is nothing to read again.
                 let end = group.size_bytes(volume).map_or(range.start, |size| range.end.min(size));
                 if range.start < end {
@@ -327,7 +350,8 @@ impl Ring {
     pub fn set_mode_bitmap(&self, cause: u32) -> Result<()> {
         match self {
             Ring::Front(front) => front.region.set_mode_bitmap(cause, now_ns()),
-            Ring::Kernel(group) => group
+            Ring::Kernel(kernel) => kernel
+                .group()
                 .bitmap(cause)
                 .map_err(|error| Error::because(ErrorKind::Ring, "switch to dirty bits", error))?,
         }
@@ -338,7 +362,7 @@ impl Ring {
     pub fn wake_consumer(&self) {
         match self {
             Ring::Front(front) => front.region.wake_consumer(),
-            Ring::Kernel(group) => group.wake_consumer(),
+            Ring::Kernel(kernel) => kernel.group().wake_consumer(),
         }
     }
 
@@ -351,7 +375,7 @@ impl Ring {
             Ring::Front(front) => Consumer::new(front.region.clone())
                 .map(Tap::Front)
                 .map_err(|_| Error::new(ErrorKind::Busy, "the ring already has a consumer in this process")),
-            Ring::Kernel(group) => Ok(Tap::Kernel(KernelConsumer::new(group.clone()))),
+            Ring::Kernel(kernel) => Ok(Tap::Kernel(KernelConsumer::new(kernel.group()))),
         }
     }
 
@@ -359,7 +383,9 @@ impl Ring {
     pub fn untold_writes(&self) -> u64 {
         match self {
             Ring::Front(_) => 0,
-            Ring::Kernel(group) => group.status().map_or(0, |status| status.untracked + status.unreadable),
+            Ring::Kernel(kernel) => {
+                kernel.group().status().map_or(0, |status| status.untracked + status.unreadable)
+            }
         }
     }
 }

@@ -13,6 +13,7 @@
 //! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the truth.
 
 use std::sync::Arc;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,20 +21,24 @@ use journal::compress::Compression;
 use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
 use journal::pool::EncodePool;
 use journal::retention::SourcePolicy;
+use journal::tail::Tail;
 use journal::writer::Writer;
 use journal::{Lsn, Position};
 use kfilter::Mode;
 use machine::Mutex;
 
+use crate::agent::Agent;
 use crate::capture::ring::ring_lost;
 use crate::capture::{Ring, Tap};
 use crate::clock::now_ns;
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::resync::map::SharedMap;
+use crate::skipped::Skipped;
 use crate::state::StateFile;
 use crate::status::Board;
 
+mod epoch;
 mod health;
 mod records;
 mod shortage;
@@ -95,6 +100,26 @@ pub struct Shared {
     pub stop: Arc<AtomicBool>,
     /// Bytes of the journal on disk, for status.
     pub journal_bytes: Arc<std::sync::atomic::AtomicU64>,
+    /// How far the journal may be read; none while there is no journal.
+    pub tail: Arc<Mutex<Option<Arc<Tail>>>>,
+    /// Histories do not join: what is under way is of no use, until a new epoch has begun.
+    pub apart: Arc<AtomicBool>,
+    /// What was not sent because a file system called it free.
+    pub(crate) skipped: Arc<Skipped>,
+    /// The synchronisation wants a new epoch; withdrawn by the pipeline when it has begun, or cannot begin now.
+    pub epoch_due: Arc<AtomicBool>,
+}
+
+impl Shared {
+    /// Whether what is captured now reaches the replica in this epoch.
+    pub(crate) fn goes_on(&self) -> bool {
+        self.health.is_good() && !self.apart.load(Ordering::Acquire)
+    }
+
+    /// Tells readers of the journal that now is.
+    pub(crate) fn set_tail(&self, writer: Option<&Writer>) {
+        *self.tail.lock().unwrap_or_else(PoisonError::into_inner) = writer.map(Writer::shared);
+    }
 }
 
 /// The pipeline's own state.
@@ -106,6 +131,8 @@ pub struct Pipeline {
     writer: Option<Writer>,
     /// While there is no room for frames.
     shortage: Option<Shortage>,
+    /// A new epoch is on its way: what is captured before it is given up.
+    apart: bool,
     pool: EncodePool,
     settings: BatchSettings,
     stamp: Stamp,
@@ -139,6 +166,7 @@ impl Pipeline {
             tap,
             writer,
             shortage: None,
+            apart: false,
             pool,
             settings,
             stamp,
@@ -157,12 +185,17 @@ impl Pipeline {
         self.writer.is_none()
     }
 
+    /// Whether what is captured becomes dirty bits.
+    fn gives_up(&self) -> bool {
+        self.is_broken() || self.apart || self.shortage.is_some()
+    }
+
     /// Runs until `stop` is set and everything captured is journaled and synced. Returns the last position and whether
     /// the run was unbroken.
     ///
     /// # Errors
     /// The ring's memory was overwritten, or the state file cannot be written.
-    pub fn run(mut self) -> Result<(Position, bool)> {
+    pub(crate) fn run(mut self, agent: &Agent) -> Result<(Position, bool)> {
         let mut stop_since = None;
         loop {
             let took = self.gather()?;
@@ -173,6 +206,9 @@ impl Pipeline {
                 self.close_batch()?;
             }
             let held = self.release()?;
+            if self.shared.epoch_due.load(Ordering::Acquire) && !stopping {
+                self.turn(agent)?;
+            }
             if took {
                 continue;
             }
@@ -214,7 +250,7 @@ impl Pipeline {
             let bytes = Translator::raw_bytes(&record);
             gathered += bytes;
             if record.lsn() > self.journaled.lsn.0 {
-                if self.is_broken() || self.shortage.is_some() {
+                if self.gives_up() {
                     if record.op() == kfilter::Op::Volume {
                         self.translator.forget(record.volume());
                     }
@@ -284,7 +320,7 @@ impl Pipeline {
 
     /// Seals a frame onto the chain and appends it; what cannot be appended becomes dirty bits.
     fn commit(&mut self, frame: EncodedFrame) -> Result<()> {
-        if self.is_broken() || self.shortage.is_some() {
+        if self.gives_up() {
             return Ok(());
         }
         match self.append(frame) {

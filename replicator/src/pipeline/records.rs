@@ -47,6 +47,12 @@ impl Translator {
         self.shared.health.leave_untold(volume);
     }
 
+    /// The stream states a volume with this size, past the ring.
+    pub fn told(&mut self, volume: u32, size_bytes: u64) {
+        self.told.insert(volume, size_bytes);
+        self.shared.health.told(volume);
+    }
+
     /// The most raw bytes that a record takes in a frame.
     pub fn raw_bytes(from: &RecordRef<'_>) -> usize {
         let payload = from.payload().len();
@@ -81,7 +87,11 @@ impl Translator {
                     return Ok(());
                 }
                 if self.shared.map.is_active() {
-                    self.shared.map.lock().written(from.volume(), from.lsn(), range);
+                    self.shared.map.lock().written(from.volume(), from.lsn(), range.clone());
+                }
+                for part in self.shared.skipped.touch(from.volume(), &range) {
+                    // What this record leaves of a granule that was never sent is sent by the synchronisation.
+                    self.shared.ring.mark(from.volume(), part)?;
                 }
                 batch.push(&record, from.payload());
             }
@@ -237,6 +247,10 @@ mod tests {
             health: Arc::default(),
             stop: Arc::new(AtomicBool::new(false)),
             journal_bytes: Arc::default(),
+            tail: Arc::default(),
+            apart: Arc::default(),
+            skipped: Arc::new(crate::skipped::Skipped::open(dir)),
+            epoch_due: Arc::default(),
         }
     }
 

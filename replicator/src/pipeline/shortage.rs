@@ -3,7 +3,7 @@
 //! No room (quota, full disk) is left by itself: the frames that are journaled stay and are sent, acknowledged ones make
 //! room, and then the lsns that were given up get their places in the stream, as the beginning of a gap without content,
 //! so that the epoch goes on. What is dirty is synchronised afterwards like after an overflow. A journal that failed is
-//! not written again in this run.
+//! followed by a new epoch (`epoch`), in a journal that is opened anew.
 //!
 //! Order of giving up: 1 writes only set bits; 2 it is durable that records may go that no journal holds; 3 each
 //! record's range is dirty; 4 its room is given back. So a new owner of the ring finds bits for all that it misses.
@@ -156,6 +156,11 @@ impl Pipeline {
             lsn = lsn.next();
             self.batch.push(&void(&record(Op::Void, lsn)), &[]);
         }
+        self.append_alone()
+    }
+
+    /// Makes a frame of the open batch and appends it, past the queue; the pool is empty.
+    pub(super) fn append_alone(&mut self) -> Result<Appended> {
         let next = self.pool.batch();
         let batch = std::mem::replace(&mut self.batch, next);
         let compression = self.settings.compression;
@@ -170,13 +175,25 @@ impl Pipeline {
         while self.pool.recv().is_some() {}
     }
 
-    /// Journaling ends for this run. Order: 1 the ring takes no more records, 2 every volume is dirty in the ring (which
-    /// outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of records that no
-    /// journal holds is given back (by `gather`).
+    /// The journal takes nothing more: what is captured becomes dirty bits, until the synchronisation asks for a new epoch.
     pub(super) fn give_up(&mut self, cause: &str) -> Result<()> {
         if self.is_broken() {
             return Ok(());
         }
+        self.lose_all(cause)?;
+        self.writer = None;
+        self.shared.set_tail(None);
+        self.shared.progress.journal_over();
+        let why = format!("{cause}; writes are kept as dirty ranges; a new epoch is tried by itself");
+        self.shared.health.broken(&why);
+        self.shared.board.change(State::Degraded, why);
+        Ok(())
+    }
+
+    /// The stream of this epoch is over. Order: 1 the ring takes no more records, 2 every volume is dirty in the ring (which
+    /// outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of records that no
+    /// journal holds is given back (by `gather`).
+    pub(super) fn lose_all(&mut self, cause: &str) -> Result<()> {
         self.shared.ring.set_mode_bitmap(CAUSE_QUOTA)?;
         let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         let volumes: Vec<_> = file
@@ -198,11 +215,7 @@ impl Pipeline {
             tracing::error!(%error, "the gap cannot be remembered in the state file");
         }
         drop(file);
-        let why = format!("{cause}; writes are no longer recorded, restart the agent to synchronise");
-        self.shared.health.broken(&why);
         self.shared.map.lock().abandon();
-        self.shared.board.change(State::Degraded, why);
-        self.writer = None;
         self.shortage = None;
         self.forget_batches();
         self.tap.rewind();

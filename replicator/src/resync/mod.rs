@@ -71,6 +71,8 @@ enum Work {
     Ranges,
     /// A verification is to look on.
     Verify,
+    /// Source and replica do not join, or the journal failed: only a new epoch leads on.
+    Epoch,
 }
 
 /// The thread's own state.
@@ -82,6 +84,8 @@ pub(crate) struct Engine<'a> {
     /// Not before this: something could not be read.
     retry: Option<(Instant, Duration)>,
     verifier: Option<Verifier>,
+    /// When a new epoch was last asked for, and how long to wait from then to the next.
+    turned: Option<(Instant, Duration)>,
 }
 
 impl<'a> Engine<'a> {
@@ -93,6 +97,7 @@ impl<'a> Engine<'a> {
             untold: agent.shared.ring.untold_writes(),
             retry: None,
             verifier: None,
+            turned: None,
         }
     }
 
@@ -116,6 +121,7 @@ impl<'a> Engine<'a> {
                 Work::Gap(cause) => self.resync(&cause),
                 Work::Ranges => self.repair(),
                 Work::Verify => self.verify(),
+                Work::Epoch => self.begin_epoch(),
             };
             self.ended(done)?;
         }
@@ -141,7 +147,14 @@ impl<'a> Engine<'a> {
         agent.notice_overflow();
         let state = agent.shared.board.state().0;
         let hopeless = agent.volumes.iter().any(|volume| volume.sync_failed());
-        if !agent.shared.health.is_good() || matches!(state, State::NeedsResync | State::Fenced) || hopeless {
+        if state == State::Fenced || hopeless || agent.is_shrunk() {
+            return Work::None;
+        }
+        if agent.shared.apart.load(Ordering::Acquire) || agent.shared.health.is_broken() {
+            let waits = self.turned.is_some_and(|(at, pause)| machine::since(at) < pause);
+            return if waits { Work::None } else { Work::Epoch };
+        }
+        if !agent.shared.health.is_good() {
             return Work::None;
         }
         if self.retry.is_some_and(|(at, _)| machine::now() < at) {
@@ -166,6 +179,30 @@ impl<'a> Engine<'a> {
         if state == State::Replicating { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
     }
 
+    /// Orders a new epoch of the pipeline, and synchronises in it.
+    fn begin_epoch(&mut self) -> Result<()> {
+        let agent = self.agent;
+        let shared = &agent.shared;
+        let pause = self.turned.map_or(RETRY, |(_, pause)| (pause * 2).min(RETRY_MAX));
+        self.turned = Some((machine::now(), pause));
+        shared.epoch_due.store(true, Ordering::Release);
+        shared.ring.wake_consumer();
+        while shared.epoch_due.load(Ordering::Acquire) {
+            agent.halt.check()?;
+            machine::sleep(Duration::from_millis(5));
+        }
+        if !shared.health.is_good() {
+            let (state, _) = shared.board.state();
+            let to = if state == State::NeedsResync { state } else { State::Degraded };
+            let why = format!("{}; tried again in {} s", shared.health.why(), pause.as_secs());
+            shared.board.change(to, why);
+            return Ok(());
+        }
+        self.retry = None;
+        let cause = agent.gap_cause();
+        self.resync(&cause)
+    }
+
     /// A gap: from begin to end.
     fn resync(&mut self, cause: &str) -> Result<()> {
         let agent = self.agent;
@@ -182,7 +219,7 @@ impl<'a> Engine<'a> {
         let mut unreadable = Unreadable::default();
         loop {
             self.drained()?;
-            if !shared.health.is_good() {
+            if !shared.goes_on() {
                 return Ok(());
             }
             if let Some((volume, range)) = self.next_window(&unreadable) {
@@ -207,10 +244,10 @@ impl<'a> Engine<'a> {
             match shared.ring.end() {
                 Ok(end) => {
                     self.until_journaled(end)?;
-                    if !shared.health.is_good() {
+                    if !shared.goes_on() {
                         return Ok(());
                     }
-                    self.retry = None;
+                    (self.retry, self.turned) = (None, None);
                     *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
                     agent.state().update(|state| {
                         state.was_consistent = true;
@@ -222,7 +259,7 @@ impl<'a> Engine<'a> {
                     let seconds = machine::since(started).as_secs_f64();
                     tracing::info!(cause, content_bytes = report.sent, seconds, "synchronised");
                     if agent.state().get().needs_resync.is_none() {
-                        shared.board.change(State::Replicating, agent.detached_words());
+                        shared.board.change(State::Replicating, agent.words());
                     }
                     return Ok(());
                 }
@@ -264,7 +301,7 @@ impl<'a> Engine<'a> {
             }
             true => {
                 self.retry = None;
-                agent.shared.board.change(State::Replicating, agent.detached_words());
+                agent.shared.board.change(State::Replicating, agent.words());
                 tracing::info!(content_bytes = report.sent, "ranges of failed writes read again");
             }
         }
@@ -274,7 +311,7 @@ impl<'a> Engine<'a> {
     /// Waits until the ring has room to begin.
     fn drained(&self) -> Result<()> {
         let shared = &self.agent.shared;
-        while shared.ring.fill_ratio() > DRAINED && shared.health.is_good() {
+        while shared.ring.fill_ratio() > DRAINED && shared.goes_on() {
             self.agent.halt.check()?;
             machine::sleep(Duration::from_millis(5));
         }
@@ -328,7 +365,7 @@ impl<'a> Engine<'a> {
     fn until_journaled(&self, end: u64) -> Result<()> {
         let shared = &self.agent.shared;
         let mut at = shared.progress.position();
-        while at.lsn.0 < end && shared.health.is_good() {
+        while at.lsn.0 < end && shared.goes_on() {
             self.agent.halt.check()?;
             shared.progress.wait_beyond(&at, LOOK);
             at = shared.progress.position();

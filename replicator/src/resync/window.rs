@@ -23,6 +23,7 @@ use super::map::Content;
 use super::pace::{Advice, Pace};
 use super::progress::Report;
 use crate::agent::Agent;
+use crate::allocated;
 use crate::capture::disk::Buffer;
 use crate::capture::ring::Passed;
 use crate::capture::{Refusal, Volume, attach};
@@ -163,6 +164,9 @@ impl<'a> Copier<'a> {
         // Sizes that grew while nothing was recorded: no slot may reach beyond what the stream knows.
         self.agent.announce_volumes()?;
         barrier(self.agent)?.map_err(Stop::Later)?;
+        if kind == Kind::Resync {
+            self.skip_free(&range)?;
+        }
         let mut buffer = Buffer::new(usize::try_from(CHUNK_BYTES).unwrap_or(1 << 20));
         let ring = &self.agent.shared.ring;
         let dirty = ring.dirty_extents(self.volume.id).into_iter().filter_map(|dirty| {
@@ -191,6 +195,35 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
+    /// Leaves out what the file system calls free, where the running kernel can tell (`allocated`).
+    fn skip_free(&self, range: &Range<u64>) -> Copied<()> {
+        let settings = self.agent.settings.volume.iter().find(|volume| volume.name == self.volume.name);
+        let wants = settings.is_some_and(|settings| settings.sync == conf::SyncMode::Allocated);
+        let Some(disk) = self.volume.disk().filter(|_| wants) else { return Ok(()) };
+        let dirty = self.agent.shared.ring.dirty_extents(self.volume.id);
+        let long = dirty.into_iter().filter(|dirty| dirty.end - dirty.start >= differing::FROM_BYTES);
+        let long: Vec<_> = long.map(|dirty| dirty.start.max(range.start)..dirty.end.min(range.end)).collect();
+        if long.is_empty() {
+            return Ok(());
+        }
+        let free = match allocated::of_mounted(&disk) {
+            Ok(free) => free,
+            Err(why) => {
+                tracing::warn!(volume = %self.volume.name, why, "free space cannot be told apart: everything is sent");
+                return Ok(());
+            }
+        };
+        let runs: Vec<_> = long.into_iter().flat_map(|dirty| free.runs(dirty, true)).collect();
+        self.agent.shared.skipped.add(self.volume.id, disk.size_bytes(), &runs)?;
+        let mut skipped = 0;
+        for run in runs {
+            skipped += run.end - run.start;
+            self.agent.shared.ring.clear(self.volume.id, run)?;
+        }
+        tracing::info!(volume = %self.volume.name, free_bytes = skipped, "free space is not sent");
+        Ok(())
+    }
+
     /// Begins, and returns the lsn that the window's mask starts behind.
     fn begin(&self, range: &Range<u64>, kind: Kind) -> Copied<u64> {
         let shared = &self.agent.shared;
@@ -216,7 +249,7 @@ impl<'a> Copier<'a> {
         self.agent.halt.check()?;
         let shared = &self.agent.shared;
         let lost = shared.ring.mode() == Mode::Bitmap
-            || !shared.health.is_good()
+            || !shared.goes_on()
             || shared.map.lock().is_abandoned()
             || !self.volume.is_attached();
         if lost { Err(Stop::Lost) } else { Ok(()) }
@@ -424,6 +457,7 @@ impl<'a> Copier<'a> {
                 let joins = self.journaled.end == next.start;
                 self.journaled = if joins { self.journaled.start..next.end } else { next };
                 shared.ring.clear(self.volume.id, self.journaled.clone())?;
+                shared.skipped.sent(self.volume.id, &self.journaled);
                 self.journaled.start = self.journaled.start.max(self.journaled.end / GRANULE * GRANULE);
                 continue;
             }

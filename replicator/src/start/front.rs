@@ -8,6 +8,7 @@ use kfilter::{Entry, Op, Region};
 use super::{Found, OpenVolume, Opened, ring_dir, ring_identity, volume_record};
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
+use crate::skipped::Skipped;
 use crate::state::StateFile;
 
 /// The ring of the last run, redone to the backings, or in words why it is lost.
@@ -75,8 +76,8 @@ fn redo(record: &kfilter::RecordRef<'_>, volumes: &[OpenVolume]) -> Result<()> {
     })
 }
 
-/// A new ring in place of one that may be there.
-pub(super) fn create(found: &Found<'_>, state: &StateFile, first_lsn: Lsn, clean: bool) -> Result<Region> {
+/// A new ring in place of one that may be there; the replica is known to equal the disks.
+pub(super) fn create_clean(found: &Found<'_>, state: &StateFile, first_lsn: Lsn) -> Result<Region> {
     let specs = found.specs();
     let spec = RegionSpec {
         identity: ring_identity(state)?,
@@ -87,21 +88,31 @@ pub(super) fn create(found: &Found<'_>, state: &StateFile, first_lsn: Lsn, clean
     };
     let dir = ring_dir(found.settings, state);
     let made = |error| Error::because(ErrorKind::Ring, "make the ring", error);
-    let ring = Region::create(&dir, &spec).map_err(made)?;
-    if !clean {
-        for known in &state.get().volumes {
-            let payload = volume_record(known);
-            let entry =
-                Entry::event(Op::Volume, known.id.0, u32::try_from(payload.len()).unwrap_or(u32::MAX));
-            let put = ring.capture(std::iter::once(entry), &payload, now_ns());
-            put.map(drop).map_err(|refused| {
-                Error::new(ErrorKind::Ring, format!("the new ring refused a volume: {refused:?}"))
-            })?;
-        }
-        for spec in &specs {
-            ring.mark_dirty(spec.id, 0..spec.size_bytes);
-        }
-        ring.set_mode_bitmap(CAUSE_AGENT, now_ns());
+    Region::create(&dir, &spec).map_err(made)
+}
+
+/// A new ring in place of one that may be there, in which everything is dirty, but for what is skipped.
+pub(super) fn create(
+    found: &Found<'_>,
+    state: &StateFile,
+    first_lsn: Lsn,
+    skipped: Option<&Skipped>,
+) -> Result<Region> {
+    let ring = create_clean(found, state, first_lsn)?;
+    for known in &state.get().volumes {
+        let payload = volume_record(known);
+        let entry = Entry::event(Op::Volume, known.id.0, u32::try_from(payload.len()).unwrap_or(u32::MAX));
+        let put = ring.capture(std::iter::once(entry), &payload, now_ns());
+        put.map(drop).map_err(|refused| {
+            Error::new(ErrorKind::Ring, format!("the new ring refused a volume: {refused:?}"))
+        })?;
     }
+    for spec in &found.specs() {
+        let all = || vec![0..spec.size_bytes; 1];
+        for range in skipped.map_or_else(all, |skipped| skipped.others(spec.id, spec.size_bytes)) {
+            ring.mark_dirty(spec.id, range);
+        }
+    }
+    ring.set_mode_bitmap(CAUSE_AGENT, now_ns());
     Ok(ring)
 }

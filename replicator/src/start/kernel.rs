@@ -5,14 +5,15 @@ use std::time::Duration;
 use journal::Lsn;
 use kfilter::device::{GroupSpec, Passed};
 use kfilter::dirty::CAUSE_AGENT;
-use kfilter::{Device, ErrorKind as Cause, Group, Op};
+use kfilter::{Device, ErrorKind as Cause, Group, Op, VolumeSpec};
 
 use super::{Found, OpenVolume, Opened, ring_identity, stamp, volume_record};
+use crate::agent::Agent;
 use crate::attach::end_capture;
 use crate::capture::attach;
 use crate::capture::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::StateFile;
+use crate::state::{KnownVolume, StateFile};
 
 /// How long writes in flight may take before they are not waited for here (the synchronisation waits for them anyway).
 const SETTLE: Duration = Duration::from_secs(10);
@@ -120,6 +121,36 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
             group.mark(id, 0..disk.size_bytes()).map_err(io("set dirty bits"))?;
             group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
         }
+    }
+    Ok(group)
+}
+
+/// A group of the current epoch in place of the running agent's own, which has given up all that it held. Every device is
+/// attached anew, so everything is dirty, and writes only set bits until the synchronisation begins.
+///
+/// # Errors
+/// The kernel module's.
+pub(crate) fn renew(agent: &Agent, old: &Group, first_lsn: Lsn) -> Result<Group> {
+    let disks: Vec<_> = agent.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
+    for (id, _) in &disks {
+        end_capture(old, *id)?;
+    }
+    old.destroy().map_err(io("forget the old group in the kernel"))?;
+    let file = agent.state();
+    let ours = |known: &&KnownVolume| agent.volumes.iter().any(|volume| volume.id == known.id.0);
+    let specs: Vec<VolumeSpec> = file.get().volumes.iter().filter(ours).map(KnownVolume::spec).collect();
+    let spec = GroupSpec {
+        identity: ring_identity(&file)?,
+        volumes: &specs,
+        ring_bytes: agent.settings.ring.bytes,
+        first_lsn: first_lsn.0,
+        last_time_ns: crate::clock::now_ns(),
+    };
+    let group = device()?.create(&spec).map_err(io("make the group in the kernel"))?;
+    drop(file);
+    group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
+    for (id, disk) in &disks {
+        attach::attach(&group, *id, disk, false)?;
     }
     Ok(group)
 }

@@ -21,16 +21,18 @@ use kfilter::region::boot_id;
 use kfilter::{Group, Identity, Region, VolumeSpec};
 use nbd::Backing;
 
+use crate::allocated;
 use crate::buffered_disk::BufferedDisk;
 use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};
+use crate::skipped::Skipped;
 use crate::state::{Gap, KnownVolume, StateFile};
 use crate::surroundings::Surroundings;
 
 mod front;
 mod journal_dir;
-mod kernel;
+pub(crate) mod kernel;
 pub mod stamp;
 mod volumes;
 
@@ -77,6 +79,8 @@ pub struct Started {
     pub cause: String,
     /// Time of the newest journaled record, ns; 0 where there is none.
     pub last_time_ns: u64,
+    /// What is not sent because a file system calls it free.
+    pub(crate) skipped: Skipped,
 }
 
 /// What gives reason to doubt the replica.
@@ -114,13 +118,14 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
     if first {
         doubts.always.push("first synchronisation".to_owned());
     }
-    let buffered: Arc<dyn journal::io::Disk> = Arc::new(BufferedDisk::new(disk));
+    let buffered = journal_disk(surroundings);
     let (writer, doubt, unusable) = match journal_dir::open(&buffered, settings, &mut state) {
         Ok((writer, doubt)) => (writer, doubt, None),
         Err(error) => (None, Some("the source journal cannot be used".to_owned()), Some(describe(&error))),
     };
     doubts.always.extend(doubt);
     let times = writer.as_ref().and_then(|writer| writer.segments().iter().map(|s| s.last_time_ns).max());
+    let skipped = Skipped::open(&settings.dir);
     let found = Found {
         settings,
         volumes: &volumes,
@@ -164,11 +169,11 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
                 let cause = dirty_cause(&ring, &volumes, &state);
                 (ring, cause)
             }
-            None => (found.create(&mut state, last.unwrap_or_default().next(), true)?, String::new()),
+            None => (found.create_clean(&mut state, last.unwrap_or_default().next())?, String::new()),
         };
         // The ring stands: from here on the next start goes by it.
         state.update(|state| state.clean = None)?;
-        return Ok(Started { state, volumes, ring, writer: Ok(writer), cause, last_time_ns });
+        return Ok(Started { state, volumes, ring, writer: Ok(writer), cause, last_time_ns, skipped });
     }
     drop(same_epoch);
 
@@ -183,18 +188,18 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
     let last = last.map(|last| last.max(found.journaled.unwrap_or_default()).max(state.get().epoch_start));
     state.begin_epoch(last, true)?;
     let at = Position::epoch_start(state.get().lineage, state.get().epoch, state.get().epoch_start);
-    let dir = settings.dir.join("journal");
-    let begun = match (writer, unusable) {
-        (_, Some(why)) => Err(why),
-        (Some(mut writer), None) => {
-            writer.begin_epoch(at, now_ns()).map(|()| writer).map_err(|error| error.to_string())
+    let begun = match unusable {
+        Some(why) => Err(why),
+        None => {
+            begin_in_journal(settings, surroundings, &state, writer, at).map_err(|error| describe(&error))
         }
-        (None, None) => Writer::create(buffered, &dir, writer_options(settings, &state), at, now_ns())
-            .map_err(|error| error.to_string()),
     };
-    let ring = found.create(&mut state, at.lsn.next(), false)?;
+    if first {
+        found.skip_free(&skipped);
+    }
+    let ring = found.create(&mut state, at.lsn.next(), first.then_some(&skipped))?;
     state.update(|state| state.gap_in_ring = begun.is_ok())?;
-    Ok(Started { state, volumes, ring, writer: begun, cause, last_time_ns })
+    Ok(Started { state, volumes, ring, writer: begun, cause, last_time_ns, skipped })
 }
 
 impl Found<'_> {
@@ -215,25 +220,61 @@ impl Found<'_> {
         }))
     }
 
-    /// A new ring in the current epoch. `clean`: the replica is known to equal the disks; else it begins with the volumes,
-    /// and everything is dirty.
-    fn create(&self, state: &mut StateFile, first_lsn: Lsn, clean: bool) -> Result<OpenRing> {
+    /// A new ring in the current epoch; it begins with the volumes, and everything is dirty but what is skipped.
+    fn create(&self, state: &mut StateFile, first_lsn: Lsn, skipped: Option<&Skipped>) -> Result<OpenRing> {
         Ok(match self.settings.capture {
-            conf::Capture::Nbd => OpenRing::Front(front::create(self, state, first_lsn, clean)?),
-            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, clean)?),
+            conf::Capture::Nbd => OpenRing::Front(front::create(self, state, first_lsn, skipped)?),
+            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, false)?),
         })
     }
 
+    /// The same where the replica is known to equal the disks.
+    fn create_clean(&self, state: &mut StateFile, first_lsn: Lsn) -> Result<OpenRing> {
+        Ok(match self.settings.capture {
+            conf::Capture::Nbd => OpenRing::Front(front::create_clean(self, state, first_lsn)?),
+            conf::Capture::Kfilter => OpenRing::Kernel(kernel::create(self, state, first_lsn, true)?),
+        })
+    }
+
+    /// Notes what the volumes' file systems call free, before anybody is served for the first time.
+    fn skip_free(&self, skipped: &Skipped) {
+        for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
+            let is_front = matches!(volume.content, Opened::Front(_));
+            if settings.sync != conf::SyncMode::Allocated || !is_front {
+                continue;
+            }
+            let size_bytes = volume.known.size_bytes;
+            let free = allocated::of_unmounted(&volume.path, size_bytes).and_then(|free| {
+                let runs = free.runs(0..size_bytes, true);
+                skipped.add(volume.known.id.0, size_bytes, &runs).map_err(|error| describe(&error))?;
+                Ok(free.bytes())
+            });
+            let name = &volume.known.name;
+            match free {
+                Ok(free_bytes) => {
+                    tracing::info!(volume = %name, free_bytes, size_bytes, "free space is not sent")
+                }
+                Err(why) => {
+                    tracing::warn!(volume = %name, why, "free space cannot be told apart: everything is sent")
+                }
+            }
+        }
+    }
+
     fn specs(&self) -> Vec<VolumeSpec> {
-        self.volumes
-            .iter()
-            .map(|volume| VolumeSpec {
-                id: volume.known.id.0,
-                sector_bytes: SECTOR_BYTES,
-                uuid: volume.known.uuid.0,
-                size_bytes: volume.known.size_bytes,
-            })
-            .collect()
+        self.volumes.iter().map(|volume| volume.known.spec()).collect()
+    }
+}
+
+impl KnownVolume {
+    /// As a ring is made for it.
+    fn spec(&self) -> VolumeSpec {
+        VolumeSpec {
+            id: self.id.0,
+            sector_bytes: SECTOR_BYTES,
+            uuid: self.uuid.0,
+            size_bytes: self.size_bytes,
+        }
     }
 }
 
@@ -287,11 +328,48 @@ fn dirty_cause(ring: &OpenRing, volumes: &[OpenVolume], state: &StateFile) -> St
     }
 }
 
+/// What the source journal is kept on.
+fn journal_disk(surroundings: &Surroundings) -> Arc<dyn journal::io::Disk> {
+    Arc::new(BufferedDisk::new(surroundings.disk.clone()))
+}
+
+/// The source journal, opened once more by a running agent; none where one must be made.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn reopen_journal(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    state: &mut StateFile,
+) -> Result<Option<Writer>> {
+    Ok(journal_dir::open(&journal_disk(surroundings), settings, state)?.0)
+}
+
+/// The journal in a new epoch, which begins at a position.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn begin_in_journal(
+    settings: &conf::Replicator,
+    surroundings: &Surroundings,
+    state: &StateFile,
+    writer: Option<Writer>,
+    at: Position,
+) -> Result<Writer> {
+    let Some(mut writer) = writer else {
+        let dir = settings.dir.join("journal");
+        let disk = journal_disk(surroundings);
+        return Ok(Writer::create(disk, &dir, writer_options(settings, state), at, now_ns())?);
+    };
+    writer.begin_epoch(at, now_ns())?;
+    Ok(writer)
+}
+
 fn writer_options(settings: &conf::Replicator, state: &StateFile) -> WriterOptions {
     WriterOptions { group: state.get().group, segment_bytes: settings.journal.segment_bytes }
 }
 
-fn ring_identity(state: &StateFile) -> Result<Identity> {
+pub(crate) fn ring_identity(state: &StateFile) -> Result<Identity> {
     let boot_id = boot_id().map_err(|error| Error::because(ErrorKind::Ring, "read the boot id", error))?;
     let state = state.get();
     Ok(Identity { boot_id, group_id: state.group.0, epoch: state.epoch.number, epoch_id: state.epoch.id.0 })

@@ -40,6 +40,16 @@ pub fn of_path(path: &Path) -> Option<[u64; 3]> {
     Some([low, u64::try_from(boot >> 64).ok()?, written[0]])
 }
 
+/// Which file a path leads to, whatever is written to it: birth and inode. Remembered while it is served, so that another file
+/// in its place is noticed after a kill, too. `None` for what is no file.
+pub fn identity_of(path: &Path) -> Option<[u64; 3]> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+    let born = metadata.created().ok().and_then(|born| born.duration_since(std::time::UNIX_EPOCH).ok());
+    let born_ns = born.map_or(0, |born| u64::try_from(born.as_nanos()).unwrap_or(0));
+    Some([born_ns, 0, metadata.ino()])
+}
+
 /// Sectors written and discarded since this boot: fields of the kernel's block/stat.
 pub fn written(sysfs: &Path) -> Option<[u64; 2]> {
     let stat = std::fs::read_to_string(sysfs.join("stat")).ok()?;

@@ -28,7 +28,7 @@ pub(super) fn open(
     for volume in &settings.volume {
         let remembered = known.iter().position(|known| known.name == volume.name);
         let detached = remembered.is_some_and(|at| known[at].detached);
-        let found = find(settings, surroundings, volume, detached)?;
+        let found = find(settings, surroundings, volume, remembered.is_some(), detached)?;
         let at = match (remembered, &found) {
             (Some(at), _) => at,
             (None, found) => {
@@ -77,6 +77,13 @@ pub(super) fn open(
         if !entry.present {
             doubts.always.push(format!("volume {} came back", volume.name));
         }
+        let identity = surroundings.backings.identity(&volume.path);
+        if entry.stamp.is_some_and(|seen| seen[1] == 0 && identity.is_some_and(|now| now != seen)) {
+            doubts
+                .always
+                .push(format!("volume {}: another file took the place of the one served", volume.name));
+        }
+        entry.stamp = identity.or(entry.stamp);
         if settings.capture == conf::Capture::Nbd {
             entry.size_bytes = size_bytes;
         }
@@ -127,6 +134,7 @@ fn find(
     settings: &conf::Replicator,
     surroundings: &Surroundings,
     volume: &conf::Volume,
+    is_known: bool,
     detached: bool,
 ) -> Result<FoundDisk> {
     if settings.capture == conf::Capture::Kfilter {
@@ -138,7 +146,7 @@ fn find(
         let size_bytes = Some(Disk::size_bytes(&disk));
         return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
     }
-    create_missing(volume)?;
+    create_missing(volume, is_known)?;
     let stamp = surroundings.backings.stamp(&volume.path);
     let backing = surroundings
         .backings
@@ -152,10 +160,21 @@ fn find(
     Ok(FoundDisk { content: Opened::Front(backing), size_bytes: Some(size_bytes), stamp })
 }
 
-fn create_missing(volume: &conf::Volume) -> Result<()> {
+/// Makes the file of a new volume. One that is known and gone is not made again: an empty disk would take its place, and
+/// its replica's.
+fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
     let Some(size) = volume.size else { return Ok(()) };
     if volume.path.exists() {
         return Ok(());
+    }
+    if is_known {
+        let at = format!(
+            "volume {}: {} is gone; bring it back (is its file system mounted?), or, to begin with an empty disk, make the \
+             file yourself",
+            volume.name,
+            volume.path.display()
+        );
+        return Err(Error::new(ErrorKind::Settings, at));
     }
     let create = || -> std::io::Result<()> {
         if let Some(parent) = volume.path.parent() {

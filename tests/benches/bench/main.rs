@@ -1,6 +1,6 @@
 //! `just bench`: every figure beside its peer or bare limit, measured in the same run on the same machine.
 //!
-//! Arguments: names of parts to run (`front sustained lag restore`; all without), `--json` for JSON on
+//! Arguments: names of parts to run (`front sustained lag restore sync`; all without), `--json` for JSON on
 //! standard output instead of the table. The disk under test is `AFTERIMAGE_TEST_DIR`, or the temporary directory.
 
 mod bare;
@@ -12,6 +12,7 @@ mod lag;
 mod pair;
 mod report;
 mod restore;
+mod sync;
 
 use std::path::PathBuf;
 
@@ -50,6 +51,9 @@ fn main() -> Result<()> {
     }
     if wanted("restore") {
         restore::compare(&binary, dir.path(), &mut report)?;
+    }
+    if wanted("sync") {
+        sync::measure(&mut report)?;
     }
     if json {
         println!("{:#}", report.json());

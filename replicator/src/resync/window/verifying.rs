@@ -93,6 +93,8 @@ impl Copier<'_> {
         differing.retain(|chunk| {
             !looked.unreadable.iter().any(|hole| hole.start < chunk.end && chunk.start < hole.end)
         });
+        // Nobody reads what a file system called free when it was left out.
+        differing.retain(|chunk| !self.agent.shared.skipped.holds(self.volume.id, chunk.start));
         if differing.is_empty() {
             return Ok(looked);
         }

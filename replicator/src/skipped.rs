@@ -1,0 +1,192 @@
+//! What was not sent because a file system called it free (decision 0021): `DIR/skipped`.
+//!
+//! Source and replica may differ there, and nobody reads it. The moment somebody writes into such a granule it is taken
+//! out, and sent as a whole: so each granule is either in here, or the same on both sides.
+//!
+//! Invariants
+//! * A granule is durably in the file before its dirty bit is cleared unsent.
+//! * It is taken out of memory before its bit is set, and of the file a little later: a file that is too large makes `verify`
+//!   leave out too much until the granule is written again. Nothing is ever left unsent because of this file.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use kfilter::abi::GRANULE;
+use machine::{Mutex, MutexGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::granules::Granules;
+
+/// What was taken out is written this much later at most.
+const KEEP: Duration = Duration::from_secs(30);
+
+/// See the module.
+#[derive(Debug)]
+pub struct Skipped {
+    path: PathBuf,
+    /// Looked at for each record, before the lock.
+    any: AtomicBool,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    volumes: BTreeMap<u32, Granules>,
+    /// Since when the file holds too much.
+    changed: Option<Instant>,
+}
+
+impl Skipped {
+    /// What the last run left in a directory; nothing where it cannot be read, which only makes `verify` say too much.
+    pub fn open(dir: &Path) -> Skipped {
+        let path = dir.join("skipped");
+        let volumes: BTreeMap<u32, Granules> = match std::fs::read(&path) {
+            Ok(bytes) => postcard::from_bytes(&bytes).unwrap_or_else(|error| {
+                tracing::warn!(%error, path = %path.display(), "what was skipped is not known any more");
+                BTreeMap::new()
+            }),
+            Err(_) => BTreeMap::new(),
+        };
+        let any = AtomicBool::new(!volumes.is_empty());
+        Skipped { path, any, inner: Mutex::new(Inner { volumes, changed: None }) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds granules of a volume; durable when this returns.
+    ///
+    /// # Errors
+    /// The file cannot be written: then nothing was added, and nothing may be skipped.
+    pub fn add(&self, volume: u32, size_bytes: u64, runs: &[Range<u64>]) -> Result<()> {
+        let mut inner = self.lock();
+        let mut next = inner.volumes.clone();
+        // A volume that has grown.
+        let mut all = Granules::none(size_bytes);
+        for run in next.get(&volume).map(|old| old.runs(0..size_bytes, true)).unwrap_or_default() {
+            all.add_inside(run);
+        }
+        runs.iter().for_each(|run| all.add_inside(run.clone()));
+        next.insert(volume, all);
+        self.write(&next)?;
+        inner.volumes = next;
+        self.any.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// A record changes a range: the granules that it touches are taken out. What of them it does not cover wholly is
+    /// returned, and must become dirty.
+    #[inline]
+    pub fn touch(&self, volume: u32, range: &Range<u64>) -> Vec<Range<u64>> {
+        if !self.any.load(Ordering::Acquire) {
+            return Vec::new();
+        }
+        let mut inner = self.lock();
+        let Some(granules) = inner.volumes.get_mut(&volume) else { return Vec::new() };
+        let mut parts = Vec::new();
+        for edge in [range.start, range.end] {
+            let granule = edge / GRANULE * GRANULE;
+            let is_new = parts.last().is_none_or(|last: &Range<u64>| last.start != granule);
+            if edge % GRANULE != 0 && granules.holds(granule) && is_new {
+                parts.push(granule..granule + GRANULE);
+            }
+        }
+        if granules.remove(range) {
+            inner.changed.get_or_insert_with(machine::now);
+        }
+        parts
+    }
+
+    /// A range is the same on both sides from now on.
+    pub fn sent(&self, volume: u32, range: &Range<u64>) {
+        // Only what lies wholly in it.
+        let whole = range.start.next_multiple_of(GRANULE)..range.end / GRANULE * GRANULE;
+        if whole.start < whole.end {
+            self.touch(volume, &whole);
+        }
+    }
+
+    /// Whether a byte lies in what was skipped.
+    pub fn holds(&self, volume: u32, byte: u64) -> bool {
+        self.any.load(Ordering::Acquire)
+            && self.lock().volumes.get(&volume).is_some_and(|granules| granules.holds(byte))
+    }
+
+    /// What of a volume is to be copied.
+    pub fn others(&self, volume: u32, size_bytes: u64) -> Vec<Range<u64>> {
+        let inner = self.lock();
+        let granules = inner.volumes.get(&volume);
+        granules.map_or_else(|| vec![0..size_bytes; 1], |granules| granules.runs(0..size_bytes, false))
+    }
+
+    /// Bytes of all volumes.
+    pub fn bytes(&self) -> u64 {
+        self.lock().volumes.values().map(Granules::bytes).sum()
+    }
+
+    /// Writes the file anew now and then, while there is something to be taken out of it.
+    pub fn keep(&self) {
+        let mut inner = self.lock();
+        if inner.changed.is_some_and(|since| machine::since(since) >= KEEP) {
+            inner.volumes.retain(|_, granules| !granules.is_empty());
+            if let Err(error) = self.write(&inner.volumes) {
+                tracing::warn!(%error, "what was skipped cannot be noted");
+            }
+            self.any.store(!inner.volumes.is_empty(), Ordering::Release);
+            inner.changed = None;
+        }
+    }
+
+    fn write(&self, volumes: &BTreeMap<u32, Granules>) -> Result<()> {
+        let at = || format!("write {}", self.path.display());
+        let bytes =
+            postcard::to_stdvec(volumes).map_err(|error| Error::because(ErrorKind::Io, at(), error))?;
+        let write = || -> std::io::Result<()> {
+            let draft = self.path.with_extension("new");
+            std::fs::write(&draft, bytes)?;
+            std::fs::File::open(&draft)?.sync_all()?;
+            std::fs::rename(&draft, &self.path)?;
+            let dir = self.path.parent().unwrap_or(Path::new("/"));
+            std::fs::File::open(dir)?.sync_all()
+        };
+        write().map_err(|error| Error::because(ErrorKind::Io, at(), error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_granule_that_is_written_leaves_and_is_sent_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let size = 16 * GRANULE;
+        let skipped = Skipped::open(dir.path());
+        assert!(skipped.touch(1, &(0..512)).is_empty());
+        skipped.add(1, size, &[2 * GRANULE..8 * GRANULE]).unwrap();
+        assert_eq!(
+            (skipped.bytes(), skipped.others(1, size)),
+            (6 * GRANULE, vec![0..2 * GRANULE, 8 * GRANULE..size])
+        );
+        assert_eq!(skipped.touch(1, &(2 * GRANULE..3 * GRANULE)), [], "covered wholly");
+        let (part, other) = (3 * GRANULE + 512..3 * GRANULE + 1024, 4 * GRANULE + 512..6 * GRANULE + 1);
+        assert_eq!(skipped.touch(1, &part), [3 * GRANULE..4 * GRANULE; 1]);
+        assert_eq!(skipped.touch(1, &part), [], "once");
+        let ends = [4 * GRANULE..5 * GRANULE, 6 * GRANULE..7 * GRANULE];
+        assert_eq!(skipped.touch(1, &other), ends);
+        assert!(
+            !skipped.holds(1, 5 * GRANULE) && skipped.holds(1, 7 * GRANULE) && !skipped.holds(2, 7 * GRANULE)
+        );
+        skipped.sent(1, &(7 * GRANULE..8 * GRANULE - 1));
+        assert!(skipped.holds(1, 7 * GRANULE), "a part of it");
+        let again = Skipped::open(dir.path());
+        assert_eq!(again.bytes(), 6 * GRANULE, "too much until it is written anew, never too little");
+        skipped.sent(1, &(7 * GRANULE..8 * GRANULE));
+        assert_eq!(skipped.bytes(), 0);
+    }
+}
