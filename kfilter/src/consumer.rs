@@ -219,6 +219,17 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
         self.cursor = Cursor::at(self.tail);
     }
 
+    /// `release` of everything published up to this lsn, whether it was taken or not: for an owner of the memory whose
+    /// records are read by somebody else, and who is told how far that one came.
+    pub fn release_published(&mut self, up_to_lsn: u64) -> Result<u64, Malformed> {
+        let head = self.ring.memory().load64(control_at::HEAD, Acquire);
+        if head.wrapping_sub(self.tail) > self.ring.layout.ring_bytes {
+            return Err(Malformed { position: self.tail });
+        }
+        self.cursor = Cursor::at(head);
+        self.release(up_to_lsn)
+    }
+
     /// Gives back the room of the consumed records up to this lsn, as far as they are done. Returns how far
     /// that came: the lsn of the first record that is not released.
     pub fn release(&mut self, up_to_lsn: u64) -> Result<u64, Malformed> {
@@ -314,5 +325,22 @@ mod tests {
         assert_eq!(consumer.peek().unwrap().unwrap().lsn(), 3);
         drop(consumer);
         assert_eq!(Consumer::new(&ring).unwrap().peek().unwrap().unwrap().lsn(), 3, "what was not released");
+    }
+
+    #[test]
+    fn what_is_published_is_released_without_being_taken() {
+        let ring = heap_ring(1024, 1);
+        let mut tokens = (0..2).map(|number| write(&ring, 7, number * 512, &[1; 10], 1));
+        ring.mark_done(tokens.next().unwrap());
+        ring.mark_done(tokens.next().unwrap());
+        let Captured::Ring(slow) = ring.reserve_many(Entry::write(7, 4096, 3, 0), 10).unwrap() else {
+            panic!("there is room")
+        };
+        let mut consumer = Consumer::new(&ring).unwrap();
+        assert_eq!(consumer.release_published(1), Ok(2), "up to the lsn");
+        assert_eq!(consumer.release_published(u64::MAX), Ok(3), "up to the first unpublished");
+        assert_eq!(consumer.release_published(u64::MAX), Ok(3));
+        drop(slow);
+        assert_eq!((consumer.release_published(3), ring.used_bytes()), (Ok(4), 0), "a void record is done");
     }
 }

@@ -112,6 +112,14 @@ impl<H: Host> Reservation<'_, H> {
 
     /// Turns every RESERVED into PUBLISHED or VOID.
     fn settle(&self, to: u32) {
+        if self.first_lsn == self.last_lsn {
+            // One record, and what may pad the ring's end lies before it.
+            return self.ring.memory().store32(
+                self.ring.layout.offset_of(self.from),
+                to | self.done,
+                Release,
+            );
+        }
         let mut position = self.from;
         while position < self.to {
             // The next place first: what is settled may be released at once.

@@ -308,6 +308,7 @@ impl<H: Host> Ring<H> {
             }
         }
         let mut from = None;
+        let mut first = (0, 0);
         let first_lsn = reserver.next_lsn;
         let time_ns = now_ns.max(reserver.last_time_ns);
         let needs_done = entries.clone().any(|entry| entry.needs_done);
@@ -320,7 +321,10 @@ impl<H: Host> Ring<H> {
                 self.put_pad(position, to_end);
                 position += to_end;
             }
-            from.get_or_insert(position);
+            if from.is_none() {
+                from = Some(position);
+                first = (position + total, u64::from(entry.payload_len));
+            }
             let header = RecordHeader {
                 total_bytes: bytes32(total),
                 op: entry.op,
@@ -339,16 +343,22 @@ impl<H: Host> Ring<H> {
         reserver.head = position;
         reserver.last_time_ns = time_ns;
         self.memory().store64(control_at::HEAD, position, Release);
+        let from = from.unwrap_or(position);
+        let (first_end, payload_left) = first;
+        let last_lsn = reserver.next_lsn - 1;
+        // The first record is entered already; its only reader is the one who just wrote it. Where a second follows, a
+        // pad may lie between them, which its header tells.
+        let (at, payload_left) = if first_lsn == last_lsn { (first_end, payload_left) } else { (from, 0) };
         Some(Reservation {
             ring: self,
-            from: from.unwrap_or(position),
+            from,
             to: position,
             first_lsn,
-            last_lsn: reserver.next_lsn - 1,
+            last_lsn,
             done,
-            at: from.unwrap_or(position),
-            payload_at: 0,
-            payload_left: 0,
+            at,
+            payload_at: self.layout.offset_of(from) + abi::LINE,
+            payload_left,
             filled: false,
         })
     }

@@ -1,7 +1,7 @@
 #!/bin/bash
 # insmod, attach, detach, rmmod under load; what must be refused; a disk that is unplugged while it is captured.
 . /mnt/guest/lib.sh
-rounds=20; [ "$LONG" = 0 ] || rounds=100
+rounds=100; [ "$LONG" = 0 ] || rounds=500
 A=$(disk 0) B=$(disk 1) C=$(disk 2)
 
 vmalloc_of_ours() { grep -c '\[kfilter\]' /proc/vmallocinfo || true; }

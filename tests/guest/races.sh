@@ -3,7 +3,7 @@
 #
 #   attach   16 MiB O_DIRECT writes under way on a disk throttled to 1.2 MB/s while the agent attaches
 #   resync   the same while the agent begins a resync after an overflow
-#   cgroup   the disk is fast; the writer may do 40 writes a second (io.max), so pieces wait in blk-throttle
+#   cgroup   the disk is fast; the writer may do 70 writes a second (io.max), so pieces of its 16 MiB wait in blk-throttle; an attach, then a resync
 #   held     one write is held back for 60 s by the device, once over an attach, once over a resync
 . /mnt/guest/lib.sh
 load_module
@@ -55,6 +55,8 @@ case ${1:-attach} in
             big_write $((round * 4096)) & writer=$!
             wait_for 20 eval '[ "$(in_flight "$A")" -gt 3 ]'
             kill -CONT "$agent"
+            wait_for 30 eval '[ "$(state)" = resyncing ]'
+            kill -0 $writer || fail "the write was over before the resync: no race"
             wait $writer
             wait_for 60 eval '[ "$(points_json | jq ".gaps | length")" -ge $round ]'
             wait_state replicating 120
@@ -65,13 +67,16 @@ case ${1:-attach} in
         small_requests
         echo +io > /sys/fs/cgroup/cgroup.subtree_control
         mkdir /sys/fs/cgroup/slow
-        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-40}" > /sys/fs/cgroup/slow/io.max
+        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-70}" > /sys/fs/cgroup/slow/io.max
+        slow_write() { # SEEK: 16 MiB in one call, of which a thousand pieces pass one by one
+            head -c 16M /dev/urandom > /dev/shm/big
+            (echo $BASHPID > /sys/fs/cgroup/slow/cgroup.procs
+                exec dd if=/dev/shm/big of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none)
+        }
         for ((round = 0; round < rounds; round++)); do
             prepare_pair a="$A"
             start_receiver
-            head -c 8M /dev/urandom > /dev/shm/big
-            (echo $BASHPID > /sys/fs/cgroup/slow/cgroup.procs
-                exec dd if=/dev/shm/big of="$A" bs=8M count=1 seek=$((round * 8192)) oflag=direct,seek_bytes conv=notrunc status=none) & writer=$!
+            slow_write $((round * 8192)) & writer=$!
             sleep 1
             kill -0 $writer || fail "the write is over: no race"
             start_source
@@ -81,7 +86,20 @@ case ${1:-attach} in
             read_counters
             [ "$(kernel_counter late)" -gt 0 ] || fail "nothing was late: there was no race"
             [ $round = $((rounds - 1)) ] || start_over
-        done ;;
+        done
+        # And a resync: more than the ring holds, in pieces that the limit holds back when it begins.
+        stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"
+        RING=4MiB pair a="$A"
+        kill -STOP "$agent"
+        slow_write 4096 & writer=$!
+        sleep 1
+        kill -CONT "$agent"
+        wait_for 30 eval '[ "$(state)" = resyncing ]'
+        kill -0 $writer || fail "the write was over before the resync: no race"
+        wait $writer
+        wait_state replicating 120
+        assert_equal a="$A"
+        points_json | jq -e '.gaps | length == 1' > /dev/null || fail "there is not the one gap: $(points_json | jq -c .gaps)" ;;
     held)
         seconds=60
         # A loop device, whose requests wait for the device below: writes to one segment of it come back after a minute.

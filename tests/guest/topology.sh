@@ -38,6 +38,29 @@ done
 for volume in "${volumes[@]}"; do umount "/${volume%%=*}"; done
 assert_equal "${volumes[@]}"
 [ "$(state)" = replicating ] || fail "the state is $(state): $(group_json | jq -r .why)"
+if [ "${1:-two}" = two ]; then
+    # One order over both: a number goes to the one disk, then to the other. At whatever write both are brought back to, the
+    # one is at the other's number or one ahead.
+    first=$(counter .captured_lsn)
+    for ((n = 1; n <= 60; n++)); do
+        for device in "$A" "$B"; do
+            printf '%-4096d' $n | dd of="$device" bs=4k seek=4096 count=1 iflag=fullblock oflag=direct conv=notrunc status=none
+        done
+    done
+    assert_equal "${volumes[@]}"
+    last=$(counter .captured_lsn) seen=
+    [ $((last - first)) -ge 120 ] || fail "120 writes, and $((last - first)) records"
+    for at in $((first + 15)) $((first + 40)) $((first + 41)) $((first + 90)) $((first + 107)); do
+        rm -rf /srv/both; mkdir /srv/both
+        afterimage restore "$GROUP" --at "lsn:$at" --to /srv/both --control "$RECEIVER/control.sock" > /dev/null
+        numbers=$(for volume in a b; do dd if="$(find /srv/both -name "$volume*" -type f)" bs=4k skip=4096 count=1 status=none | tr -d ' '; echo; done | xargs)
+        [ "$numbers" = "${numbers% *} ${numbers#* }" ] && [ $((${numbers% *} - ${numbers#* })) -ge 0 ] && [ $((${numbers% *} - ${numbers#* })) -le 1 ] ||
+            fail "at lsn $at the disks are at different moments: $numbers"
+        seen+="$numbers; "
+    done
+    rm -rf /srv/both
+    step "two disks at one moment: $seen"
+fi
 if [ "${1:-two}" = lvm ]; then
     # A volume that grows: the growth is in the stream.
     lvextend -q -L +8M vg/data "$B"

@@ -121,6 +121,16 @@ fn a_write_held_back_for_a_minute_is_waited_for() -> Result<()> {
 }
 
 #[test]
+fn a_disk_with_content_in_use_is_taken_under_protection() -> Result<()> {
+    guest("online", &["--disk", "200M"], &[])
+}
+
+#[test]
+fn orders_that_cross_and_agents_that_die_leave_a_group_that_gets_well() -> Result<()> {
+    guest("abuse", &["--disk", "48M", "--disk", "56M"], &[])
+}
+
+#[test]
 fn killed_agents_lose_nothing() -> Result<()> {
     guest("kills", &["--disk", "160M"], &[])
 }
