@@ -113,7 +113,11 @@ impl Device {
             volume_count: u32::try_from(volumes.len()).map_err(|_| invalid())?,
             contexts: 0,
         };
-        self.calls.create(&mut create)?;
+        // The only room that this call can lack is the module's.
+        self.calls.create(&mut create).map_err(|error| match error.kind {
+            ErrorKind::NoSpace => Error { kind: ErrorKind::NoMemory, ..error },
+            _ => error,
+        })?;
         Group::map(self.calls, layout.total_bytes, identity)
     }
 

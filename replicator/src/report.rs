@@ -43,6 +43,11 @@ impl Agent {
         } else {
             format!("{why}; {}", peer.trouble)
         };
+        let why = [self.gone_words(), why]
+            .into_iter()
+            .filter(|text| !text.is_empty())
+            .collect::<Vec<_>>()
+            .join("; ");
         let serving = self.serving.load(Ordering::Acquire);
         GroupStatus {
             name: self.settings.group.clone(),
@@ -77,6 +82,24 @@ impl Agent {
                 })
                 .collect(),
         }
+    }
+
+    /// Devices that vanished while they were captured: nothing can be written to them, and nothing read again.
+    fn gone_words(&self) -> String {
+        let gone =
+            |volume: &&crate::capture::Volume| volume.is_attached() && self.shared.ring.is_gone(volume.id);
+        let names: Vec<_> = self
+            .volumes
+            .iter()
+            .map(|volume| &**volume)
+            .filter(gone)
+            .map(|volume| volume.name.as_str())
+            .collect();
+        if names.is_empty() {
+            return String::new();
+        }
+        let names = names.join(", ");
+        format!("the device of volume {names} is gone: its replica stays where it is; `afterimage detach` it")
     }
 
     /// Whether the ring takes records.

@@ -3,13 +3,13 @@
 # tar extraction beside it from before the attach until after the synchronisation. When all is quiet the replica equals the
 # disk. Prints what the application felt: its 99th percentile beside the same load without us.
 . /mnt/guest/lib.sh
-seconds=25; [ "$LONG" = 0 ] || seconds=240
+seconds=20; [ "$LONG" = 0 ] || seconds=240
 A=$(disk 0)
 load_module
 mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
 # Files of this very system, until they are 100 MiB; of those that come next a tree to be extracted.
-find /usr/bin /usr/sbin /usr/lib -xdev -type f -size -4096k -printf '%s %p\n' | sort -k2 |
-    awk '{ sum += $1 } sum <= 100 * 2^20 { print $2 > "/tmp/files"; next } sum <= 112 * 2^20 { print $2 > "/tmp/tree" }'
+find /usr/bin /usr/sbin /usr/lib -xdev -type f -size +40k -size -4096k -printf '%s %p\n' | sort -k2 |
+    awk '{ sum += $1 } sum <= 100 * 2^20 { print $2 > "/tmp/files"; next } sum <= 108 * 2^20 { print $2 > "/tmp/tree" }'
 mkdir /d/files; tar -cf - -T /tmp/files 2> /dev/null | tar -xf - -C /d/files
 tar -cf /srv/tree.tar -T /tmp/tree 2> /dev/null
 sync

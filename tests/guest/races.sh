@@ -3,7 +3,7 @@
 #
 #   attach   16 MiB O_DIRECT writes under way on a disk throttled to 1.2 MB/s while the agent attaches
 #   resync   the same while the agent begins a resync after an overflow
-#   cgroup   the disk is fast; the writer may do 70 writes a second (io.max), so pieces of its 16 MiB wait in blk-throttle; an attach, then a resync
+#   cgroup   the disk is fast; the writer may do 50 writes a second (io.max), so pieces of its 16 MiB wait in blk-throttle; an attach, then a resync
 #   held     one write is held back for 60 s by the device, once over an attach, once over a resync
 . /mnt/guest/lib.sh
 load_module
@@ -67,17 +67,19 @@ case ${1:-attach} in
         small_requests
         echo +io > /sys/fs/cgroup/cgroup.subtree_control
         mkdir /sys/fs/cgroup/slow
-        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-70}" > /sys/fs/cgroup/slow/io.max
-        slow_write() { # SEEK: 16 MiB in one call, of which a thousand pieces pass one by one
-            head -c 16M /dev/urandom > /dev/shm/big
+        echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-50}" > /sys/fs/cgroup/slow/io.max
+        # 16 MiB from SEEK in one call, of which a thousand pieces pass one by one; under way when this returns.
+        head -c 16M /dev/urandom > /dev/shm/big
+        slow_write() { # SEEK
+            local from; from=$(bytes_written "$A")
             (echo $BASHPID > /sys/fs/cgroup/slow/cgroup.procs
-                exec dd if=/dev/shm/big of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none)
+                exec dd if=/dev/shm/big of="$A" bs=16M count=1 seek="$1" oflag=direct,seek_bytes conv=notrunc status=none) & writer=$!
+            wait_for 20 eval '[ "$(bytes_written "$A")" -gt $((from + 65536)) ]'
         }
         for ((round = 0; round < rounds; round++)); do
             prepare_pair a="$A"
             start_receiver
-            slow_write $((round * 8192)) & writer=$!
-            sleep 1
+            slow_write $((round * 8192))
             kill -0 $writer || fail "the write is over: no race"
             start_source
             wait_state replicating 180
@@ -91,8 +93,7 @@ case ${1:-attach} in
         stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"
         RING=4MiB pair a="$A"
         kill -STOP "$agent"
-        slow_write 4096 & writer=$!
-        sleep 1
+        slow_write 4096
         kill -CONT "$agent"
         wait_for 30 eval '[ "$(state)" = resyncing ]'
         kill -0 $writer || fail "the write was over before the resync: no race"

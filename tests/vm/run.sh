@@ -151,7 +151,7 @@ case $net in
 esac
 
 parameters="console=ttyS0 loglevel=4 edd=off panic=-1 oops=panic root=PARTUUID=af7e12a9-01 rw mitigations=off"
-parameters+=" tsc=reliable clocksource=tsc watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 systemd.show_status=0 printk.time=1 $kernel"
+parameters+=" tsc=reliable clocksource=tsc no_timer_check watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 systemd.show_status=0 printk.time=1 $kernel"
 [ "$init" = script ] || parameters+=" systemd.firstboot=off systemd.mask=serial-getty@ttyS0.service"
 case $init in
     script) parameters+=' init=/bin/bash -- -c "mount -t devtmpfs dev /dev; mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -o ro LABEL=payload /mnt && exec /mnt/init"' ;;

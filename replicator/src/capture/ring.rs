@@ -379,6 +379,14 @@ impl Ring {
         }
     }
 
+    /// Whether the device that is captured as this volume has vanished.
+    pub fn is_gone(&self, volume: u32) -> bool {
+        match self {
+            Ring::Front(_) => false,
+            Ring::Kernel(group) => group.volume(volume).is_ok_and(|status| status.gone != 0),
+        }
+    }
+
     /// Bios that were neither recorded nor failed: only bits stand for them, and nothing in the stream tells.
     pub fn untold_writes(&self) -> u64 {
         match self {
