@@ -283,8 +283,8 @@ impl Group {
     /// Forgets the group.
     pub(crate) fn destroy(&self) -> Result {
         let mut groups = GROUPS.lock();
-        if self.volumes.lock().iter().any(|volume| volume.attached.is_some()) {
-            return Err(EBUSY);
+        for volume in self.volumes.lock().iter_mut() {
+            volume.let_go()?;
         }
         let at = groups.iter().position(|known| core::ptr::eq(&**known, self)).ok_or(ENOENT)?;
         let _gone = groups.remove(at);
@@ -363,13 +363,7 @@ impl Group {
         let mut volumes = self.volumes.lock();
         let volume = volumes.iter_mut().find(|volume| volume.id == attach.volume).ok_or(ENOENT)?;
         let known = self.ring.size_bytes(volume.id).ok_or(ENOENT)?;
-        if let Some(left) = &volume.attached {
-            // A detach that had to leave writes in flight.
-            if left.is_hooked() || left.quiesce(QUIET_MS).is_err() {
-                return Err(EBUSY);
-            }
-            volume.attached = None;
-        }
+        volume.let_go()?;
         let attached = Arc::new(Attached::open(self.clone(), volume.id, attach.device)?, GFP_KERNEL)?;
         if attached.size_bytes() < known {
             return Err(EINVAL);
@@ -593,6 +587,17 @@ impl Group {
 }
 
 impl Volume {
+    /// Drops what a detach had to leave with its writes in flight, once they are over; else, or while it is captured, `EBUSY`.
+    fn let_go(&mut self) -> Result {
+        if let Some(left) = &self.attached {
+            if left.is_hooked() || left.quiesce(QUIET_MS).is_err() {
+                return Err(EBUSY);
+            }
+            self.attached = None;
+        }
+        Ok(())
+    }
+
     fn captured(&self) -> Option<&Arc<Attached>> {
         self.attached.as_ref().filter(|attached| attached.is_hooked())
     }

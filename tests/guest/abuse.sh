@@ -69,6 +69,23 @@ umount /d
 assert_equal a="$A"
 stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"
 
+step "a detach that does not wait for a write on its way"
+modprobe dm-delay; modprobe loop
+sectors=$(blockdev --getsz "$A")
+dmsetup create slow <<< "0 $sectors delay $A 0 0 $A 0 6000"
+dmsetup mknodes
+D=$(losetup --direct-io=on -f --show /dev/mapper/slow)
+afterimage-guest sink --ring 4194304 --detach-ms 100 --until /tmp/stop "$D" > /tmp/sink & sink=$!
+wait_for 10 grep -q ready /tmp/sink
+dd if=/dev/urandom of="$D" bs=64k count=1 oflag=direct conv=notrunc status=none & writer=$!
+sleep 1
+touch /tmp/stop
+wait $sink || fail "the group could not be forgotten"
+wait $writer || fail "the write failed"
+rm /tmp/stop
+step "$(grep forgotten /tmp/sink || fail "nothing was left on its way: nothing was shown")"
+losetup -d "$D"; dmsetup remove --retry slow
+
 step "a disk that vanishes while an agent captures it beside another"
 modprobe sd_mod
 modprobe scsi_debug dev_size_mb=24 delay=1 num_tgts=1

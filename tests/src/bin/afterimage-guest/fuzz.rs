@@ -317,7 +317,7 @@ fn still_works(path: &Path) -> Result<()> {
         }
     }
     drop(consumer);
-    sink::release(&group)
+    sink::release(&group, sink::DETACH)
 }
 
 /// Root without `CAP_SYS_ADMIN` gets nothing out of it.

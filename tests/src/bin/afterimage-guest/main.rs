@@ -1,7 +1,7 @@
 //! What the guest's scenarios (`tests/guest`) need beside the system's tools.
 //!
 //! ```text
-//! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled | --batch-ms N] DEVICE...
+//! afterimage-guest sink [--ring BYTES] [--until FILE | --for-ms N] [--stalled | --batch-ms N] [--detach-ms N] DEVICE...
 //! afterimage-guest fuzz --seconds N [--seed N] DEVICE...
 //! afterimage-guest marks LOG
 //! afterimage-guest replay LOG MARK IMAGE
@@ -11,7 +11,8 @@
 //! ```
 //!
 //! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: nothing;
-//! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame).
+//! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame; `--detach-ms`: writes on their way are waited for
+//! no longer than that, and the group is forgotten when they are over).
 //! `fuzz` calls the kernel device with arguments that nobody sane would pass. `marks` and `replay` read the log of
 //! dm-log-writes: the independent witness of a write order. `compare` says where two images differ.
 //! `forget` detaches and forgets, for groups that have no agent.

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use kfilter::device::GroupSpec;
-use kfilter::{Device, Group, Identity, KernelConsumer, VolumeSpec};
+use kfilter::{Device, ErrorKind, Group, Identity, KernelConsumer, VolumeSpec};
 use serde_json::json;
+
+/// How long writes on their way are waited for.
+pub const DETACH: Duration = Duration::from_secs(60);
 
 /// What to capture, and for how long.
 #[derive(Debug)]
@@ -18,6 +21,7 @@ pub struct Spec {
     for_ms: Option<u64>,
     stalled: bool,
     batch: Duration,
+    detach: Duration,
     devices: Vec<PathBuf>,
 }
 
@@ -29,6 +33,7 @@ impl Spec {
             for_ms: None,
             stalled: false,
             batch: Duration::ZERO,
+            detach: DETACH,
             devices: Vec::new(),
         };
         let mut words = words.iter();
@@ -38,6 +43,7 @@ impl Spec {
                 "--until" => spec.until = words.next().map(PathBuf::from),
                 "--for-ms" => spec.for_ms = Some(super::number(words.next())?),
                 "--batch-ms" => spec.batch = Duration::from_millis(super::number(words.next())?),
+                "--detach-ms" => spec.detach = Duration::from_millis(super::number(words.next())?),
                 "--stalled" => spec.stalled = true,
                 path => spec.devices.push(PathBuf::from(path)),
             }
@@ -80,21 +86,41 @@ pub fn capture(devices: &[PathBuf], ring_bytes: u64) -> Result<Group> {
         let (_, rdev) = block_device(device)?;
         let attached = group.attach(volume.id, rdev, true);
         if let Err(error) = attached {
-            let _ = release(&group);
+            let _ = release(&group, DETACH);
             return Err(error).with_context(|| format!("attach {}", device.display()));
         }
     }
     Ok(group)
 }
 
-/// Detaches everything and forgets the group.
-pub fn release(group: &Group) -> Result<()> {
+/// Detaches everything and forgets the group, when what was on its way at a detach that did not wait so long is over.
+pub fn release(group: &Group, detach: Duration) -> Result<()> {
+    let mut left = false;
     for id in group.volume_ids() {
         if group.volume(id)?.device != 0 {
-            group.detach(id, Duration::from_secs(60)).context("detach")?;
+            match group.detach(id, detach) {
+                Err(error) if error.kind == ErrorKind::TimedOut && detach < DETACH => left = true,
+                other => _ = other.context("detach")?,
+            }
         }
     }
-    group.destroy().context("destroy")
+    let begun = Instant::now();
+    loop {
+        match group.destroy() {
+            Err(error) if left && error.kind == ErrorKind::Busy && begun.elapsed() < DETACH => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            other => {
+                if left {
+                    println!(
+                        "forgotten {} ms after a detach that left writes on their way",
+                        begun.elapsed().as_millis()
+                    );
+                }
+                return other.context("destroy");
+            }
+        }
+    }
 }
 
 /// `sink`: prints `ready` when it captures, and the counters, as JSON, when it is over.
@@ -132,7 +158,7 @@ pub fn run(spec: &Spec) -> Result<()> {
     }
     let status = group.status()?;
     drop(consumer);
-    release(&group)?;
+    release(&group, spec.detach)?;
     let mut line = counters_of(&status);
     line["records"] = records.into();
     line["payload_bytes"] = payload_bytes.into();
