@@ -37,12 +37,12 @@ def copied():
 def simulated(seeds):
     """Builds the copy and tells stories until one fails: (seed or None, why, seconds)."""
     built = subprocess.run(
-        ["cargo", "build", "--release", "--locked", "-q", "-p", "afterimage-sim"], cwd=copy, env=environment,
+        ["cargo", "build", "--locked", "-q", "-p", "afterimage-sim"], cwd=copy, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if built.returncode != 0:
         sys.exit(f"it does not build:\n{built.stdout[-3000:]}")
     began = time.monotonic()
-    program = pathlib.Path(environment["CARGO_TARGET_DIR"]) / "release" / "afterimage-sim"
+    program = pathlib.Path(environment["CARGO_TARGET_DIR"]) / "debug" / "afterimage-sim"
     told = subprocess.run([program, "--seeds", str(seeds)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seconds = time.monotonic() - began
     found = re.search(r"^seed (\d+) FAILED: ([^\n]*)", told.stdout, re.M)

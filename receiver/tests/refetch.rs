@@ -106,7 +106,8 @@ async fn an_applied_frame_that_rotted_is_fetched_and_put_back() {
         assert_eq!((&repaired.file, repaired.offset, repaired.bytes), (&path, offset, frame.1.len() as u64));
         assert_eq!(repaired.lsns, Some((frame.0.first_lsn, frame.0.last_lsn)));
         let now = std::fs::read(&path).unwrap();
-        assert!(now[..offset as usize + frame.1.len()] == whole[..offset as usize + frame.1.len()]);
+        let end = usize::try_from(offset).unwrap() + frame.1.len();
+        assert!(now[..end] == whole[..end]);
         let group = until(&handle, "whole again", |group| group.state == State::Replicating).await;
         assert_eq!(group.scrub.unwrap().damage, []);
         assert_eq!(asked.load(Ordering::SeqCst), round + 1, "each frame is asked for once");

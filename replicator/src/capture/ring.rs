@@ -383,7 +383,7 @@ impl Ring {
     pub fn is_gone(&self, volume: u32) -> bool {
         match self {
             Ring::Front(_) => false,
-            Ring::Kernel(group) => group.volume(volume).is_ok_and(|status| status.gone != 0),
+            Ring::Kernel(kernel) => kernel.group().volume(volume).is_ok_and(|status| status.gone != 0),
         }
     }
 
