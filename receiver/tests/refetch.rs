@@ -22,7 +22,7 @@ use receiver::status::{GroupStatus, State};
 use wire::message::ReceiverCode;
 
 /// Flips a bit of a frame's payload where it lies in the receiver's journal; the file, whole, and the place.
-fn rot(site: &Site, frame: &(FrameHeader, Bytes)) -> (PathBuf, Vec<u8>, u64) {
+fn rot(site: &Site, frame: &(FrameHeader, Bytes)) -> (PathBuf, Vec<u8>, usize) {
     let journal = site.dir.path().join("r/groups/g/journal");
     for entry in std::fs::read_dir(journal).unwrap() {
         let path = entry.unwrap().path();
@@ -32,7 +32,7 @@ fn rot(site: &Site, frame: &(FrameHeader, Bytes)) -> (PathBuf, Vec<u8>, u64) {
         {
             let file = File::options().write(true).open(&path).unwrap();
             file.write_all_at(&[content[at + 200] ^ 1], at as u64 + 200).unwrap();
-            return (path, content, at as u64);
+            return (path, content, at);
         }
     }
     panic!("no segment holds the frame");
@@ -103,11 +103,13 @@ async fn an_applied_frame_that_rotted_is_fetched_and_put_back() {
         })
         .await;
         let repaired = &group.repaired[round];
-        assert_eq!((&repaired.file, repaired.offset, repaired.bytes), (&path, offset, frame.1.len() as u64));
+        assert_eq!(
+            (&repaired.file, repaired.offset, repaired.bytes),
+            (&path, offset as u64, frame.1.len() as u64)
+        );
         assert_eq!(repaired.lsns, Some((frame.0.first_lsn, frame.0.last_lsn)));
         let now = std::fs::read(&path).unwrap();
-        let end = usize::try_from(offset).unwrap() + frame.1.len();
-        assert!(now[..end] == whole[..end]);
+        assert!(now[..offset + frame.1.len()] == whole[..offset + frame.1.len()]);
         let group = until(&handle, "whole again", |group| group.state == State::Replicating).await;
         assert_eq!(group.scrub.unwrap().damage, []);
         assert_eq!(asked.load(Ordering::SeqCst), round + 1, "each frame is asked for once");

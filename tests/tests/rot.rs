@@ -102,8 +102,13 @@ fn what_the_source_still_holds_is_fetched_again() -> Result<()> {
         let unapplied = segments(&pair)?[before].clone();
         let whole = rot(&unapplied)?;
         pair.receiver.command(&["resume", GROUP])?.expect(0)?;
-        pair.assert_replica_equals_source()?;
         pair.receiver.until("repaired", LIMIT, |group| repaired(group) == 2)?;
+        // Until it was, `wait` says at once that apply stands still.
+        pair.receiver.until("applied", LIMIT, |group| group.number("checkpoint_lsn") >= newest)?;
+        poll("the source hears of it", LIMIT, || {
+            Ok((pair.source.command(&["wait", "--timeout", "60s"])?.code == 0).then_some(()))
+        })?;
+        pair.assert_replica_equals_source()?;
         ensure!(fs::read(&unapplied)? == whole, "byte for byte what it was");
         verify_exits(&pair, 0)?;
         for lsn in [last, newest] {
