@@ -47,7 +47,7 @@ bench-vm PAIRS="5" SECONDS="2":
     cargo build --release --locked -p afterimage-tests --bin afterimage-guest
     tests/vm/run.sh cost --disk 128M --disk 6G --disk 128M --disk 128M --timeout 3000 -- {{ PAIRS }} {{ SECONDS }}
 
-# Ratios to peers and bare limits. PARTS: journal ring front sustained lag restore sync; all of them without. `--json` for JSON.
+# Ratios to peers and bare limits. PARTS: journal ring front sustained lag restore compare sync; all of them without. `--json` for JSON.
 bench *PARTS:
     cargo build --release --locked -p afterimage
     scripts/bench.sh {{ PARTS }}

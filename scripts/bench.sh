@@ -7,7 +7,7 @@ json=() parts=()
 for argument in "$@"; do
     if [ "$argument" = --json ]; then json=(--json); else parts+=("$argument"); fi
 done
-[ ${#parts[@]} -gt 0 ] || parts=(journal ring front sustained lag restore sync)
+[ ${#parts[@]} -gt 0 ] || parts=(journal ring front sustained lag restore compare sync)
 
 machine_parts=()
 for part in "${parts[@]}"; do

@@ -1,9 +1,10 @@
 //! `just bench`: every figure beside its peer or bare limit, measured in the same run on the same machine.
 //!
-//! Arguments: names of parts to run (`front sustained lag restore sync`; all without), `--json` for JSON on
+//! Arguments: names of parts to run (`front sustained lag restore compare sync`; all without), `--json` for JSON on
 //! standard output instead of the table. The disk under test is `AFTERIMAGE_TEST_DIR`, or the temporary directory.
 
 mod bare;
+mod compare;
 mod cpu;
 mod data;
 mod fio;
@@ -51,6 +52,9 @@ fn main() -> Result<()> {
     }
     if wanted("restore") {
         restore::compare(&binary, dir.path(), &mut report)?;
+    }
+    if wanted("compare") {
+        compare::measure(&binary, dir.path(), &mut report)?;
     }
     if wanted("sync") {
         sync::measure(&mut report)?;

@@ -28,6 +28,22 @@ pub struct Options<'a> {
     pub source: &'a str,
 }
 
+/// Where the source's rings are.
+fn ring_dir() -> String {
+    format!("/dev/shm/afterimage-bench-{}", std::process::id())
+}
+
+/// Starts one daemon; its log goes on where an earlier one's ends.
+fn daemon(binary: &Path, dir: &Path, role: &str, config: &str) -> Result<Child> {
+    let log = File::options().create(true).append(true).open(dir.join(format!("{role}.log")))?;
+    let mut command = Command::new(binary);
+    // A daemon refuses variables of our prefix that it does not know.
+    command.env_remove("AFTERIMAGE_BIN").env_remove("AFTERIMAGE_TEST_DIR");
+    command.args([role, "--config"]).arg(dir.join(config)).stdin(Stdio::null());
+    command.stdout(log.try_clone()?).stderr(log);
+    command.spawn().with_context(|| format!("start {} {role}", binary.display()))
+}
+
 impl Pair {
     /// Starts both on `dir`, one volume `disk` of `size_bytes`, and waits until it is served.
     pub fn start(binary: &Path, dir: &Path, size_bytes: u64, options: Options<'_>) -> Result<Pair> {
@@ -38,18 +54,16 @@ impl Pair {
         let source_id = Identity::create(&source_dir.join("identity"))?.fingerprint();
         let receiver_id = Identity::create(&receiver_dir.join("identity"))?.fingerprint();
         let port = std::net::UdpSocket::bind("127.0.0.1:0")?.local_addr()?.port();
-        let receiver_file = dir.join("receiver.toml");
         fs::write(
-            &receiver_file,
+            dir.join("receiver.toml"),
             format!(
                 "dir = {receiver_dir:?}\nlisten = \"127.0.0.1:{port}\"\n{}\n[[source]]\nidentity = \"{source_id}\"\ngroups = [\"bench\"]\n",
                 options.receiver
             ),
         )?;
-        let source_file = dir.join("source.toml");
-        let ring_dir = format!("/dev/shm/afterimage-bench-{}", std::process::id());
+        let ring_dir = ring_dir();
         fs::write(
-            &source_file,
+            dir.join("source.toml"),
             format!(
                 "group = \"bench\"\ndir = {source_dir:?}\nring_dir = {ring_dir:?}\n{}\n[receiver]\naddress = \"127.0.0.1:{port}\"\n\
                  identity = \"{receiver_id}\"\n[[volume]]\nname = \"disk\"\npath = {:?}\nsize = \"{size_bytes}\"\n",
@@ -57,24 +71,29 @@ impl Pair {
                 dir.join("disk.img")
             ),
         )?;
-        let start = |role: &str, file: &Path| -> Result<Child> {
-            let log = File::create(dir.join(format!("{role}.log")))?;
-            let mut command = Command::new(binary);
-            // A daemon refuses variables of our prefix that it does not know.
-            command.env_remove("AFTERIMAGE_BIN").env_remove("AFTERIMAGE_TEST_DIR");
-            command
-                .args([role, "--config"])
-                .arg(file)
-                .stdin(Stdio::null())
-                .stdout(log.try_clone()?)
-                .stderr(log);
-            command.spawn().with_context(|| format!("start {} {role}", binary.display()))
-        };
-        let receiver = start("receive", &receiver_file)?;
-        let source = start("replicate", &source_file)?;
+        let receiver = daemon(binary, dir, "receive", "receiver.toml")?;
+        let source = daemon(binary, dir, "replicate", "source.toml")?;
         let pair = Pair { dir: dir.to_owned(), binary: binary.to_owned(), receiver, source };
         pair.until(Duration::from_secs(60), |group| group["state"] == "replicating")?;
         Ok(pair)
+    }
+
+    /// Ends the source as a machine ends: at once, and its ring is gone.
+    pub fn lose_source(&mut self) -> Result<()> {
+        self.source.kill()?;
+        self.source.wait()?;
+        fs::remove_dir_all(ring_dir()).context("remove the ring")
+    }
+
+    /// Starts it again.
+    pub fn start_source(&mut self) -> Result<()> {
+        self.source = daemon(&self.binary, &self.dir, "replicate", "source.toml")?;
+        Ok(())
+    }
+
+    /// What the source has logged.
+    pub fn source_log(&self) -> Result<String> {
+        fs::read_to_string(self.dir.join("replicate.log")).context("read the source's log")
     }
 
     /// The NBD socket.
@@ -156,6 +175,6 @@ impl Drop for Pair {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let _ = fs::remove_dir_all(format!("/dev/shm/afterimage-bench-{}", std::process::id()));
+        let _ = fs::remove_dir_all(ring_dir());
     }
 }

@@ -17,7 +17,8 @@ const ROUNDS: usize = 3;
 const RECEIVER: &str = "[history]\nquota = \"200GiB\"\n[apply]\nbatch_bytes = \"2MiB\"\nmin_interval = \"1ms\"\nidle = \"1ms\"\n";
 const BATCHES: u32 = 1000;
 
-fn drop_caches() -> Result<()> {
+/// Writes back what is dirty and forgets what is cached.
+pub fn drop_caches() -> Result<()> {
     anyhow::ensure!(Command::new("sync").status()?.success(), "sync");
     std::fs::write("/proc/sys/vm/drop_caches", "3").context("drop caches (run as root)")
 }
@@ -34,7 +35,8 @@ fn timed(command: &mut Command) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64())
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+/// The middle one.
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
