@@ -79,6 +79,22 @@ install_cargo_tool() {
     command -v "$1" >/dev/null || cargo install --locked "$2"
 }
 
+# just takes minutes to compile on a small machine: a packaged one is used where there is one, pinned by its hash.
+install_just() {
+    command -v just >/dev/null && return 0
+    wheel='rust-just==1.59.0 --hash=sha256:3ee47f26e3aff917107602d57a08ede20df447f78dc4f9ceb08e57a883c56eb9'
+    venv=$(mktemp -d)
+    if [ "$(uname -m)" = x86_64 ] && install_packages python3-venv && python3 -m venv "$venv" &&
+        echo "$wheel" >"$venv/wheel" &&
+        "$venv/bin/pip" install -q --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$venv/wheel"
+    then
+        mkdir -p "$HOME/.cargo/bin"
+        cp "$venv/bin/just" "$HOME/.cargo/bin/just"
+    fi
+    rm -rf "$venv"
+    install_cargo_tool just just
+}
+
 install_packages $build_packages
 install_rust
 case "$what" in
@@ -88,7 +104,7 @@ demo)
     ;;
 test | tools)
     install_packages $test_packages
-    install_cargo_tool just just
+    install_just
     install_cargo_tool cargo-nextest cargo-nextest
     install_cargo_tool cargo-fuzz cargo-fuzz
     [ "$what" = tools ] || exec just test
