@@ -12,6 +12,7 @@
 //! ```
 //! [`Positions::assert_order`] is the one place that asserts it; status and metrics show the same names.
 
+pub mod buffered_disk;
 pub mod compress;
 pub mod control;
 pub mod error;

@@ -15,7 +15,6 @@
 pub mod agent;
 mod allocated;
 mod attach;
-pub mod buffered_disk;
 pub mod capture;
 pub mod clock;
 pub mod compare;

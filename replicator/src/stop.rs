@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use journal::Position;
+use journal::buffered_disk::BufferedDisk;
 use kfilter::Mode;
 
 use crate::agent::{Agent, Handle, STOP_DEADLINE, on_thread};
 use crate::attach::end_capture;
-use crate::buffered_disk::BufferedDisk;
 use crate::capture::disk::Disk;
 use crate::capture::{Ring, usage};
 use crate::error::{Error, ErrorKind, Result};

@@ -14,6 +14,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use journal::buffered_disk::BufferedDisk;
 use journal::record::VolumeRecord;
 use journal::writer::{Writer, WriterOptions};
 use journal::{Lsn, Position};
@@ -22,7 +23,6 @@ use kfilter::{Group, Identity, Region, VolumeSpec};
 use nbd::Backing;
 
 use crate::allocated;
-use crate::buffered_disk::BufferedDisk;
 use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};

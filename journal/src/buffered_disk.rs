@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use journal::io::{Disk, File};
+use crate::io::{Disk, File};
 
 /// See the module.
 pub struct BufferedDisk(Arc<dyn Disk>);
@@ -117,7 +117,7 @@ impl File for BufferedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use journal::sim_disk::SimDisk;
+    use crate::sim_disk::SimDisk;
 
     #[test]
     fn nothing_is_durable_before_the_debt_is_paid_and_all_is_after() {
