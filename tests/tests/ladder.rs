@@ -178,8 +178,8 @@ impl<'h> Ladder<'_, 'h> {
         }
         println!("{table}");
         for Row { name, changed, sent, .. } in &self.rows {
-            let limit = (*changed as f64 * RATIO) as u64 + METADATA;
-            ensure!(*sent <= limit, "{name}: {sent} bytes sent for {changed} that changed");
+            let allowed = *changed as f64 * RATIO + METADATA as f64;
+            ensure!(*sent as f64 <= allowed, "{name}: {sent} bytes sent for {changed} that changed");
         }
         Ok(())
     }

@@ -45,7 +45,7 @@ pub fn measure(binary: &Path, dir: &Path, report: &mut Report) -> Result<()> {
         // One chunk in each hundred, so that they are distinct.
         for stretch in 0..CHANGED {
             let at = (stretch * 100 + noise.next() % 100) * CHUNK;
-            source.write_all_at(&noise_of(&mut noise, CHUNK as usize), at)?;
+            source.write_all_at(&noise_of(&mut noise, usize::try_from(CHUNK)?), at)?;
         }
         let before = read_both([&disk, &replica])?;
         drop_caches()?;
