@@ -168,7 +168,7 @@ mod tests {
         let size = 16 * GRANULE;
         let skipped = Skipped::open(dir.path());
         assert!(skipped.touch(1, &(0..512)).is_empty());
-        skipped.add(1, size, &[2 * GRANULE..8 * GRANULE]).unwrap();
+        skipped.add(1, size, &vec![2 * GRANULE..8 * GRANULE; 1]).unwrap();
         assert_eq!(
             (skipped.bytes(), skipped.others(1, size)),
             (6 * GRANULE, vec![0..2 * GRANULE, 8 * GRANULE..size])
