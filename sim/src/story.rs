@@ -724,23 +724,12 @@ impl Story {
         // Loss at a tenth lets CUBIC through at the pace of a modem: that is no failure.
         self.site.net.set(Weather::FAIR);
         let ends = machine::now() + HEALING;
-        let mut stuck_since = None;
         loop {
             self.promises()?;
             let status = self.source().map(|source| source.status())?;
             let group = &status.groups[0];
             if group.state == State::Replicating && group.connected {
                 break;
-            }
-            // Needs-resync is left by a new start.
-            if group.state == State::NeedsResync {
-                let since = *stuck_since.get_or_insert(machine::now());
-                if machine::since(since) > Duration::from_secs(3) {
-                    stuck_since = None;
-                    self.restart_source()?;
-                }
-            } else {
-                stuck_since = None;
             }
             if machine::now() > ends {
                 return Err(format!("{when}: does not come right: {}", self.states()));
