@@ -139,7 +139,7 @@ mod tests {
         let part = |left_bytes, bytes: usize| Message::FramePart { left_bytes, bytes: vec![7; bytes] };
         for parts in [
             vec![part(0, 511)],
-            vec![part(0, 1024)],
+            vec![part(0, 1025)],
             vec![part(u32::MAX, 1)],
             vec![part(512, 512), part(512, 512)],
             vec![part(512, 512), part(0, 513)],
