@@ -88,8 +88,8 @@ pub(crate) struct Mender {
     pub fetcher: Arc<Fetcher>,
     pub segments: Arc<machine::Mutex<Vec<SegmentSummary>>>,
     pub now_ns: fn() -> u64,
-    /// Called when what could not be read can be.
-    pub mended: Box<dyn Fn() + Send>,
+    /// Called when what could not be read can be, or is known to be lost.
+    pub changed: Box<dyn Fn() + Send>,
     /// What is rotten and known, by segment.
     pub rotten: BTreeMap<u64, Vec<Rotten>>,
 }
@@ -126,6 +126,7 @@ impl Mender {
         open: &dyn Fn(&std::path::Path, u64) -> journal::Result<SegmentFile>,
     ) -> Mended {
         let mut done = Mended::default();
+        let known = self.rotten.clone();
         for &number in numbers {
             let before = done.repaired.len();
             let held = self.segment(number, open, &mut done);
@@ -140,8 +141,8 @@ impl Mender {
             }
         }
         self.history.note_rotten(self.rotten.values().flatten().cloned().collect());
-        if !done.repaired.is_empty() {
-            (self.mended)();
+        if !done.repaired.is_empty() || self.rotten != known {
+            (self.changed)();
         }
         done
     }

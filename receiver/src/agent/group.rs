@@ -154,7 +154,7 @@ impl Group {
             fetcher: fetcher.clone(),
             segments: segments.clone(),
             now_ns: super::now_ns,
-            mended: Box::new(move || told.leave(&rung, Order::LookAgain)),
+            changed: Box::new(move || told.leave(&rung, Order::LookAgain)),
             rotten: std::collections::BTreeMap::new(),
         };
         let parts = Parts {

@@ -23,7 +23,7 @@ pub enum Order {
     Rewind(At, Answer<RewindReport>),
     /// Roll forward again.
     Resume(Answer<ResumeReport>),
-    /// What could not be read can be: try again. Nobody waits for it.
+    /// What could not be read can be, or is known to be lost: try again. Nobody waits for it.
     LookAgain,
     /// Keep a bookmark from retention, or let it go.
     Hold(String, bool, Answer<HoldReport>),
