@@ -250,7 +250,10 @@ impl ApplyThread {
             Order::Resume(answer) => answered(answer, self.resume()),
             Order::LookAgain => {
                 self.suspected = None;
-                self.reopen()?;
+                // One that fares well was not kept from anything.
+                if self.reopen_at.is_some() || self.applier.is_none() {
+                    self.reopen()?;
+                }
                 self.parts.bell.ring(|schedule| schedule.release());
                 self.go_on_rewinding()
             }
