@@ -22,7 +22,8 @@ fn boot(scenario: &str, options: &[&str], arguments: &[&str]) -> Result<i32> {
         outcome(&mut Command::new(script(step)))?.expect(0)?;
     }
     let mut run = Command::new(script("run.sh"));
-    run.arg(scenario).args(options);
+    // A host that does other things as well makes a guest several times slower.
+    run.args(["--timeout", "1200"]).arg(scenario).args(options);
     if env::var_os("AFTERIMAGE_LONG").is_some() {
         run.args(["--long", "--timeout", "7200"]);
     }
@@ -123,12 +124,12 @@ fn a_write_held_back_for_a_minute_is_waited_for() -> Result<()> {
 
 #[test]
 fn a_disk_with_content_in_use_is_taken_under_protection() -> Result<()> {
-    guest("online", &["--disk", "200M"], &[])
+    guest("online", &["--disk", "200M", "--timeout", "1500"], &[])
 }
 
 #[test]
 fn orders_that_cross_and_agents_that_die_leave_a_group_that_gets_well() -> Result<()> {
-    guest("abuse", &["--disk", "48M", "--disk", "56M"], &[])
+    guest("abuse", &["--disk", "48M", "--disk", "56M", "--timeout", "1500"], &[])
 }
 
 #[test]
@@ -162,7 +163,7 @@ fn a_clean_reboot_leaves_no_gap() -> Result<()> {
 
 #[test]
 fn the_module_comes_and_goes_under_load() -> Result<()> {
-    guest("lifecycle", &["--disk", "256M", "--disk", "128M", "--disk", "64M"], &[])
+    guest("lifecycle", &["--disk", "256M", "--disk", "128M", "--disk", "64M", "--timeout", "1500"], &[])
 }
 
 #[test]
