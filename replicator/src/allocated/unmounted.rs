@@ -78,7 +78,9 @@ mod tests {
             let free = free.unwrap();
             assert!(free.bytes() > 300 << 20, "{tool}: {}", free.bytes());
             let content = std::fs::read(disk.path()).unwrap();
-            for run in free.runs(0..512 << 20, true) {
+            // mkfs.btrfs leaves there what its temporary first chunk held, and frees it.
+            let from = if tool == "mkfs.btrfs" { 16 << 20 } else { 0 };
+            for run in free.runs(from..512 << 20, true) {
                 let range = usize::try_from(run.start).unwrap()..usize::try_from(run.end).unwrap();
                 assert!(content[range].iter().all(|byte| *byte == 0), "{tool}: {run:?} holds something");
             }
