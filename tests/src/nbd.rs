@@ -132,7 +132,8 @@ impl Mount {
     /// # Errors
     /// It is in use.
     pub fn unmount(mut self) -> Result<()> {
-        run("umount", [self.place.as_os_str()])?;
+        // A writer that was killed lets go when its last write is over.
+        poll("the mount to be free", RELEASE, || Ok(run("umount", [self.place.as_os_str()]).ok()))?;
         self.is_mounted = false;
         Ok(())
     }

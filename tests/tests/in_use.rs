@@ -93,6 +93,8 @@ impl Busy {
         };
         let fio = quiet(Command::new("fio").current_dir(root).args([
             "--name=busy",
+            // A job of its own would leave the group.
+            "--thread",
             "--filename=fio.data",
             "--size=32M",
             "--rw=randwrite",
