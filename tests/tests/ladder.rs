@@ -266,15 +266,6 @@ fn climb(
         ladder.pair.start_receiver()?;
         Ok(changed)
     })?;
-    ladder.rung("source journal's disk full", |ladder| {
-        let ballast = journal.fill(5 * MIB)?;
-        let flood = LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::from_millis(5) };
-        let flood = Load::start(&ladder.pair.sockets()[0], flood, 78);
-        ladder.sees("no room")?;
-        let changed = flood.stop()?;
-        journal.empty(&ballast)?;
-        Ok(changed)
-    })?;
     ladder.rung("source journal failing", |ladder| {
         journal.fail()?;
         ladder.sees("written")?;
