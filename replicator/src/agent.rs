@@ -323,6 +323,8 @@ impl Agent {
         let ring = &self.shared.ring;
         journaled.lsn.0 == ring.captured_lsn()
             && ring.loss().is_none()
+            // Ranges of failed writes, still to be read again: only the ring remembers them.
+            && !self.volumes.iter().any(|volume| volume.is_attached() && ring.is_dirty(volume.id))
             && !self.volumes.iter().any(|volume| volume.sync_failed())
     }
 

@@ -15,6 +15,9 @@ use crate::start;
 use crate::state::{Gap, KnownVolume, StateFile};
 use crate::status::State;
 
+/// Of granules that are sent whole because they were written into: between two looks, so that a stop need not wait.
+const FILL_BYTES: u64 = 64 << 20;
+
 impl Agent {
     /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
     pub(crate) fn notice_overflow(&self) {
@@ -90,6 +93,17 @@ impl Agent {
     pub(crate) fn epoch_is_part(&self) -> Result<()> {
         let mut file = self.state();
         if file.get().epoch_is_full { file.update(|state| state.epoch_is_full = false) } else { Ok(()) }
+    }
+
+    /// Has granules that were left out and written into since sent as a whole, some at a time.
+    pub(crate) fn fill_touched(&self) {
+        for volume in self.volumes.iter().filter(|volume| volume.is_attached()) {
+            for run in self.shared.skipped.touched(volume.id, FILL_BYTES) {
+                if let Err(error) = self.shared.ring.mark(volume.id, run) {
+                    tracing::warn!(%error, volume = %volume.name, "what was left out cannot be sent now");
+                }
+            }
+        }
     }
 
     /// States the volumes whose record is not in the stream: the kernel's ring knows sizes that it could not put into the

@@ -19,6 +19,11 @@ impl Granules {
         Granules { size_bytes, bits: vec![0; usize::try_from(words).unwrap_or(0)] }
     }
 
+    /// Size of the volume, bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
     /// Adds the granules that lie wholly in a range of bytes.
     pub fn add_inside(&mut self, range: Range<u64>) {
         let end = if range.end >= self.size_bytes {

@@ -1,12 +1,14 @@
 //! What was not sent because a file system called it free (decision 0021): `DIR/skipped`.
 //!
-//! Source and replica may differ there, and nobody reads it. The moment somebody writes into such a granule it is taken
-//! out, and sent as a whole: so each granule is either in here, or the same on both sides.
+//! Source and replica may differ there, and nobody reads it. A granule that somebody writes into is touched: what was written
+//! is a record as any other, and the rest of it is sent once nothing more urgent is under way. So each granule is either in
+//! here, or the same on both sides.
 //!
 //! Invariants
 //! * A granule is durably in the file before its dirty bit is cleared unsent.
-//! * It is taken out of memory before its bit is set, and of the file a little later: a file that is too large makes `verify`
-//!   leave out too much until the granule is written again. Nothing is ever left unsent because of this file.
+//! * It is taken out when all of it has been sent; of the file a little later. A file that is too large makes `verify` leave
+//!   out too much until the granule is written again. Nothing is ever left unsent because of this file.
+//! * Touching sets no dirty bit: a synchronisation would never end on a disk that is being filled.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -36,6 +38,8 @@ pub struct Skipped {
 #[derive(Debug, Default)]
 struct Inner {
     volumes: BTreeMap<u32, Granules>,
+    /// Those among them that were written into since.
+    touched: BTreeMap<u32, Granules>,
     /// Since when the file holds too much.
     changed: Option<Instant>,
 }
@@ -52,7 +56,7 @@ impl Skipped {
             Err(_) => BTreeMap::new(),
         };
         let any = AtomicBool::new(!volumes.is_empty());
-        Skipped { path, any, inner: Mutex::new(Inner { volumes, changed: None }) }
+        Skipped { path, any, inner: Mutex::new(Inner { volumes, ..Inner::default() }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -79,33 +83,56 @@ impl Skipped {
         Ok(())
     }
 
-    /// A record changes a range: the granules that it touches are taken out. What of them it does not cover wholly is
-    /// returned, and must become dirty.
+    /// A record changes a range: granules that it covers are taken out, those at its ends are touched.
     #[inline]
-    pub fn touch(&self, volume: u32, range: &Range<u64>) -> Vec<Range<u64>> {
+    pub fn touch(&self, volume: u32, range: &Range<u64>) {
+        if !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        let mut inner = self.lock();
+        let Inner { volumes, touched, changed } = &mut *inner;
+        let Some(granules) = volumes.get_mut(&volume) else { return };
+        for edge in [range.start, range.end].into_iter().filter(|edge| edge % GRANULE != 0) {
+            if granules.holds(edge) {
+                let start = edge / GRANULE * GRANULE;
+                let touched = touched.entry(volume).or_insert_with(|| Granules::none(granules.size_bytes()));
+                touched.add_inside(start..start + GRANULE);
+            }
+        }
+        let whole = range.start.next_multiple_of(GRANULE)..range.end / GRANULE * GRANULE;
+        if whole.start < whole.end && granules.remove(&whole) {
+            if let Some(touched) = touched.get_mut(&volume) {
+                touched.remove(&whole);
+            }
+            changed.get_or_insert_with(machine::now);
+        }
+    }
+
+    /// The first touched granules of a volume, up to so many bytes: to be sent whole.
+    pub fn touched(&self, volume: u32, most_bytes: u64) -> Vec<Range<u64>> {
         if !self.any.load(Ordering::Acquire) {
             return Vec::new();
         }
-        let mut inner = self.lock();
-        let Some(granules) = inner.volumes.get_mut(&volume) else { return Vec::new() };
-        let mut parts = Vec::new();
-        for edge in [range.start, range.end] {
-            let granule = edge / GRANULE * GRANULE;
-            let is_new = parts.last().is_none_or(|last: &Range<u64>| last.start != granule);
-            if edge % GRANULE != 0 && granules.holds(granule) && is_new {
-                parts.push(granule..granule + GRANULE);
-            }
-        }
-        if granules.remove(range) {
-            inner.changed.get_or_insert_with(machine::now);
-        }
-        parts
+        let inner = self.lock();
+        let Some(touched) = inner.touched.get(&volume) else { return Vec::new() };
+        let (mut runs, mut left) = (touched.runs(0..touched.size_bytes(), true), most_bytes);
+        runs.retain_mut(|run| {
+            run.end = run.end.min(run.start + left / GRANULE * GRANULE);
+            left -= run.end - run.start;
+            run.start < run.end
+        });
+        runs
     }
 
     /// A range is the same on both sides from now on.
     pub fn sent(&self, volume: u32, range: &Range<u64>) {
-        // Only what lies wholly in it.
-        let whole = range.start.next_multiple_of(GRANULE)..range.end / GRANULE * GRANULE;
+        if !self.any.load(Ordering::Acquire) {
+            return;
+        }
+        // Only what lies wholly in it; the last granule ends with the volume.
+        let size_bytes = self.lock().volumes.get(&volume).map_or(0, Granules::size_bytes);
+        let end = if range.end >= size_bytes { range.end.next_multiple_of(GRANULE) } else { range.end };
+        let whole = range.start.next_multiple_of(GRANULE)..end / GRANULE * GRANULE;
         if whole.start < whole.end {
             self.touch(volume, &whole);
         }
@@ -167,21 +194,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let size = 16 * GRANULE;
         let skipped = Skipped::open(dir.path());
-        assert!(skipped.touch(1, &(0..512)).is_empty());
+        skipped.touch(1, &(0..512));
         skipped.add(1, size, &vec![2 * GRANULE..8 * GRANULE; 1]).unwrap();
         assert_eq!(
             (skipped.bytes(), skipped.others(1, size)),
             (6 * GRANULE, vec![0..2 * GRANULE, 8 * GRANULE..size])
         );
-        assert_eq!(skipped.touch(1, &(2 * GRANULE..3 * GRANULE)), [], "covered wholly");
-        let (part, other) = (3 * GRANULE + 512..3 * GRANULE + 1024, 4 * GRANULE + 512..6 * GRANULE + 1);
-        assert_eq!(skipped.touch(1, &part), [3 * GRANULE..4 * GRANULE; 1]);
-        assert_eq!(skipped.touch(1, &part), [], "once");
-        let ends = [4 * GRANULE..5 * GRANULE, 6 * GRANULE..7 * GRANULE];
-        assert_eq!(skipped.touch(1, &other), ends);
+        skipped.touch(1, &(2 * GRANULE..3 * GRANULE));
+        assert!(!skipped.holds(1, 2 * GRANULE) && skipped.touched(1, u64::MAX).is_empty(), "covered wholly");
+        skipped.touch(1, &(3 * GRANULE + 512..3 * GRANULE + 1024));
+        skipped.touch(1, &(4 * GRANULE + 512..6 * GRANULE + 1));
+        let touched = [3 * GRANULE..5 * GRANULE, 6 * GRANULE..7 * GRANULE];
+        assert_eq!(skipped.touched(1, u64::MAX), touched);
+        assert_eq!(skipped.touched(1, GRANULE), [3 * GRANULE..4 * GRANULE; 1], "not all at once");
+        assert!(skipped.holds(1, 3 * GRANULE), "until the rest of it was sent");
         assert!(
             !skipped.holds(1, 5 * GRANULE) && skipped.holds(1, 7 * GRANULE) && !skipped.holds(2, 7 * GRANULE)
         );
+        skipped.sent(1, &(3 * GRANULE..7 * GRANULE));
+        assert!(skipped.touched(1, u64::MAX).is_empty() && !skipped.holds(1, 3 * GRANULE));
         skipped.sent(1, &(7 * GRANULE..8 * GRANULE - 1));
         assert!(skipped.holds(1, 7 * GRANULE), "a part of it");
         let again = Skipped::open(dir.path());

@@ -89,10 +89,7 @@ impl Translator {
                 if self.shared.map.is_active() {
                     self.shared.map.lock().written(from.volume(), from.lsn(), range.clone());
                 }
-                for part in self.shared.skipped.touch(from.volume(), &range) {
-                    // What this record leaves of a granule that was never sent is sent by the synchronisation.
-                    self.shared.ring.mark(from.volume(), part)?;
-                }
+                self.shared.skipped.touch(from.volume(), &range);
                 batch.push(&record, from.payload());
             }
             Op::SyncSlot if from.payload().is_empty() => {

@@ -169,6 +169,9 @@ impl<'a> Engine<'a> {
             return Work::None;
         }
         self.looked = machine::now();
+        if state == State::Replicating {
+            agent.fill_touched();
+        }
         if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
             return if verifies { Work::Verify } else { Work::None };
         }
