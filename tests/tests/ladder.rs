@@ -204,38 +204,80 @@ fn put_back(saved: &Path, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The disks that are to fail.
+struct Disks {
+    journal: Small,
+    replicas: Small,
+    receiver: Small,
+}
+
+/// A synchronised pair on them, and what is done to it; the table at the end.
+fn tell(
+    home: &Home,
+    (quota, journal_mib): (&str, u64),
+    climb: impl FnOnce(&mut Ladder<'_, '_>, &mut Disks) -> Result<()>,
+) -> Result<()> {
+    need(&nbd::PROGRAMS)?;
+    need(&["mkfs.ext4", "xfs_io", "fallocate"])?;
+    let mut content = vec![0; usize::try_from(SIZE)?];
+    home.rng().fill(content.as_mut_slice());
+    fs::create_dir_all(home.path("source"))?;
+    fs::write(home.path("source").join("disk.img"), &content)?;
+    drop(content);
+    let mut disks = Disks {
+        journal: Small::new(home, "journal", home.path("source").join("journal"), journal_mib)?,
+        replicas: Small::new(home, "replica", home.path("replicas"), 160)?,
+        receiver: Small::new(home, "receiver", home.path("far"), 2048)?,
+    };
+    let place = home.path("replicas").join("disk.img");
+    let settings = format!(
+        "[journal]\nsegment_bytes = \"4MiB\"\n[[replica]]\ngroup = \"{GROUP}\"\nvolume = \"disk\"\npath = \"{}\"\n",
+        place.display()
+    );
+    let source = format!("[journal]\nquota = \"{quota}\"\nsegment_bytes = \"4MiB\"\n");
+    let spec = PairSpec {
+        volumes: &[("disk", SIZE)],
+        source: &source,
+        receiver: &settings,
+        receiver_dir: Some(disks.receiver.place.join("receiver")),
+    };
+    let mut pair = Pair::start(home, &spec)?;
+    pair.replica_at("disk", &place);
+    pair.assert_replica_equals_source()?;
+    let mut ladder = Ladder { home, pair: &mut pair, rows: Vec::new(), sent_before: 0 };
+    climb(&mut ladder, &mut disks)?;
+    ladder.table()?;
+    drop(pair);
+    Ok(())
+}
+
 #[test]
 fn every_gap_ends_by_itself_and_costs_what_changed() -> Result<()> {
     story("the degrade ladder", |home| {
-        need(&nbd::PROGRAMS)?;
-        need(&["mkfs.ext4", "xfs_io", "fallocate"])?;
-        let mut content = vec![0; usize::try_from(SIZE)?];
-        home.rng().fill(content.as_mut_slice());
-        fs::create_dir_all(home.path("source"))?;
-        fs::write(home.path("source").join("disk.img"), &content)?;
-        drop(content);
-        let journal = &mut Small::new(home, "journal", home.path("source").join("journal"), 160)?;
-        let replicas = &mut Small::new(home, "replica", home.path("replicas"), 160)?;
-        let receiver = &Small::new(home, "receiver", home.path("far"), 1024)?;
-        let place = home.path("replicas").join("disk.img");
-        let settings = format!(
-            "[journal]\nsegment_bytes = \"4MiB\"\n[[replica]]\ngroup = \"{GROUP}\"\nvolume = \"disk\"\npath = \"{}\"\n",
-            place.display()
-        );
-        let spec = PairSpec {
-            volumes: &[("disk", SIZE)],
-            source: "[journal]\nquota = \"32MiB\"\nsegment_bytes = \"4MiB\"\n",
-            receiver: &settings,
-            receiver_dir: Some(receiver.place.join("receiver")),
-        };
-        let mut pair = Pair::start(home, &spec)?;
-        pair.replica_at("disk", &place);
-        pair.assert_replica_equals_source()?;
-        let mut ladder = Ladder { home, pair: &mut pair, rows: Vec::new(), sent_before: 0 };
-        climb(&mut ladder, journal, replicas, receiver)?;
-        ladder.table()?;
-        drop(pair);
-        Ok(())
+        tell(home, ("32MiB", 160), |ladder, Disks { journal, replicas, receiver }| {
+            climb(ladder, journal, replicas, receiver)
+        })
+    })
+}
+
+/// A journal whose quota is more than its disk has; with a receiver that acknowledges, it would go round in its room.
+#[test]
+fn a_full_disk_under_the_source_journal_ends_by_itself() -> Result<()> {
+    story("the journal's disk full", |home| {
+        tell(home, ("1GiB", 64), |ladder, _| {
+            ladder.rung("source journal's disk full", |ladder| {
+                ladder.pair.receiver_daemon()?.kill()?;
+                let flood =
+                    LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::from_millis(5) };
+                let flood = Load::start(&ladder.pair.sockets()[0], flood, 78);
+                let full = |group: &Group| group.state() == "degraded" && group.why().contains("no room");
+                let full = ladder.pair.source.until("a full disk", MINUTE, full);
+                let changed = flood.stop()?;
+                full?;
+                ladder.pair.start_receiver()?;
+                Ok(changed)
+            })
+        })
     })
 }
 
