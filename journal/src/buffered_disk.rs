@@ -29,7 +29,9 @@ impl BufferedDisk {
     /// # Errors
     /// The disk's; final, as any failed sync.
     pub fn settle(below: &dyn Disk, dir: &Path) -> io::Result<()> {
-        for name in below.list(dir)? {
+        // What else lies there is not ours: where a file system is mounted at this place, its `lost+found`.
+        let is_ours = |name: &String| [".seg", ".spare", ".control"].iter().any(|end| name.ends_with(end));
+        for name in below.list(dir)?.into_iter().filter(is_ours) {
             below.open(&dir.join(name))?.sync()?;
         }
         below.sync_dir(dir)

@@ -117,7 +117,7 @@ impl Skipped {
         let Some(touched) = inner.touched.get(&volume) else { return Vec::new() };
         let (mut runs, mut left) = (touched.runs(0..touched.size_bytes(), true), most_bytes);
         runs.retain_mut(|run| {
-            run.end = run.end.min(run.start + left / GRANULE * GRANULE);
+            run.end = run.end.min(run.start.saturating_add(left / GRANULE * GRANULE));
             left -= run.end - run.start;
             run.start < run.end
         });
