@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn nothing_is_durable_before_the_debt_is_paid_and_all_is_after() {
-        let (dir, name) = (Path::new("/j"), Path::new("/j/a"));
+        let (dir, name) = (Path::new("/j"), Path::new("/j/0.seg"));
         for settled in [false, true] {
             let sim = SimDisk::new();
             let below: Arc<dyn Disk> = Arc::new(sim.clone());

@@ -51,6 +51,11 @@ impl Group {
         self.0["why"].as_str().unwrap_or("")
     }
 
+    /// Whether a source sees its receiver.
+    pub fn is_connected(&self) -> bool {
+        self.0["connected"] == true
+    }
+
     /// A text of one of its volumes: `nbd_uri`, `replica`, `source`.
     ///
     /// # Errors

@@ -102,12 +102,12 @@ struct Ladder<'a, 'h> {
 }
 
 impl<'h> Ladder<'_, 'h> {
-    /// One gap under load. `provoke` makes it, and mends what only an operator can mend; what it changed by itself is
-    /// returned.
+    /// One gap under load. `provoke` makes it, and mends what only an operator can mend; what it changed beside the load
+    /// is returned.
     fn rung(
         &mut self,
         name: &'static str,
-        provoke: impl FnOnce(&mut Ladder<'_, 'h>) -> Result<u64>,
+        provoke: impl FnOnce(&mut Ladder<'_, 'h>, &Load) -> Result<u64>,
     ) -> Result<()> {
         let begun = Instant::now();
         let before = self.sent()?;
@@ -115,7 +115,7 @@ impl<'h> Ladder<'_, 'h> {
         let seed = self.home.seed() + self.rows.len() as u64 * 10;
         let load = Load::start(&self.pair.sockets()[0], spec, seed);
         thread::sleep(LOOK / 3);
-        let changed = provoke(self).with_context(|| name)?;
+        let changed = provoke(self, &load).with_context(|| name)?;
         self.replicating().with_context(|| name)?;
         thread::sleep(LOOK / 3);
         let changed = changed + load.stop()?;
@@ -265,8 +265,10 @@ fn every_gap_ends_by_itself_and_costs_what_changed() -> Result<()> {
 fn a_full_disk_under_the_source_journal_ends_by_itself() -> Result<()> {
     story("the journal's disk full", |home| {
         tell(home, ("1GiB", 64), |ladder, _| {
-            ladder.rung("source journal's disk full", |ladder| {
+            ladder.rung("source journal's disk full", |ladder, _| {
                 ladder.pair.receiver_daemon()?.kill()?;
+                // What is on its way to a receiver that dies is sent again, a window at most: no matter of this gap.
+                ladder.pair.source.until("the link down", MINUTE, |group| !group.is_connected())?;
                 let flood =
                     LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::from_millis(5) };
                 let flood = Load::start(&ladder.pair.sockets()[0], flood, 78);
@@ -288,18 +290,18 @@ fn climb(
     replicas: &mut Small,
     receiver: &Small,
 ) -> Result<()> {
-    ladder.rung("agent killed", |ladder| {
+    ladder.rung("agent killed", |ladder, _| {
         ladder.kill_source()?;
         ladder.pair.start_source()?;
         Ok(0)
     })?;
-    ladder.rung("receiver killed", |ladder| {
+    ladder.rung("receiver killed", |ladder, _| {
         ladder.pair.receiver_daemon()?.kill()?;
         thread::sleep(LOOK);
         ladder.pair.start_receiver()?;
         Ok(0)
     })?;
-    ladder.rung("network away beyond the quota", |ladder| {
+    ladder.rung("network away beyond the quota", |ladder, _| {
         ladder.pair.receiver_daemon()?.kill()?;
         let flood = LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::ZERO };
         let flood = Load::start(&ladder.pair.sockets()[0], flood, 77);
@@ -308,14 +310,14 @@ fn climb(
         ladder.pair.start_receiver()?;
         Ok(changed)
     })?;
-    ladder.rung("source journal failing", |ladder| {
+    ladder.rung("source journal failing", |ladder, _| {
         journal.fail()?;
         ladder.sees("written")?;
         thread::sleep(LOOK);
         journal.mend()?;
         Ok(0)
     })?;
-    ladder.rung("receiver's disk full", |ladder| {
+    ladder.rung("receiver's disk full", |ladder, _| {
         let ballast = receiver.fill(24 * MIB)?;
         let full = |group: &Group| ["full", "no room", "space"].iter().any(|word| group.why().contains(word));
         let flood = LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::from_millis(5) };
@@ -325,7 +327,7 @@ fn climb(
         receiver.empty(&ballast)?;
         Ok(changed)
     })?;
-    ladder.rung("replica write fails", |ladder| {
+    ladder.rung("replica write fails", |ladder, _| {
         replicas.fail()?;
         ladder.pair.receiver.until("its failed replica", MINUTE, |group| group.state() != "replicating")?;
         replicas.mend()?;
@@ -339,43 +341,49 @@ fn climb(
 
 /// What was restored from a backup, or lost.
 fn roll_back(ladder: &mut Ladder<'_, '_>) -> Result<()> {
-    ladder.rung("source crashed, ring lost", |ladder| {
+    ladder.rung("source crashed, ring lost", |ladder, _| {
         ladder.kill_source()?;
         ladder.pair.lose_ring()?;
         let changed = ladder.change_disk(SIZE / GRANULE / 100)?;
         ladder.pair.start_source()?;
         Ok(changed)
     })?;
-    ladder.rung("receiver rolled back", |ladder| {
+    ladder.rung("receiver rolled back", |ladder, load| {
         let (dir, saved) = (ladder.home.path("far/receiver"), ladder.home.path("receiver.saved"));
         let replica = ladder.home.path("replicas");
         let saved_replica = ladder.home.path("replica.saved");
         ensure!(ladder.pair.receiver_daemon()?.stop()?.success(), "the receiver stops cleanly");
         copy(&dir, &saved)?;
         copy(&replica, &saved_replica)?;
+        let kept = load.bytes();
         ladder.pair.start_receiver()?;
         thread::sleep(LOOK);
         ladder.replicating()?;
         ladder.pair.receiver_daemon()?.kill()?;
+        let lost = load.bytes() - kept;
         put_back(&saved, &dir)?;
         put_back(&saved_replica, &replica)?;
         ladder.pair.start_receiver()?;
-        Ok(0)
+        // What the receiver had, and lost, goes to it a second time.
+        Ok(lost)
     })?;
-    ladder.rung("source rolled back", |ladder| {
+    ladder.rung("source rolled back", |ladder, load| {
         let (dir, saved) = (ladder.home.path("source"), ladder.home.path("source.saved"));
         ladder.stop_source()?;
         copy(&dir, &saved)?;
+        let kept = load.bytes();
         ladder.pair.start_source()?;
         thread::sleep(LOOK);
         ladder.replicating()?;
         ladder.stop_source()?;
+        let lost = load.bytes() - kept;
         let journal = dir.join("journal");
         put_back(&saved.join("journal"), &journal)?;
         for name in ["state", "disk.img"] {
             run("cp", ["-a".as_ref(), saved.join(name).as_os_str(), dir.join(name).as_os_str()])?;
         }
         ladder.pair.start_source()?;
-        Ok(0)
+        // What the disk lost is what the replica has to be brought back by.
+        Ok(lost)
     })
 }

@@ -175,8 +175,11 @@ fn what_the_source_does_not_hold_any_more_is_a_hole_that_is_told() -> Result<()>
         exact(&pair, good)?;
         home.figure(format!("lost before it was applied: the replica stops at lsn {good}: {}", group.why()));
 
+        // The replica follows again; what is damaged for good is history, and is told for as long as it is stored.
         pair.receiver.until("the next epoch", LIMIT, |group| {
-            group.number("epoch") > epoch && group.state() == "replicating"
+            group.number("epoch") > epoch
+                && group.state() == "degraded"
+                && group.why().starts_with("damage in ")
         })?;
         pair.until_served()?;
         poll("the source hears of it", LIMIT, || {
