@@ -198,6 +198,13 @@ impl Link {
             return Ok(End::Stuck("the receiver claims a position that no source ever reached".into()));
         }
         self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO);
+        // What it lost since we heard of it last, restored from a backup or begun anew, it does not hold any more.
+        let held = resume.map_or(Lsn::ZERO, |resume| resume.lsn);
+        self.agent.shared.progress.peer_changed(|peer| {
+            peer.received = peer.received.min(held);
+            peer.applied = peer.applied.min(held);
+            peer.checkpoint = peer.checkpoint.min(held);
+        });
         let reader = match self.open_reader(resume) {
             Ok((reader, start)) => {
                 self.agent.shared.progress.starts_at(&start);
@@ -221,8 +228,8 @@ impl Link {
         });
         if let Some(resume) = resume {
             let seen = self.agent.shared.progress.peer();
-            let (applied, checkpoint) = (seen.applied.min(resume.lsn), seen.checkpoint.min(resume.lsn));
-            self.agent.shared.progress.acknowledged(resume.epoch.number, resume.lsn, applied, checkpoint);
+            let (epoch, lsn) = (resume.epoch.number, resume.lsn);
+            self.agent.shared.progress.acknowledged(epoch, lsn, seen.applied, seen.checkpoint);
         }
         let frames = self.start_reader(reader);
         let Ok(writer) = timeout(STEP, FrameWriter::open(connection)).await else {
