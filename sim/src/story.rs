@@ -88,6 +88,8 @@ struct Story {
     lives: u64,
     source: Option<Process<replicator::Handle>>,
     receiver: Option<Process<receiver::agent::Handle>>,
+    /// What the source holds of the disk behind its volumes.
+    backing: Option<LifeDisk>,
     source_disk: SimDisk,
     backing_disk: SimDisk,
     receiver_disk: SimDisk,
@@ -154,6 +156,7 @@ impl Story {
             lives: 0,
             source: None,
             receiver: None,
+            backing: None,
             source_disk: SimDisk::new(),
             backing_disk: SimDisk::new(),
             receiver_disk: SimDisk::new(),
@@ -270,6 +273,7 @@ impl Story {
         let disk = LifeDisk::new(self.room(), &self.source_disk);
         let mut backing = LifeDisk::new(self.room(), &self.backing_disk);
         backing.dies_with(&disk);
+        self.backing = Some(backing.clone());
         let backings = Arc::new(SimBackings { disk: backing, below: self.backing_disk.clone() });
         let surroundings = Surroundings {
             disk: Arc::new(disk.clone()),
@@ -515,17 +519,24 @@ impl Story {
         Ok(())
     }
 
-    /// More than the ring takes, over a journal that hardly moves.
+    /// More than the ring takes, over a journal that hardly moves; at times over a slow disk too, whose writes are still
+    /// under way when the gap is repaired.
     fn burst(&mut self) -> Step {
-        self.note("clients: a burst, the source journal's disk slow");
-        let Some(source) = &self.source else { return Ok(()) };
+        let slow_us = if self.room().chance(500) { 1000 + self.room().draw(60_000) } else { 0 };
+        self.note(format!("clients: a burst, the source journal's disk slow, their own by {slow_us} us"));
+        let (Some(source), Some(backing)) = (&self.source, self.backing.clone()) else { return Ok(()) };
         source.disk.slow(40_000);
+        backing.slow(slow_us);
         self.load.pause_us.store(50, Ordering::Relaxed);
         self.pause(1200);
-        self.load.pause_us.store(20_000, Ordering::Relaxed);
         if let Some(source) = &self.source {
             source.disk.slow(0);
         }
+        if slow_us > 0 {
+            self.pause(1000);
+            backing.slow(0);
+        }
+        self.load.pause_us.store(20_000, Ordering::Relaxed);
         Ok(())
     }
 
