@@ -8,7 +8,12 @@ fuzz_seconds=${FUZZ_SECONDS:-10}
 sim_seconds=${SIM_SECONDS:-180}
 table=""
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+lab_log=$(mktemp)
+trap 'rm -f "$log" "$lab_log"' EXIT
+
+# Seven minutes of downloads and unpacking where there is none yet: beside the first steps, and waited for at its own.
+tests/vm/lab.sh >"$lab_log" 2>&1 &
+lab=$!
 
 step() {
     local name=$1 started=$SECONDS
@@ -16,6 +21,13 @@ step() {
     echo "── $name"
     "$@"
     table+=$(printf '%-10s %5d s' "$name" $((SECONDS - started)))$'\n'
+}
+
+lab_is_made() {
+    wait "$lab" || {
+        cat "$lab_log" >&2
+        return 1
+    }
 }
 
 # All of them, also after a failure: a run takes long, and a second failure is worth knowing.
@@ -28,7 +40,7 @@ step loom just loom
 step fuzz just fuzz "$fuzz_seconds"
 step release cargo build --release --locked -p afterimage
 step sim just sim 2000 1 "$sim_seconds"
-step lab tests/vm/lab.sh
+step lab lab_is_made
 step module tests/vm/module.sh
 step clippy tests/vm/module.sh clippy
 step tests stories_and_units

@@ -22,7 +22,7 @@ pub struct LifeDisk {
     below: SimDisk,
     /// Nothing more reaches the disk.
     dead: Arc<AtomicBool>,
-    /// What a sync takes on top, µs.
+    /// What an operation takes on top at most, µs.
     slow_us: Arc<AtomicU64>,
 }
 
@@ -42,7 +42,7 @@ impl LifeDisk {
         self.dead.store(true, Ordering::Release);
     }
 
-    /// Every operation takes this much longer, µs.
+    /// Every operation takes up to this much longer, µs; what was begun later may end earlier.
     pub fn slow(&self, us: u64) {
         self.slow_us.store(us, Ordering::Relaxed);
     }
@@ -61,7 +61,9 @@ impl LifeDisk {
         if machine::is_simulated() {
             let slow_us = self.slow_us.load(Ordering::Relaxed);
             if slow_us > 0 || most_us >= 1000 || self.room.chance(300) {
-                machine::sleep(Duration::from_micros(1 + self.room.draw(most_us) + slow_us));
+                machine::sleep(Duration::from_micros(
+                    1 + self.room.draw(most_us) + self.room.draw(slow_us + 1),
+                ));
             }
             self.live()?;
         }

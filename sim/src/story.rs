@@ -522,10 +522,10 @@ impl Story {
     /// More than the ring takes, over a journal that hardly moves; at times over a slow disk too, whose writes are still
     /// under way when the gap is repaired.
     fn burst(&mut self) -> Step {
-        let slow_us = if self.room().chance(500) { 1000 + self.room().draw(60_000) } else { 0 };
-        self.note(format!("clients: a burst, the source journal's disk slow, their own by {slow_us} us"));
+        let slow_us = if self.room().chance(500) { 1000 + self.room().draw(100_000) } else { 0 };
+        self.note(format!("clients: a burst, the source journal's disk slow, theirs by up to {slow_us} us"));
         let (Some(source), Some(backing)) = (&self.source, self.backing.clone()) else { return Ok(()) };
-        source.disk.slow(40_000);
+        source.disk.slow(80_000);
         backing.slow(slow_us);
         self.load.pause_us.store(50, Ordering::Relaxed);
         self.pause(1200);
