@@ -98,8 +98,6 @@ struct Story {
     receiver_backup: Option<SimDisk>,
     /// The newest position that the source saw acknowledged, by epoch.
     acknowledged: (u64, u64),
-    /// Acknowledged to this source before the receiver was rolled back: worth nothing since.
-    void_up_to: (u64, u64),
     told: Told,
 }
 
@@ -163,7 +161,6 @@ impl Story {
             source_backup: None,
             receiver_backup: None,
             acknowledged: (0, 0),
-            void_up_to: (0, 0),
             told: Told::default(),
         }
     }
@@ -461,10 +458,7 @@ impl Story {
     fn see_acknowledged(&mut self) {
         if let Some(source) = self.source.as_ref().and_then(Process::daemon) {
             let peer = source.watch_peer().borrow().clone();
-            let word = (peer.epoch, peer.received.0);
-            if word > self.void_up_to {
-                self.acknowledged = self.acknowledged.max(word);
-            }
+            self.acknowledged = self.acknowledged.max((peer.epoch, peer.received.0));
         }
     }
 
@@ -591,10 +585,10 @@ impl Story {
                     self.note("receiver: restored from its backup");
                     self.stop_receiver_hard();
                     self.receiver_disk = backup;
-                    // Nothing that was acknowledged since is expected any more.
-                    self.void_up_to = self.void_up_to.max(self.acknowledged);
-                    self.acknowledged = (0, 0);
                     self.start_receiver();
+                    self.until_greeted()?;
+                    // Nothing that was acknowledged since the backup is expected any more.
+                    self.acknowledged = (0, 0);
                     self.until_well("after the receiver was rolled back")
                 }
             },
@@ -728,6 +722,22 @@ impl Story {
             }
         }
         Ok(())
+    }
+
+    /// The source has noticed that this is another receiver than a moment ago.
+    fn until_greeted(&mut self) -> Step {
+        self.site.net.set(Weather::FAIR);
+        let ends = machine::now() + HEALING;
+        loop {
+            let status = self.receiver.as_ref().and_then(Process::daemon).map(|daemon| daemon.status());
+            if status.is_some_and(|status| status.groups.iter().any(|group| group.peer.is_some())) {
+                return Ok(());
+            }
+            if machine::now() > ends {
+                return Err(format!("the source does not come back: {}", self.states()));
+            }
+            machine::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Everything comes right by itself: all is captured, received and on the replica.
