@@ -116,6 +116,8 @@ pub mod slot_at {
     pub const TAIL_DIRTY: u64 = 48;
     /// The same for the pending bitmap, u32.
     pub const PENDING_TAIL_DIRTY: u64 = 52;
+    /// What of the pending tail lies below this was repaired, u64; 0 for nothing of it.
+    pub const PENDING_TAIL_FROM: u64 = 56;
 }
 
 /// First byte of the dirty bitmaps.

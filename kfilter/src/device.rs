@@ -6,7 +6,7 @@
 //! State: the open file (being a group's agent lasts as long as it is open), the mapping, and the bell. Nothing in the
 //! mapping is trusted for a length (`recovery`, `consumer`).
 
-use super::abi::{BITMAPS_AT, Identity, Layout, Op, VolumeSpec, control_at, identity_at, slot_at};
+use super::abi::{BITMAPS_AT, GRANULE, Identity, Layout, Op, VolumeSpec, control_at, identity_at, slot_at};
 use super::calls::Calls;
 use super::consumer::{Cursor, Malformed, RecordRef};
 use super::dirty::{DirtyExtents, Loss, MODE_BITMAP};
@@ -222,6 +222,12 @@ impl Group {
     /// Known size of a volume.
     pub fn size_bytes(&self, volume: u32) -> Option<u64> {
         self.slot(volume).map(|slot| self.word(slot + slot_at::SIZE))
+    }
+
+    /// Bytes of a volume that its bitmap can tell apart; see `Ring::covered_bytes`.
+    pub fn covered_bytes(&self, volume: u32) -> Option<u64> {
+        let bitmap_bytes = self.word(self.slot(volume)? + slot_at::BITMAP_BYTES);
+        bitmap_bytes.checked_mul(8 * GRANULE)
     }
 
     /// The dirty ranges of a volume; see `Ring::dirty_extents`. Reads the mapping, asks nobody.
@@ -513,7 +519,6 @@ pub fn device_number(rdev: u64) -> Option<u32> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::abi::GRANULE;
     use crate::region::{Region, RegionSpec};
     use crate::testing::{IDENTITY, VOLUMES, write};
 

@@ -4,7 +4,7 @@
 //! Two bitmaps for each volume. *current* collects writes that did not fit the ring. *pending* is what a
 //! resync works off; its bits are cleared only after the data that repairs them was appended to the journal,
 //! so a dead agent loses none. One flag beside each bitmap stands for everything beyond it (a volume that has
-//! grown).
+//! grown); beside the pending one stands how much of that is repaired, from its first byte on.
 //!
 //! Invariant: a write that is not in the ring has its bits set, in one of the two, until it is repaired. All
 //! changes are made under the reservation lock; `dirty_extents` reads without it and sees each bit as of some
@@ -88,8 +88,8 @@ impl<H: Host> Ring<H> {
 
     /// Clears the pending bits of the granules that lie wholly in the range (the last one of the volume
     /// counts as whole when the range reaches the volume's end). Call it only after the range's data was
-    /// appended to the journal. The flag for everything beyond the bitmap is cleared only by a range that
-    /// holds all of that.
+    /// appended to the journal. Beyond the bitmap a range counts only when it begins no later than where the dirty
+    /// part begins.
     pub fn clear_dirty(&self, volume: u32, range: Range<u64>) {
         self.host.locked(|reserver| {
             let Some(volume) = reserver.volume(volume) else { return };
@@ -101,8 +101,13 @@ impl<H: Host> Ring<H> {
             for_words(first..end, |word, bits| {
                 self.memory().and64(volume.pending_at() + word * 8, !bits, Relaxed);
             });
-            if range.start <= covered && reaches_end {
+            let tail = pending_tail(self.memory(), volume).filter(|from| range.start <= *from);
+            let Some(from) = tail else { return };
+            if reaches_end {
                 self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 0, Relaxed);
+            } else if range.end / GRANULE * GRANULE > from {
+                let repaired = range.end / GRANULE * GRANULE;
+                self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, repaired, Relaxed);
             }
         });
     }
@@ -230,6 +235,7 @@ impl<H: Host> Ring<H> {
             }
         }
         if self.memory().load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0 {
+            self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, 0, Relaxed);
             self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 1, Relaxed);
             self.memory().store32(volume.slot + slot_at::TAIL_DIRTY, 0, Release);
         }
@@ -246,7 +252,7 @@ impl Volume {
     }
 
     /// Bytes of the volume that its bitmap can tell apart.
-    fn covered_bytes(&self) -> u64 {
+    pub(super) fn covered_bytes(&self) -> u64 {
         self.bitmap_bytes * 8 * GRANULE
     }
 }
@@ -260,6 +266,16 @@ fn for_words(bits: Range<u64>, mut each: impl FnMut(u64, u64)) {
         each(word, (u64::MAX >> (64 - (end - bit))) << (bit % 64));
         bit = end;
     }
+}
+
+/// First dirty byte of what lies beyond the pending bitmap.
+fn pending_tail<M: Memory>(memory: &M, volume: &Volume) -> Option<u64> {
+    if memory.load32(volume.slot + slot_at::PENDING_TAIL_DIRTY, Relaxed) == 0 {
+        return None;
+    }
+    let from = memory.load64(volume.slot + slot_at::PENDING_TAIL_FROM, Relaxed);
+    let is_sound = from <= volume.size_bytes;
+    Some(if is_sound { from.max(volume.covered_bytes()) } else { volume.covered_bytes() })
 }
 
 /// Dirty ranges of one volume, ascending, merged.
@@ -293,9 +309,11 @@ impl<'r, M: Memory> DirtyExtents<'r, M> {
         end
     }
 
-    fn tail_dirty(&self, volume: &Volume) -> bool {
-        self.memory.load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0
-            || self.memory.load32(volume.slot + slot_at::PENDING_TAIL_DIRTY, Relaxed) != 0
+    /// The dirty part of what lies beyond the bitmap.
+    fn tail(&self, volume: &Volume) -> Option<Range<u64>> {
+        let all = self.memory.load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0;
+        let from = if all { Some(volume.covered_bytes()) } else { pending_tail(self.memory, volume) };
+        from.map(|from| from..volume.size_bytes)
     }
 }
 
@@ -307,16 +325,21 @@ impl<M: Memory> Iterator for DirtyExtents<'_, M> {
         let covered = volume.covered_bytes();
         let start = self.seek(&volume, true) * GRANULE;
         self.granule = start / GRANULE;
-        let mut end = self.seek(&volume, false) * GRANULE;
-        self.granule = end / GRANULE;
-        if end == covered {
-            self.volume = None;
-            if self.tail_dirty(&volume) {
-                end = u64::MAX;
+        let mut found = start..self.seek(&volume, false) * GRANULE;
+        self.granule = found.end / GRANULE;
+        if found.end == covered {
+            let tail = self.tail(&volume);
+            let joined = tail.clone().filter(|tail| found.is_empty() || tail.start == covered);
+            // A tail that lies apart comes with the next call.
+            if joined.is_some() || tail.is_none() {
+                self.volume = None;
+            }
+            if let Some(tail) = joined {
+                found = if found.is_empty() { tail } else { found.start..tail.end };
             }
         }
-        let end = end.min(volume.size_bytes);
-        (start < end).then_some(start..end)
+        found.end = found.end.min(volume.size_bytes);
+        (found.start < found.end).then_some(found)
     }
 }
 
@@ -385,8 +408,50 @@ mod tests {
         assert_eq!(extents(&ring, 7), core::slice::from_ref(&(32 * MIB - GRANULE..64 * MIB)));
         ring.begin_resync(6).unwrap();
         ring.clear_dirty(7, 0..64 * MIB - 1);
-        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(32 * MIB..64 * MIB)));
+        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(64 * MIB - GRANULE..64 * MIB)));
         ring.clear_dirty(7, 32 * MIB..64 * MIB);
+        assert!(!ring.is_dirty(7));
+    }
+
+    #[test]
+    fn what_lies_beyond_the_bitmap_is_repaired_from_its_first_byte_on() {
+        let ring = heap_ring(1024, 1);
+        let _ = ring.grow(7, 64 * MIB, b"64 MiB", 1).unwrap();
+        let overflow = |from: u64| {
+            ring.set_mode_bitmap(CAUSE_AGENT, 5);
+            ring.mark_dirty(7, from..from + 1);
+            ring.begin_resync(6).unwrap();
+        };
+        overflow(31 * MIB);
+        ring.mark_dirty(7, 40 * MIB..41 * MIB);
+        let last = 32 * MIB - GRANULE;
+        assert_eq!(extents(&ring, 7), [31 * MIB..31 * MIB + GRANULE, 32 * MIB..64 * MIB]);
+        ring.clear_dirty(7, 32 * MIB..40 * MIB);
+        assert_eq!(extents(&ring, 7).last(), Some(&(32 * MIB..64 * MIB)), "current, not pending");
+        overflow(last);
+        assert_eq!(extents(&ring, 7).last(), Some(&(last..64 * MIB)));
+        ring.clear_dirty(7, 33 * MIB..64 * MIB);
+        assert_eq!(extents(&ring, 7).last(), Some(&(last..64 * MIB)), "something before it is dirty");
+        ring.clear_dirty(7, 32 * MIB..33 * MIB + 1);
+        let expected = [31 * MIB..31 * MIB + GRANULE, last..32 * MIB, 33 * MIB..64 * MIB];
+        assert_eq!(extents(&ring, 7), expected);
+        ring.clear_dirty(7, 0..32 * MIB);
+        ring.clear_dirty(7, 33 * MIB..48 * MIB);
+        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(48 * MIB..64 * MIB)));
+        assert_eq!(ring.end_resync(7), Err(Refused::Dirty));
+        let _ = ring.grow(7, 65 * MIB, b"65 MiB", 8).unwrap();
+        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(48 * MIB..65 * MIB)), "grown meanwhile");
+        ring.fence().unwrap();
+        assert_eq!(
+            extents(&ring, 7),
+            core::slice::from_ref(&(48 * MIB..65 * MIB)),
+            "a begin keeps what is done"
+        );
+        ring.mark_dirty(7, 34 * MIB..35 * MIB);
+        ring.fence().unwrap();
+        assert_eq!(extents(&ring, 7), core::slice::from_ref(&(32 * MIB..65 * MIB)), "anew: all of it");
+        ring.clear_dirty(7, 32 * MIB..64 * MIB);
+        ring.clear_dirty(7, 64 * MIB..65 * MIB);
         assert!(!ring.is_dirty(7));
     }
 

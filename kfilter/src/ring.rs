@@ -225,6 +225,11 @@ impl<H: Host> Ring<H> {
         self.host.locked(|reserver| reserver.volume(volume).map(|volume| volume.size_bytes))
     }
 
+    /// Bytes of a volume that its bitmap can tell apart; what lies beyond is repaired from its first byte on.
+    pub fn covered_bytes(&self, volume: u32) -> Option<u64> {
+        self.host.locked(|reserver| reserver.volume(volume).map(Volume::covered_bytes))
+    }
+
     /// `reserve_many` of one entry.
     #[inline]
     pub fn reserve(&self, entry: Entry, now_ns: u64) -> Result<Captured<Reservation<'_, H>>, Refused> {

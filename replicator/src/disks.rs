@@ -110,18 +110,23 @@ impl Agent {
         gone()
     }
 
-    /// Order: 1 the ring knows the size, and the stream, before any write that needs it; 2 what is not a hole is dirty, and
-    /// writes only set bits, so that no point of the time between may be offered; 3 clients may use it.
+    /// Order: 1 where something is there already, writes only set bits, so that no point from here on is offered and nobody
+    /// takes the volume for replicated; 2 the ring knows the size, and the stream, before any write that needs it; 3 what
+    /// is there is dirty; 4 clients may use it.
     fn grow(&self, volume: &Volume, served: &CapturedVolume, new: Range<u64>) -> Result<()> {
         let (name, from, to) = (&volume.name, new.start, new.end);
         tracing::info!(volume = %name, from, to, "the disk has grown; clients see it when they connect again");
+        let runs = served.backing.block_status(from, to - from, usize::MAX).unwrap_or_default();
+        let holes: u64 = runs.iter().filter(|run| run.hole).map(|run| run.length_bytes).sum();
+        let holds_something = holes < to - from;
+        if holds_something {
+            self.is_due(&format!("volume {name} grew from {from} to {to} bytes, and holds something there"));
+            self.shared.ring.set_mode_bitmap(CAUSE_AGENT)?;
+        }
         served.tell_growth(to).map_err(|refused| {
             Error::new(ErrorKind::Ring, format!("volume {name}: the ring refused its new size: {refused:?}"))
         })?;
-        let runs = served.backing.block_status(from, to - from, usize::MAX).unwrap_or_default();
-        let holes: u64 = runs.iter().filter(|run| run.hole).map(|run| run.length_bytes).sum();
-        if holes < to - from {
-            self.is_due(&format!("volume {name} grew from {from} to {to} bytes, and holds something there"));
+        if holds_something {
             self.lose(volume.id, new)?;
         }
         served.serve_growth(to);

@@ -19,16 +19,15 @@ use crate::status::State;
 const FILL_BYTES: u64 = 64 << 20;
 
 impl Agent {
-    /// An overflow shows in the ring before anything else; the state follows it as soon as anybody looks.
+    /// That writes are only noted as dirty bits shows in the ring before anything else; the state follows as soon as
+    /// anybody looks.
     pub(crate) fn notice_overflow(&self) {
         let shared = &self.shared;
         if shared.board.state().0 != State::Replicating || shared.ring.mode() == Mode::Ring {
             return;
         }
-        if shared.ring.loss().is_some_and(|loss| loss.cause == CAUSE_RING_FULL) {
-            let is_so = || shared.ring.mode() == Mode::Bitmap;
-            shared.board.change_from(State::Replicating, State::Degraded, self.gap_cause(), is_so);
-        }
+        let is_so = || shared.ring.mode() == Mode::Bitmap;
+        shared.board.change_from(State::Replicating, State::Degraded, self.gap_cause(), is_so);
     }
 
     /// Why writes are not recorded, in an operator's words.

@@ -526,12 +526,22 @@ impl Story {
         if let Some(source) = &self.source {
             source.disk.slow(0);
         }
-        if slow_us > 0 {
-            self.pause(1000);
-            backing.slow(0);
+        if slow_us == 0 {
+            self.load.pause_us.store(20_000, Ordering::Relaxed);
+            return Ok(());
         }
+        // The repair begins under these writes, and what it misses nobody writes over.
+        for _ in 0..1000 {
+            if self.source()?.status().groups[0].state != State::Degraded {
+                break;
+            }
+            machine::sleep(Duration::from_millis(2));
+        }
+        self.load.paused.store(true, Ordering::Release);
+        self.pause(300);
+        backing.slow(0);
         self.load.pause_us.store(20_000, Ordering::Relaxed);
-        Ok(())
+        self.equal()
     }
 
     fn receiver_full(&mut self) -> Step {

@@ -210,6 +210,16 @@ impl Ring {
         }
     }
 
+    /// Bytes of a volume that its bitmap can tell apart. What lies beyond, of a volume that has grown, is repaired from its
+    /// first byte on.
+    pub fn covered_bytes(&self, volume: u32) -> u64 {
+        let known = match self {
+            Ring::Front(front) => front.region.covered_bytes(volume),
+            Ring::Kernel(kernel) => kernel.group().covered_bytes(volume),
+        };
+        known.unwrap_or(u64::MAX)
+    }
+
     /// Puts an event into the order; its lsn.
     ///
     /// # Errors

@@ -332,8 +332,9 @@ impl<'a> Engine<'a> {
         if !volume.is_attached() {
             return None;
         }
-        let dirty = self.agent.shared.ring.dirty_extents(volume.id);
-        let mut left = dirty.into_iter().flat_map(|range| but.without(volume, range));
+        let ring = &self.agent.shared.ring;
+        let (dirty, covered) = (ring.dirty_extents(volume.id), ring.covered_bytes(volume.id));
+        let mut left = dirty.into_iter().flat_map(|range| but.without(volume, range, covered));
         let first = left.next()?;
         let last = left.last().unwrap_or_else(|| first.clone());
         Some(first.start..last.end.min(first.start.saturating_add(WINDOW_BYTES)))
@@ -396,15 +397,17 @@ impl<'a> Engine<'a> {
 struct Unreadable(Vec<(Arc<Volume>, Range<u64>)>);
 
 impl Unreadable {
-    /// What of a dirty range is left to be read.
-    fn without(&self, volume: &Volume, range: Range<u64>) -> Vec<Range<u64>> {
+    /// What of a dirty range is left to be read. Beyond the bitmap, from `covered` on, nothing behind what could not be read
+    /// becomes clean: it is left, too.
+    fn without(&self, volume: &Volume, range: Range<u64>, covered: u64) -> Vec<Range<u64>> {
         let mut left = vec![range];
         for (_, hole) in self.0.iter().filter(|(unread, _)| unread.id == volume.id) {
             left = left
                 .into_iter()
                 .flat_map(|range| {
                     let (start, end) = (range.start, range.end);
-                    [start..end.min(hole.start), start.max(hole.end)..end]
+                    let hole_end = if hole.end > covered { u64::MAX } else { hole.end };
+                    [start..end.min(hole.start), start.max(hole_end)..end]
                 })
                 .filter(|range| range.start < range.end)
                 .collect();

@@ -89,6 +89,9 @@ pub(crate) struct Copier<'a> {
     paces_hashes: bool,
     /// Journaled and next to each other, from the last granule on that is not whole yet.
     journaled: Range<u64>,
+    /// First byte beyond the volume's bitmap, and what is through there: it counts only next to what is.
+    covered: u64,
+    beyond: Vec<Range<u64>>,
     unreadable: Vec<Range<u64>>,
 }
 
@@ -139,9 +142,19 @@ impl<'a> Copier<'a> {
         pace: &'a mut Pace,
         report: &'a mut Report,
     ) -> Copier<'a> {
-        let (outstanding, unreadable) = (VecDeque::new(), Vec::new());
-        let (journaled, paces_hashes) = (0..0, false);
-        Copier { agent, volume, pace, report, outstanding, bytes: 0, paces_hashes, journaled, unreadable }
+        Copier {
+            agent,
+            volume,
+            pace,
+            report,
+            outstanding: VecDeque::new(),
+            bytes: 0,
+            paces_hashes: false,
+            journaled: 0..0,
+            covered: agent.shared.ring.covered_bytes(volume.id),
+            beyond: Vec::new(),
+            unreadable: Vec::new(),
+        }
     }
 
     /// Begins, waits for the barrier, copies what is dirty in the range, and waits until it is journaled.
@@ -196,7 +209,7 @@ impl<'a> Copier<'a> {
     }
 
     /// Leaves out what the file system calls free, where the running kernel can tell (`allocated`).
-    fn skip_free(&self, range: &Range<u64>) -> Copied<()> {
+    fn skip_free(&mut self, range: &Range<u64>) -> Copied<()> {
         let settings = self.agent.settings.volume.iter().find(|volume| volume.name == self.volume.name);
         let wants = settings.is_some_and(|settings| settings.sync == conf::SyncMode::Allocated);
         let Some(disk) = self.volume.disk().filter(|_| wants) else { return Ok(()) };
@@ -218,7 +231,7 @@ impl<'a> Copier<'a> {
         let mut skipped = 0;
         for run in runs {
             skipped += run.end - run.start;
-            self.agent.shared.ring.clear(self.volume.id, run)?;
+            self.clear(run)?;
         }
         tracing::info!(volume = %self.volume.name, free_bytes = skipped, "free space is not sent");
         Ok(())
@@ -434,6 +447,24 @@ impl<'a> Copier<'a> {
         }
     }
 
+    /// Clears the bits of a range that is through.
+    fn clear(&mut self, range: Range<u64>) -> Result<()> {
+        let ring = &self.agent.shared.ring;
+        if range.end > self.covered {
+            let mut joined = range.start.max(self.covered)..range.end;
+            self.beyond.retain(|other| {
+                let is_apart = other.end < joined.start || joined.end < other.start;
+                if !is_apart {
+                    joined = joined.start.min(other.start)..joined.end.max(other.end);
+                }
+                is_apart
+            });
+            ring.clear(self.volume.id, joined.clone())?;
+            self.beyond.push(joined);
+        }
+        ring.clear(self.volume.id, range)
+    }
+
     /// Clears the bits of what is journaled; pieces of zeros that fell apart are reserved again first.
     fn settle(&mut self) -> Copied<()> {
         let shared = &self.agent.shared;
@@ -456,7 +487,7 @@ impl<'a> Copier<'a> {
                 // Runs of data and holes end anywhere; a granule is whole when all that lies in it is through.
                 let joins = self.journaled.end == next.start;
                 self.journaled = if joins { self.journaled.start..next.end } else { next };
-                shared.ring.clear(self.volume.id, self.journaled.clone())?;
+                self.clear(self.journaled.clone())?;
                 shared.skipped.sent(self.volume.id, &self.journaled);
                 self.journaled.start = self.journaled.start.max(self.journaled.end / GRANULE * GRANULE);
                 continue;

@@ -129,7 +129,7 @@ impl Copier<'_> {
         };
         for (is_equal, run) in runs(&range, &ours, &theirs) {
             if is_equal {
-                self.agent.shared.ring.clear(self.volume.id, run.clone())?;
+                self.clear(run.clone())?;
                 self.agent.shared.skipped.sent(self.volume.id, &run);
                 self.report.advance(run.end - run.start, 0);
             } else {
