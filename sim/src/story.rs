@@ -377,14 +377,22 @@ impl Story {
         })
     }
 
+    /// Half of the time with writes under way on a slow disk; and nobody writes over what became of them.
     fn kill_source(&mut self) -> Step {
-        self.note("source: kill -9");
+        let slow_us = if self.room().chance(500) { 1000 + self.room().draw(60_000) } else { 0 };
+        self.note(format!("source: kill -9, its disk slow by up to {slow_us} us"));
+        if let Some(backing) = self.backing.as_ref().filter(|_| slow_us > 0) {
+            backing.slow(slow_us);
+            self.pause(300);
+            self.load.paused.store(true, Ordering::Release);
+        }
         self.see_acknowledged();
         if let Some(source) = self.source.take() {
             source.kill(self.room());
         }
         self.pause(1500);
-        self.start_source(Back::Killed)
+        self.start_source(Back::Killed)?;
+        if slow_us > 0 { self.equal() } else { Ok(()) }
     }
 
     fn source_power_loss(&mut self) -> Step {
@@ -513,16 +521,17 @@ impl Story {
         Ok(())
     }
 
-    /// More than the ring takes, over a journal that hardly moves; at times over a slow disk too, whose writes are still
-    /// under way when the gap is repaired.
+    /// More than the ring takes, over a journal that hardly moves; at times the clients' own disk becomes slow then, and
+    /// writes are still under way when the gap is repaired.
     fn burst(&mut self) -> Step {
         let slow_us = if self.room().chance(500) { 1000 + self.room().draw(100_000) } else { 0 };
         self.note(format!("clients: a burst, the source journal's disk slow, theirs by up to {slow_us} us"));
         let (Some(source), Some(backing)) = (&self.source, self.backing.clone()) else { return Ok(()) };
         source.disk.slow(80_000);
-        backing.slow(slow_us);
         self.load.pause_us.store(50, Ordering::Relaxed);
         self.pause(1200);
+        backing.slow(slow_us);
+        self.pause(100);
         if let Some(source) = &self.source {
             source.disk.slow(0);
         }
