@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 
 fuzz_seconds=${FUZZ_SECONDS:-10}
 # As many seeds as fit; `just soak` tells the rest.
-sim_seconds=${SIM_SECONDS:-180}
+sim_seconds=${SIM_SECONDS:-120}
 table=""
 log=$(mktemp)
 lab_log=$(mktemp)

@@ -75,8 +75,16 @@ struct Shape {
     volumes: Vec<usize>,
     writers_each: usize,
     quota: u64,
+    compresses: bool,
     window: Duration,
     events: u64,
+}
+
+impl Shape {
+    /// The longest pause of a client: what all of them write passes the link, but not the quota in a longer outage.
+    fn pause_us(&self) -> u64 {
+        if self.compresses { 20_000 } else { 100_000 }
+    }
 }
 
 struct Story {
@@ -138,12 +146,13 @@ impl Story {
         let shape = Shape {
             volumes,
             writers_each: if room.chance(500) { 1 } else { 2 },
-            quota: if room.chance(300) { 6 << 20 } else { 64 << 20 },
+            quota: if room.chance(400) { 6 << 20 } else { 64 << 20 },
+            compresses: room.chance(500),
             window: if room.chance(400) { Duration::from_secs(3) } else { Duration::from_secs(3600) },
             events: 4 + room.draw(6),
         };
         let load = Load::default();
-        load.pause_us.store(20_000, Ordering::Relaxed);
+        load.pause_us.store(shape.pause_us(), Ordering::Relaxed);
         let net = Net::new(room.clone());
         Story {
             site: Site { room, net },
@@ -305,6 +314,9 @@ impl Story {
         settings.ring.bytes = 1 << 20;
         settings.journal.segment_bytes = 1 << 20;
         settings.journal.quota = self.shape.quota;
+        if !self.shape.compresses {
+            settings.journal.compression = conf::Compression::Off;
+        }
         settings.receiver.reconnect_min = Duration::from_millis(20);
         settings.receiver.reconnect_max = Duration::from_millis(500);
         settings.receiver.heartbeat = Duration::from_millis(300);
@@ -497,7 +509,7 @@ impl Story {
     fn outage(&mut self) -> Step {
         self.note("network: cut");
         self.site.net.set(Weather { cut: true, ..Weather::FAIR });
-        self.pause(6000);
+        self.pause(if self.shape.compresses { 6000 } else { 12_000 });
         self.site.net.set(Weather::FAIR);
         self.note("network: back");
         Ok(())
@@ -536,7 +548,7 @@ impl Story {
             source.disk.slow(0);
         }
         if slow_us == 0 {
-            self.load.pause_us.store(20_000, Ordering::Relaxed);
+            self.load.pause_us.store(self.shape.pause_us(), Ordering::Relaxed);
             return Ok(());
         }
         // The repair begins under these writes, and what it misses nobody writes over.
@@ -549,7 +561,7 @@ impl Story {
         self.load.paused.store(true, Ordering::Release);
         self.pause(300);
         backing.slow(0);
-        self.load.pause_us.store(20_000, Ordering::Relaxed);
+        self.load.pause_us.store(self.shape.pause_us(), Ordering::Relaxed);
         self.equal()
     }
 
@@ -613,9 +625,18 @@ impl Story {
             },
             _ => match self.source_backup.take() {
                 None => {
-                    self.note("source: a backup is taken");
-                    if let Some(source) = self.source.take() {
-                        source.kill(self.room());
+                    let stops = self.room().chance(500);
+                    self.note(if stops {
+                        "source: stopped for a backup"
+                    } else {
+                        "source: a backup is taken"
+                    });
+                    match self.source.take() {
+                        Some(source) if stops => {
+                            source.stop(self.room()).map_err(|why| format!("a stop: {why}"))?
+                        }
+                        Some(source) => source.kill(self.room()),
+                        None => {}
                     }
                     self.lose_ring();
                     (self.source_disk, self.backing_disk) =
@@ -638,10 +659,27 @@ impl Story {
                     (self.source_disk, self.backing_disk) = (disk, backing);
                     self.model.ambiguous(captured..newest.saturating_add(1));
                     self.acknowledged = (0, 0);
+                    let apart = self.room().chance(500);
+                    if apart {
+                        self.site.net.set(Weather { cut: true, ..Weather::FAIR });
+                    }
                     self.start_source(Back::RolledBack)?;
+                    if apart {
+                        self.passes(newest);
+                    }
                     self.until_well("after the source was rolled back")
                 }
             },
+        }
+    }
+
+    /// On its own, the source gives out lsns that the receiver knows another content of, and goes beyond them.
+    fn passes(&self, newest: u64) {
+        for _ in 0..2000 {
+            if self.source().is_ok_and(|source| source.captured_lsn().0 > newest.saturating_add(50)) {
+                break;
+            }
+            machine::sleep(Duration::from_millis(5));
         }
     }
 
@@ -654,6 +692,8 @@ impl Story {
             true => At::Latest,
             false => At::Lsn(Lsn(oldest.lsn.0 + self.room().draw(newest.lsn.0 - oldest.lsn.0 + 1))),
         };
+        // Whoever holds it holds its directory, also when it is killed.
+        drop(receiver);
         self.note(format!("receiver: rewind to {at:?}"));
         let order = at.clone();
         let outcome = self.on_receiver(move |handle| async move {
@@ -666,8 +706,12 @@ impl Story {
         match outcome {
             Some(Ok(lsn)) => {
                 self.check_replica(lsn)?;
-                self.pause(1500);
                 self.told.points += 1;
+                if self.room().chance(400) {
+                    self.receiver_power_loss()?;
+                    self.check_replica(lsn)?;
+                }
+                self.pause(1500);
             }
             Some(Err((receiver::ErrorKind::NotPossible, _))) => self.told.refused += 1,
             Some(Err((_, why))) => return Err(format!("rewind to {at:?}: {why}")),
