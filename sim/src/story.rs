@@ -506,7 +506,29 @@ impl Story {
         Ok(())
     }
 
+    /// The link is away until the quota is used up, and from then on nobody writes: what was given up has only its own bits.
+    fn shortage(&mut self) -> Step {
+        self.note("network: cut until the quota is used up");
+        self.site.net.set(Weather { cut: true, ..Weather::FAIR });
+        self.load.pause_us.store(5000, Ordering::Relaxed);
+        for _ in 0..6000 {
+            if self.source()?.status().groups[0].state == State::Degraded {
+                break;
+            }
+            machine::sleep(Duration::from_millis(2));
+        }
+        self.load.paused.store(true, Ordering::Release);
+        self.load.pause_us.store(self.shape.pause_us(), Ordering::Relaxed);
+        self.pause(1000);
+        self.site.net.set(Weather::FAIR);
+        self.note("network: back");
+        self.equal()
+    }
+
     fn outage(&mut self) -> Step {
+        if self.shape.quota < 64 << 20 && self.room().chance(700) {
+            return self.shortage();
+        }
         self.note("network: cut");
         self.site.net.set(Weather { cut: true, ..Weather::FAIR });
         self.pause(if self.shape.compresses { 6000 } else { 12_000 });
@@ -769,6 +791,19 @@ impl Story {
 
     /// Random points of the history, all volumes at the same instant.
     fn points(&mut self, count: usize) -> Step {
+        // At times so slowly that batches are applied in the middle of a point.
+        let slow_us = if self.room().chance(300) { 4000 } else { 0 };
+        if let Some(receiver) = &self.receiver {
+            receiver.disk.slow(slow_us);
+        }
+        let checked = self.check_points(count);
+        if let Some(receiver) = &self.receiver {
+            receiver.disk.slow(0);
+        }
+        checked
+    }
+
+    fn check_points(&mut self, count: usize) -> Step {
         for _ in 0..count {
             let Some(receiver) = self.receiver.as_ref().and_then(Process::daemon) else { return Ok(()) };
             let Ok(history) = receiver.history(GROUP) else { return Ok(()) };
