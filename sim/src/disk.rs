@@ -24,12 +24,20 @@ pub struct LifeDisk {
     dead: Arc<AtomicBool>,
     /// What an operation takes on top at most, µs.
     slow_us: Arc<AtomicU64>,
+    /// The same for reads alone, µs.
+    slow_reads_us: Arc<AtomicU64>,
 }
 
 impl LifeDisk {
     /// For a new process.
     pub fn new(room: &Arc<Room>, below: &SimDisk) -> LifeDisk {
-        LifeDisk { room: room.clone(), below: below.clone(), dead: Arc::default(), slow_us: Arc::default() }
+        LifeDisk {
+            room: room.clone(),
+            below: below.clone(),
+            dead: Arc::default(),
+            slow_us: Arc::default(),
+            slow_reads_us: Arc::default(),
+        }
     }
 
     /// The disk of the same process as another.
@@ -45,6 +53,11 @@ impl LifeDisk {
     /// Every operation takes up to this much longer, µs; what was begun later may end earlier.
     pub fn slow(&self, us: u64) {
         self.slow_us.store(us, Ordering::Relaxed);
+    }
+
+    /// Every read takes up to this much longer, µs.
+    pub fn slow_reads(&self, us: u64) {
+        self.slow_reads_us.store(us, Ordering::Relaxed);
     }
 
     fn live(&self) -> io::Result<()> {
@@ -129,7 +142,8 @@ struct LifeFile {
 
 impl File for LifeFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.disk.step(QUICK_US, || self.file.read_at(buffer, offset))
+        let most_us = QUICK_US + self.disk.slow_reads_us.load(Ordering::Relaxed);
+        self.disk.step(most_us, || self.file.read_at(buffer, offset))
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

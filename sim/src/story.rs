@@ -363,7 +363,10 @@ impl Story {
 
     /// A failure, or an order of the operator.
     fn event(&mut self) -> Step {
-        match self.room().draw(17) {
+        if self.source_backup.is_some() && self.room().chance(250) {
+            return self.roll_back_source();
+        }
+        match self.room().draw(18) {
             0 | 1 => self.kill_source(),
             2 | 3 => self.kill_receiver(),
             4 => self.source_power_loss(),
@@ -376,7 +379,8 @@ impl Story {
             12 => self.clock_jump(),
             13 => self.restart_source(),
             14 => self.restart_receiver(),
-            15 => self.roll_back(),
+            15 => self.roll_back_receiver(),
+            16 => self.roll_back_source(),
             _ => self.rewind(),
         }
     }
@@ -623,76 +627,67 @@ impl Story {
         Ok(())
     }
 
-    /// One side is restored from a backup that was taken earlier, or a backup is taken.
-    fn roll_back(&mut self) -> Step {
-        match self.room().draw(2) {
-            0 => match self.receiver_backup.take() {
-                None => {
-                    self.note("receiver: a backup is taken");
-                    self.stop_receiver_hard();
-                    self.receiver_backup = Some(self.receiver_disk.crash(1));
-                    self.start_receiver();
-                    self.receiver_kept_its_word()
-                }
-                Some(backup) => {
-                    self.note("receiver: restored from its backup");
-                    self.stop_receiver_hard();
-                    self.receiver_disk = backup;
-                    self.start_receiver();
-                    self.until_greeted()?;
-                    // Nothing that was acknowledged since the backup is expected any more.
-                    self.acknowledged = (0, 0);
-                    self.until_well("after the receiver was rolled back")
-                }
-            },
-            _ => match self.source_backup.take() {
-                None => {
-                    let stops = self.room().chance(500);
-                    self.note(if stops {
-                        "source: stopped for a backup"
-                    } else {
-                        "source: a backup is taken"
-                    });
-                    match self.source.take() {
-                        Some(source) if stops => {
-                            source.stop(self.room()).map_err(|why| format!("a stop: {why}"))?
-                        }
-                        Some(source) => source.kill(self.room()),
-                        None => {}
-                    }
-                    self.lose_ring();
-                    (self.source_disk, self.backing_disk) =
-                        (self.source_disk.crash(1), self.backing_disk.crash(1));
-                    self.source_backup = Some((self.source_disk.crash(1), self.backing_disk.crash(1), 0));
-                    self.start_source(Back::PowerLost)?;
-                    let captured = self.source()?.captured_lsn().0;
-                    if let Some(backup) = &mut self.source_backup {
-                        backup.2 = captured;
-                    }
-                    Ok(())
-                }
-                Some((disk, backing, captured)) => {
-                    self.note("source: restored from its backup");
-                    let newest = self.source().map_or(u64::MAX, |source| source.captured_lsn().0);
-                    if let Some(source) = self.source.take() {
-                        source.kill(self.room());
-                    }
-                    self.lose_ring();
-                    (self.source_disk, self.backing_disk) = (disk, backing);
-                    self.model.ambiguous(captured..newest.saturating_add(1));
-                    self.acknowledged = (0, 0);
-                    let apart = self.room().chance(500);
-                    if apart {
-                        self.site.net.set(Weather { cut: true, ..Weather::FAIR });
-                    }
-                    self.start_source(Back::RolledBack)?;
-                    if apart {
-                        self.passes(newest);
-                    }
-                    self.until_well("after the source was rolled back")
-                }
-            },
+    /// The receiver is restored from a backup that was taken earlier, or a backup is taken.
+    fn roll_back_receiver(&mut self) -> Step {
+        let Some(backup) = self.receiver_backup.take() else {
+            self.note("receiver: a backup is taken");
+            self.stop_receiver_hard();
+            self.receiver_backup = Some(self.receiver_disk.crash(1));
+            self.start_receiver();
+            return self.receiver_kept_its_word();
+        };
+        self.note("receiver: restored from its backup");
+        self.stop_receiver_hard();
+        self.receiver_disk = backup;
+        self.start_receiver();
+        self.until_greeted()?;
+        // Nothing that was acknowledged since the backup is expected any more.
+        self.acknowledged = (0, 0);
+        self.until_well("after the receiver was rolled back")
+    }
+
+    /// The same of the source.
+    fn roll_back_source(&mut self) -> Step {
+        let Some((disk, backing, captured)) = self.source_backup.take() else {
+            return self.back_up_source();
+        };
+        self.note("source: restored from its backup");
+        let newest = self.source().map_or(u64::MAX, |source| source.captured_lsn().0);
+        if let Some(source) = self.source.take() {
+            source.kill(self.room());
         }
+        self.lose_ring();
+        (self.source_disk, self.backing_disk) = (disk, backing);
+        self.model.ambiguous(captured..newest.saturating_add(1));
+        self.acknowledged = (0, 0);
+        let apart = self.room().chance(500);
+        if apart {
+            self.site.net.set(Weather { cut: true, ..Weather::FAIR });
+        }
+        self.start_source(Back::RolledBack)?;
+        if apart {
+            self.passes(newest);
+        }
+        self.until_well("after the source was rolled back")
+    }
+
+    fn back_up_source(&mut self) -> Step {
+        let stops = self.room().chance(500);
+        self.note(if stops { "source: stopped for a backup" } else { "source: a backup is taken" });
+        match self.source.take() {
+            Some(source) if stops => source.stop(self.room()).map_err(|why| format!("a stop: {why}"))?,
+            Some(source) => source.kill(self.room()),
+            None => {}
+        }
+        self.lose_ring();
+        (self.source_disk, self.backing_disk) = (self.source_disk.crash(1), self.backing_disk.crash(1));
+        self.source_backup = Some((self.source_disk.crash(1), self.backing_disk.crash(1), 0));
+        self.start_source(Back::PowerLost)?;
+        let captured = self.source()?.captured_lsn().0;
+        if let Some(backup) = &mut self.source_backup {
+            backup.2 = captured;
+        }
+        Ok(())
     }
 
     /// On its own, the source gives out lsns that the receiver knows another content of, and goes beyond them.
@@ -792,13 +787,13 @@ impl Story {
     /// Random points of the history, all volumes at the same instant.
     fn points(&mut self, count: usize) -> Step {
         // At times so slowly that batches are applied in the middle of a point.
-        let slow_us = if self.room().chance(300) { 4000 } else { 0 };
+        let slow_us = if self.room().chance(400) { 3000 } else { 0 };
         if let Some(receiver) = &self.receiver {
-            receiver.disk.slow(slow_us);
+            receiver.disk.slow_reads(slow_us);
         }
         let checked = self.check_points(count);
         if let Some(receiver) = &self.receiver {
-            receiver.disk.slow(0);
+            receiver.disk.slow_reads(0);
         }
         checked
     }
