@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_millis(1500);
 /// At most this many bytes sent for each written …
 const RATIO: f64 = 1.3;
 /// … and these for headers, marks of a gap, and writes on their way when somebody is killed.
-const METADATA: u64 = 2 * MIB;
+const METADATA: u64 = 4 * MIB;
 
 /// A small file system of its own on a loop device, mounted.
 struct Small {
