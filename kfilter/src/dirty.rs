@@ -103,10 +103,10 @@ impl<H: Host> Ring<H> {
             });
             let tail = pending_tail(self.memory(), volume).filter(|from| range.start <= *from);
             let Some(from) = tail else { return };
+            let repaired = range.end / GRANULE * GRANULE;
             if reaches_end {
                 self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 0, Relaxed);
-            } else if range.end / GRANULE * GRANULE > from {
-                let repaired = range.end / GRANULE * GRANULE;
+            } else if repaired > from {
                 self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, repaired, Relaxed);
             }
         });
@@ -235,6 +235,7 @@ impl<H: Host> Ring<H> {
             }
         }
         if self.memory().load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0 {
+            // The current flag last, and released: whoever dies before it leaves all of the tail dirty.
             self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, 0, Relaxed);
             self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 1, Relaxed);
             self.memory().store32(volume.slot + slot_at::TAIL_DIRTY, 0, Release);
