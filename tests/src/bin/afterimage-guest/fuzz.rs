@@ -202,8 +202,25 @@ fn plausible(call: u32, chance: &mut StdRng, scratch: u64, shared: &Shared) -> V
     bytes
 }
 
+/// A thread's scratch, alone in four GiB of addresses that begin at a multiple of four GiB. A pointer to it whose lower half
+/// is replaced leads nowhere else: the kernel would be told to write over this process's own heap, and would be right to.
+fn scratch() -> Result<&'static mut [u8]> {
+    const ALONE: usize = 4 << 30;
+    let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh mapping at an address of the kernel's choice, and a part of it, which nobody else has and which stays.
+    unsafe {
+        let reserved = libc::mmap(std::ptr::null_mut(), 2 * ALONE, libc::PROT_NONE, nothing, -1, 0);
+        ensure!(reserved != libc::MAP_FAILED, "reserve addresses: {}", std::io::Error::last_os_error());
+        let alone = reserved.cast::<u8>().add(reserved.cast::<u8>().align_offset(ALONE));
+        let scratch = alone.add(ALONE / 8 * 5);
+        let granted = libc::mprotect(scratch.cast(), SCRATCH + BEHIND, libc::PROT_READ | libc::PROT_WRITE);
+        ensure!(granted == 0, "make the scratch: {}", std::io::Error::last_os_error());
+        Ok(std::slice::from_raw_parts_mut(scratch, SCRATCH + BEHIND))
+    }
+}
+
 fn caller(shared: &Shared, mut chance: StdRng) -> Result<()> {
-    let mut scratch = vec![0u8; SCRATCH + BEHIND];
+    let scratch = scratch()?;
     let at = scratch.as_mut_ptr().expose_provenance() as u64;
     let open = || OpenOptions::new().read(true).write(true).open(ioctl::DEVICE).context("open the device");
     let mut file = open()?;
