@@ -101,6 +101,28 @@ impl Story {
         }
     }
 
+    /// Writes there until one becomes bits, and gives all room back.
+    fn overflow(&mut self, offset: u64) {
+        while self.capture(offset, &[150]) {}
+        assert_eq!(self.ring.mode(), Mode::Bitmap);
+        self.consume_and_release(usize::MAX);
+    }
+
+    /// Begins a resync. The bits may leave only after the promise does.
+    fn begin(&mut self) {
+        self.promise.borrow_mut().lost = false;
+        self.now_ns += 1;
+        assert_eq!(self.ring.begin_resync(self.now_ns), Ok(self.next_lsn));
+        self.promise.borrow_mut().told_lsn = self.next_lsn;
+        self.next_lsn += 1;
+    }
+
+    /// A range of volume 7 was repaired.
+    fn repair(&mut self, range: Range<u64>) {
+        self.promise.borrow_mut().dirty.retain(|dirty| dirty.start < range.start || dirty.end > range.end);
+        self.ring.clear_dirty(7, range);
+    }
+
     fn consume_and_release(&mut self, records: usize) {
         let mut consumer = Consumer::new(&self.ring).unwrap();
         let mut last = 0;
@@ -180,18 +202,10 @@ fn every_store_may_be_the_last() {
     // Overflow: all pieces of a write become bits, even those that had fit.
     while story.capture(3 * GRANULE, &[150]) {}
     assert!(!story.capture(5 * GRANULE, &[1, 700]));
-    assert!(!story.capture(9 * GRANULE, &[1]));
-    assert_eq!(story.ring.mode(), Mode::Bitmap);
-    story.consume_and_release(usize::MAX);
-    // Resync. The bits may leave only after the promise does.
-    story.promise.borrow_mut().lost = false;
-    story.now_ns += 1;
-    assert_eq!(story.ring.begin_resync(story.now_ns), Ok(story.next_lsn));
-    story.next_lsn += 1;
-    story.promise.borrow_mut().told_lsn += 1;
+    story.overflow(9 * GRANULE);
+    story.begin();
     assert!(story.capture(512, &[100]));
-    story.promise.borrow_mut().dirty.clear();
-    story.ring.clear_dirty(7, 0..1 << 20);
+    story.repair(0..1 << 20);
     assert_eq!(story.ring.end_resync(story.now_ns), Ok(story.next_lsn));
     story.next_lsn += 1;
     story.consume_and_release(usize::MAX);
@@ -201,6 +215,23 @@ fn every_store_may_be_the_last() {
     assert_eq!(grown, Ok(Captured::Ring(story.next_lsn)));
     story.next_lsn += 1;
     assert!(story.capture(63 << 20, &[100]));
+    // Beyond the bitmap, which covers 32 MiB: a part of it is repaired, and is dirty again before the rest is.
+    story.overflow(60 << 20);
+    assert!(!story.capture(40 << 20, &[100]));
+    story.begin();
+    story.repair(31 << 20..48 << 20);
+    assert_eq!(story.ring.dirty_extents(7).next(), Some(48 << 20..64 << 20));
+    assert!(story.capture(41 << 20, &[100]));
+    story.overflow(36 << 20);
+    story.begin();
+    assert_eq!(story.ring.dirty_extents(7).next(), Some(32 << 20..64 << 20));
+    story.repair(32 << 20..50 << 20);
+    // So is a range whose writes failed, without a change of mode.
+    assert!(story.ring.mark_dirty(7, 33 << 20..34 << 20));
+    story.promise.borrow_mut().dirty.push(33 << 20..34 << 20);
+    assert_eq!(story.ring.fence(), Ok(story.next_lsn - 1));
+    story.repair(32 << 20..64 << 20);
+    assert_eq!(story.ring.end_resync(story.now_ns), Ok(story.next_lsn));
     assert!(story.stops.get() > 700, "only {} stores were seen", story.stops.get());
 }
 
