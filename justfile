@@ -7,10 +7,10 @@ default:
     @just --list
 
 # Formatting and lints of the whole workspace.
-check:
+check PROFILE="dev":
     cargo fmt --all --check
     rustfmt --edition 2024 --check kfilter/module/main.rs
-    cargo clippy --workspace --all-targets --locked -- -D warnings
+    cargo clippy --workspace --all-targets --locked --profile {{ PROFILE }} -- -D warnings
 
 # Everything that must pass before a change goes in, with a time table.
 test:

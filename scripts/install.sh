@@ -7,9 +7,10 @@ cd "$(dirname "$0")/.."
 
 dest=${1:-}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
-[ -x target/release/afterimage ] || { echo "install: build it first: cargo build --release -p afterimage" >&2; exit 1; }
+binary=${AFTERIMAGE_BIN:-target/release/afterimage}
+[ -x "$binary" ] || { echo "install: build it first: cargo build --release -p afterimage" >&2; exit 1; }
 
-install -D -m 755 --strip target/release/afterimage "$dest/usr/bin/afterimage"
+install -D -m 755 --strip "$binary" "$dest/usr/bin/afterimage"
 for unit in packaging/systemd/*.service; do install -D -m 644 "$unit" "$dest/usr/lib/systemd/system/$(basename "$unit")"; done
 install -D -m 644 packaging/udev/60-kfilter.rules "$dest/usr/lib/udev/rules.d/60-kfilter.rules"
 install -D -m 644 packaging/modules-load.d/afterimage.conf "$dest/usr/lib/modules-load.d/afterimage.conf"

@@ -32,14 +32,16 @@ lab_is_made() {
 
 # All of them, also after a failure: a run takes long, and a second failure is worth knowing.
 stories_and_units() {
-    cargo nextest run --workspace --locked --no-fail-fast 2>&1 | tee "$log"
+    cargo nextest run --workspace --locked --cargo-profile ci --no-fail-fast 2>&1 | tee "$log"
 }
 
-step check just check
+step check just check ci
 step loom just loom
 step fuzz just fuzz "$fuzz_seconds"
-step release cargo build --release --locked -p afterimage
-step sim just sim 2000 1 "$sim_seconds"
+# One build for all of it; the stories take its binary.
+step build cargo build --workspace --lib --bins --tests --locked --profile ci
+export AFTERIMAGE_BIN=$PWD/target/ci/afterimage
+step sim target/ci/afterimage-sim --seeds 2000 --seconds "$sim_seconds"
 step lab lab_is_made
 step module tests/vm/module.sh
 step clippy tests/vm/module.sh clippy

@@ -41,6 +41,10 @@ pub trait Disk: Send + Sync + 'static {
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     /// Creates a directory and its parents, durably; fine if it exists.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
+    /// Whether a sync here waits until bytes are durable, as everybody but [`crate::buffered_disk::BufferedDisk`] does.
+    fn waits(&self) -> bool {
+        true
+    }
     /// Room on the file system that holds `path`; `None` where it cannot be known.
     fn room(&self, _path: &Path) -> io::Result<Option<Room>> {
         Ok(None)

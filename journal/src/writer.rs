@@ -5,7 +5,8 @@
 //! * *sync*: 1. fdatasync; 2. append a mark, and note the position in the control file, both unsynced: they only speak
 //!   of what is durable already.
 //! * *roll*: 1. the next file, with its header, durable under a spare name ([`crate::spare`]): a full disk shows here,
-//!   and nothing has changed; 2. footer behind the last item, cut to exact size, fdatasync: the old segment is durable as
+//!   and nothing has changed; 2. footer behind the last item, cut to exact size (where the disk does not wait for syncs:
+//!   filled up to its size), fdatasync: the old segment is durable as
 //!   a whole, and only the last one may ever be longer than its content; 3. the new name, durable; 4. a note of it in the
 //!   control file. A cut between any two is finished or forgotten by [`Writer::open`].
 //! * *drop*: 1. `oldest`, durable in the control file; 2. names go or become spares; 3. fsync of the directory.
@@ -29,6 +30,9 @@ use crate::writeback::Writeback;
 use crate::{Error, ErrorKind, GroupId, Lsn, Position, Result, SECTOR_BYTES};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// The most that is filled up with marks where a segment's end is not cut off: about as much as one frame left free.
+const MOST_FILLED_BYTES: u64 = 2 << 20;
 
 /// What a writer is told.
 #[derive(Clone, Copy, Debug)]
@@ -272,7 +276,9 @@ impl Writer {
         active.bytes = offset;
         note_frame(active, header);
         self.publish();
-        self.writeback.written(&self.file, self.offset);
+        if self.disk.waits() {
+            self.writeback.written(&self.file, self.offset);
+        }
         Ok(())
     }
 
@@ -485,13 +491,7 @@ impl Writer {
         self.durable = self.position;
         self.tail.set_durable(Place { segment: self.header.number, offset: self.offset });
         self.writeback.restart(self.offset);
-        let mark = Mark {
-            segment: self.header.number,
-            offset: self.offset,
-            nonce: self.header.nonce,
-            received_ns: self.active().received_last_ns,
-            durable: self.durable,
-        };
+        let mark = self.mark(self.offset);
         // A mark is evidence, not a promise: without room for it the frames are as durable as with it.
         if self.file.write_at(&mark.encode(), self.offset).is_ok() {
             self.offset += SECTOR_BYTES as u64;
@@ -500,6 +500,16 @@ impl Writer {
         }
         self.note_state();
         Ok(())
+    }
+
+    fn mark(&self, offset: u64) -> Mark {
+        Mark {
+            segment: self.header.number,
+            offset,
+            nonce: self.header.nonce,
+            received_ns: self.segments.last().map_or(0, |segment| segment.received_last_ns),
+            durable: self.durable,
+        }
     }
 
     /// Tells the control file what is durable, without a sync. Evidence, as a mark is; where a file's end or a whole
@@ -524,6 +534,9 @@ impl Writer {
         let header = next_header(&self.options, self.header.number + 1, start, now_ns);
         let unborn = spare::prepare(&*self.disk, &self.dir, self.options.segment_bytes, header)
             .inspect_err(|error| self.note(error))?;
+        if !self.disk.waits() {
+            self.fill_up()?;
+        }
         let footer_at = self.offset;
         let closing = Closing {
             end: self.position,
@@ -533,7 +546,9 @@ impl Writer {
         let footer = self.index.finish(&self.header, footer_at, &closing)?;
         let sealed_bytes = footer_at + footer.len() as u64;
         self.file.write_at(&footer, footer_at).map_err(|error| self.failed("seal", error))?;
-        self.file.set_size(sealed_bytes).map_err(|error| self.failed("cut", error))?;
+        if self.file.size().map_err(|error| self.failed("measure", error))? != sealed_bytes {
+            self.file.set_size(sealed_bytes).map_err(|error| self.failed("cut", error))?;
+        }
         self.sync_file()?;
         // From here on the old segment takes no more frames: whatever fails now is final for this writer.
         self.finish_roll(unborn, sealed_bytes).inspect_err(|error| {
@@ -541,8 +556,30 @@ impl Writer {
         })
     }
 
+    /// Marks up to where the footer's end is the file's: cutting it would give blocks back, and a busy disk that discards them
+    /// at once keeps its caller waiting (measured: 1.7 s, in which a ring overflows). A segment that is far from full is cut.
+    fn fill_up(&mut self) -> Result<()> {
+        // A mark says that what is before it is durable.
+        self.sync()?;
+        let size = self.file.size().map_err(|error| self.failed("measure", error))?;
+        let room = size.saturating_sub(self.offset + self.index.footer_bytes() as u64);
+        if room > MOST_FILLED_BYTES {
+            return Ok(());
+        }
+        let marks: Vec<u8> = (0..room / SECTOR_BYTES as u64)
+            .flat_map(|sector| self.mark(self.offset + sector * SECTOR_BYTES as u64).encode())
+            .collect();
+        self.file.write_at(&marks, self.offset).map_err(|error| self.failed("seal", error))?;
+        self.offset += marks.len() as u64;
+        Ok(())
+    }
+
     fn finish_roll(&mut self, unborn: Unborn, sealed_bytes: u64) -> Result<()> {
         let path = spare::christen(&*self.disk, &self.dir, &unborn)?;
+        if !self.disk.waits() {
+            // Not before: a file that is written back keeps its appender waiting while the disk finds room for it.
+            self.writeback.written(&self.file, sealed_bytes);
+        }
         let active = self.active();
         (active.bytes, active.sealed) = (sealed_bytes, true);
         self.sealed_bytes += sealed_bytes;

@@ -4,12 +4,16 @@
 mod common;
 
 use common::{Frame, GROUP, dir, epoch_start, frame_after, options, read_all, shared};
+use journal::buffered_disk::BufferedDisk;
 use journal::frame::FrameHeader;
+use journal::io::Disk;
 use journal::reader::Reader;
 use journal::sim_disk::SimDisk;
 use journal::tail::Limit;
+use journal::verify::{VerifyOptions, verify_dir};
 use journal::writer::{Writer, WriterOptions};
 use journal::{ErrorKind, GroupId, Lineage, Lsn, Position};
+use std::sync::Arc;
 
 /// Frames over several segments and two epochs, with a gap of lsns between them; one segment holds nothing.
 fn journal() -> (SimDisk, Writer, Vec<Frame>) {
@@ -31,6 +35,52 @@ fn journal() -> (SimDisk, Writer, Vec<Frame>) {
     writer.sync().unwrap();
     assert!(writer.segments().len() > 6);
     (sim, writer, frames)
+}
+
+/// At the source, where reserving blocks and giving them back in the middle of the stream would keep the ring waiting.
+#[test]
+fn on_a_disk_that_does_not_wait_segments_grow_and_a_spare_keeps_its_size() {
+    let sim = SimDisk::new();
+    let disk: Arc<dyn Disk> = Arc::new(BufferedDisk::new(shared(&sim)));
+    let size = 4 << 20;
+    let mut writer = Writer::create(disk.clone(), &dir(), options(size), epoch_start(1, 0), 0).unwrap();
+    let mut frames = Vec::new();
+    let mut append = |writer: &mut Writer, payload: usize| {
+        let frame = frame_after(&writer.appended(), payload);
+        writer.append(&frame.bytes, &frame.header, 1).unwrap();
+        frames.push(frame);
+    };
+    while writer.segments().len() < 4 {
+        append(&mut writer, 100_000);
+    }
+    append(&mut writer, 1000);
+    writer.begin_epoch(epoch_start(2, 1000), 2).unwrap();
+    append(&mut writer, 1000);
+    let on_disk =
+        |writer: &Writer, at: usize| disk.open_read(&writer.segments()[at].path).unwrap().size().unwrap();
+    assert!(on_disk(&writer, 4) < 4096, "no room is reserved");
+    for at in 0..4 {
+        assert_eq!(on_disk(&writer, at), writer.segments()[at].bytes);
+    }
+    let former = writer.segments()[0].bytes;
+    drop(writer);
+    let report = verify_dir(&*disk, &dir(), VerifyOptions { unpack: true }, &mut |_, _| {}).unwrap();
+    assert_eq!((report.findings, report.frames), (Vec::new(), frames.len() as u64));
+    assert_eq!(read_all(&disk, &dir()).unwrap(), frames);
+    let (mut writer, recovery) = Writer::open(disk.clone(), &dir(), options(size), 3).unwrap();
+    assert_eq!((recovery.position, recovery.torn), (frames.last().unwrap().header.position(), None));
+    // Its file comes back as a spare, and is filled up.
+    let second = writer.segments()[1].number;
+    assert_eq!(writer.drop_before(second).unwrap(), former);
+    while writer.segments().len() < 6 {
+        let frame = frame_after(&writer.appended(), 90_000);
+        writer.append(&frame.bytes, &frame.header, 4).unwrap();
+        frames.push(frame);
+    }
+    assert_eq!((writer.segments()[4].bytes, on_disk(&writer, 4)), (former, former), "the spare, sealed");
+    assert!(read_all(&disk, &dir()).unwrap().ends_with(&frames[frames.len() - 30..]));
+    let report = verify_dir(&*disk, &dir(), VerifyOptions { unpack: true }, &mut |_, _| {}).unwrap();
+    assert_eq!(report.findings, Vec::new());
 }
 
 fn rest(reader: &mut Reader) -> Vec<FrameHeader> {

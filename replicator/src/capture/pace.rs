@@ -2,10 +2,11 @@
 //!
 //! The front answers from the page cache, at a speed that no journal on the same cores keeps up with. Left alone, a burst of a
 //! tenth of a second would fill the ring and cost the group its protection until the next synchronisation. So a write that
-//! finds the ring nearly full waits a moment, as it would for a busy disk (decision 0008).
+//! finds the ring nearly full waits a moment, as it would for a busy disk, and a longer one when the moment was not enough
+//! (decision 0008).
 //!
-//! Bounds, which keep promise 1: at most [`MAX_WAIT`] a write, and only while room is really being given back. A journal that
-//! hangs, or is slower than that, holds nobody up: the ring fills and writes become bits.
+//! Bounds, which keep promise 1: at most [`LONGEST_WAIT`] a write, and only while room is really being given back. A journal
+//! that hangs, or is slower than that, holds nobody up: the ring fills and writes become bits.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -15,12 +16,18 @@ use machine::Mutex;
 
 /// Above this fill writes are paced; the rest of the ring is for what waits do not hold back.
 const HIGH: f64 = 0.75;
-/// The longest that one write waits.
-const MAX_WAIT: Duration = Duration::from_millis(10);
+/// The longest that one write waits there.
+const WAIT: Duration = Duration::from_millis(10);
+/// Above this fill the journal has fallen behind in spite of it.
+const NEARLY_FULL: f64 = 0.85;
+/// The longest that one write waits there, and at all: eight writes of 128 KiB at a time fill what is left of 64 MiB in half a
+/// second then.
+const LONGEST_WAIT: Duration = Duration::from_millis(50);
 /// One look at the ring to the next.
 const STEP: Duration = Duration::from_micros(200);
-/// A ring that has given back nothing for this long is not being drained.
-const STALLED: Duration = Duration::from_millis(50);
+/// A ring that has given back nothing for this long is not being drained. The page cache of a busy disk makes a writer, such
+/// as the journal, pause for up to 200 ms.
+const STALLED: Duration = Duration::from_millis(250);
 
 /// What a volume's writers know of the ring's progress.
 #[derive(Debug)]
@@ -43,15 +50,17 @@ impl Pacer {
     /// Before a write is captured. Costs two loads while the ring has room.
     #[inline]
     pub fn pace(&self, ring: &Region) {
-        if ring.fill_ratio() >= HIGH {
-            self.wait(|| ring.fill_ratio() >= HIGH, || ring.first_held_lsn());
+        let fill = ring.fill_ratio();
+        if fill >= HIGH {
+            let at_most = if fill >= NEARLY_FULL { LONGEST_WAIT } else { WAIT };
+            self.wait(at_most, || ring.fill_ratio() >= HIGH, || ring.first_held_lsn());
         }
     }
 
     #[cold]
-    fn wait(&self, nearly_full: impl Fn() -> bool, first_held_lsn: impl Fn() -> u64) {
+    fn wait(&self, at_most: Duration, is_high: impl Fn() -> bool, first_held_lsn: impl Fn() -> u64) {
         let started = machine::now();
-        while nearly_full() && machine::since(started) < MAX_WAIT && self.is_draining(first_held_lsn()) {
+        while is_high() && machine::since(started) < at_most && self.is_draining(first_held_lsn()) {
             machine::sleep(STEP);
         }
     }
@@ -84,18 +93,19 @@ mod tests {
             looks.set(looks.get() + 1);
             looks.get()
         };
-        pacer.wait(|| looks.get() < 3, look);
+        pacer.wait(WAIT, || looks.get() < 3, look);
         assert_eq!(looks.get(), 3, "waited until there was room");
 
         let started = Instant::now();
-        pacer.wait(|| true, look);
-        assert!(started.elapsed() >= MAX_WAIT, "draining, and yet full: the whole wait, then on");
+        pacer.wait(WAIT, || true, look);
+        assert!(started.elapsed() >= WAIT, "draining, and yet full: the whole wait, then on");
 
         let hung = looks.get();
-        pacer.wait(|| true, || hung);
+        pacer.wait(WAIT, || true, || hung);
         std::thread::sleep(STALLED);
         let looked = Cell::new(0);
         pacer.wait(
+            LONGEST_WAIT,
             || true,
             || {
                 looked.set(looked.get() + 1);
