@@ -40,7 +40,6 @@ step loom just loom
 step fuzz just fuzz "$fuzz_seconds"
 # One build for all of it; the stories take its binary.
 step build cargo build --workspace --lib --bins --tests --locked --profile ci
-export AFTERIMAGE_BIN=$PWD/target/ci/afterimage
 step sim target/ci/afterimage-sim --seeds 2000 --seconds "$sim_seconds"
 step lab lab_is_made
 step module tests/vm/module.sh

@@ -51,7 +51,7 @@ fn on_a_disk_that_does_not_wait_segments_grow_and_a_spare_keeps_its_size() {
         frames.push(frame);
     };
     while writer.segments().len() < 4 {
-        append(&mut writer, 100_000);
+        append(&mut writer, 60_000);
     }
     append(&mut writer, 1000);
     writer.begin_epoch(epoch_start(2, 1000), 2).unwrap();
@@ -73,7 +73,7 @@ fn on_a_disk_that_does_not_wait_segments_grow_and_a_spare_keeps_its_size() {
     let second = writer.segments()[1].number;
     assert_eq!(writer.drop_before(second).unwrap(), former);
     while writer.segments().len() < 6 {
-        let frame = frame_after(&writer.appended(), 90_000);
+        let frame = frame_after(&writer.appended(), 100_000);
         writer.append(&frame.bytes, &frame.header, 4).unwrap();
         frames.push(frame);
     }

@@ -23,8 +23,9 @@
 //! those scripts need beside the system's tools.
 //!
 //! Everything here needs root, as mounting does; a program that is missing fails the story and says what to install.
-//! Environment: `AFTERIMAGE_BIN` (default `target/release/afterimage`), `AFTERIMAGE_TEST_DIR` (default the system's temporary
-//! directory), `AFTERIMAGE_SEED`, `AFTERIMAGE_KEEP=1` keeps a story's directory.
+//! Environment: `AFTERIMAGE_BIN` (default the binary of the same profile; for a debug build `target/release/afterimage`),
+//! `AFTERIMAGE_TEST_DIR` (default the system's temporary directory), `AFTERIMAGE_SEED`, `AFTERIMAGE_KEEP=1` keeps a story's
+//! directory.
 
 pub mod control;
 pub mod daemon;

@@ -49,12 +49,15 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// The binary under test.
+/// The binary under test: the one of the stories' own profile, and never one without optimisations.
 ///
 /// # Errors
 /// It has not been built.
 pub fn afterimage_path() -> Result<PathBuf> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/afterimage");
+    let story = env::current_exe().context("which program is this?")?;
+    let own = story.ancestors().nth(2).filter(|profile| !profile.ends_with("debug"));
+    let release = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release");
+    let built = own.unwrap_or(&release).join("afterimage");
     let path = env::var_os("AFTERIMAGE_BIN").map_or(built, PathBuf::from);
     path.canonicalize()
         .with_context(|| format!("{}: run `cargo build --release -p afterimage` first", path.display()))

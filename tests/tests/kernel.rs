@@ -156,7 +156,7 @@ fn refused_attempts_are_void() -> Result<()> {
 fn a_clean_reboot_leaves_no_gap() -> Result<()> {
     let dest = tempfile::tempdir()?;
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/install.sh");
-    outcome(Command::new(install).arg(dest.path()))?.expect(0)?;
+    outcome(Command::new(install).arg(dest.path()).env("AFTERIMAGE_BIN", afterimage_path()?))?.expect(0)?;
     let tree = format!("{}=files/dest", dest.path().display());
     guest("reboot", &["--disk", "96M", "--init", "systemd", "--file", &tree], &[])
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use tests::program::outcome;
+use tests::program::{afterimage_path, outcome};
 use tests::story;
 
 fn repository() -> PathBuf {
@@ -22,7 +22,8 @@ fn lab(arguments: &[&str]) -> Result<String> {
 fn the_installed_tree_is_complete_and_its_module_builds() -> Result<()> {
     story("packaging", |home| {
         let dest = home.path("dest");
-        outcome(Command::new(repository().join("scripts/install.sh")).arg(&dest))?.expect(0)?;
+        let install = repository().join("scripts/install.sh");
+        outcome(Command::new(install).arg(&dest).env("AFTERIMAGE_BIN", afterimage_path()?))?.expect(0)?;
         for file in [
             "usr/bin/afterimage",
             "usr/lib/systemd/system/afterimage-replicate@.service",
