@@ -105,12 +105,17 @@ impl TwoSlot {
         Ok(control)
     }
 
-    /// Opens the file and returns the newest whole payload.
+    /// Opens the file and returns the newest whole payload. It is durable then: a killed process may have left it in the page
+    /// cache alone, and the next store overwrites the other one.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is whole.
+    /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is whole;
+    /// [`ErrorKind::Sync`] is final.
     pub fn open(disk: &Arc<dyn Disk>, path: &Path) -> Result<(TwoSlot, Vec<u8>)> {
         let file = disk.open(path).map_err(|error| open_failed(path, error))?;
+        file.sync()
+            .and_then(|()| path.parent().map_or(Ok(()), |dir| disk.sync_dir(dir)))
+            .map_err(|error| Error::sync(format!("sync control file {}", path.display()), error))?;
         let slot_bytes = slot_size(&*file, path)?;
         let (newest, _) = read_slots(&*file, path, slot_bytes)?;
         let (slot, sequence, payload) = newest.ok_or_else(|| both_bad(path))?;

@@ -194,8 +194,14 @@ impl Applier {
     }
 
     /// Finds the cut batch; removes temporary files and undo that the state does not know.
+    ///
+    /// ⚠ What is found may be a killed process's, and its name in the page cache alone: durable before a batch is redone over
+    /// it, and before what it stands for is removed.
     fn sweep(&mut self) -> Result<()> {
         let dir = undo_dir(&self.group_dir);
+        for dir in [&dir, &self.group_dir] {
+            self.disk.sync_dir(dir).map_err(|e| Error::sync(format!("sync {}", dir.display()), e))?;
+        }
         let state = self.store.state();
         let next = state.applied_batch + 1;
         let names = self.disk.list(&dir).map_err(|e| Error::io(format!("list {}", dir.display()), e))?;

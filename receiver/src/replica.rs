@@ -106,14 +106,12 @@ impl Replica {
         let path = replica_path(group_dir, &state.path);
         let named = |step: &str| format!("replica of volume {}: {step} {}", state.name, path.display());
         let is_device = hold && is_block_device(&path);
+        let dir = path.parent().unwrap_or(Path::new("/"));
         let file = match disk.open(&path) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && !state.created => {
-                let dir = path.parent().unwrap_or(Path::new("/"));
                 disk.create_dir(dir).map_err(|e| Error::replica(named("create directory of"), e))?;
-                let file = disk.create(&path).map_err(|e| Error::replica(named("create"), e))?;
-                disk.sync_dir(dir).map_err(|e| Error::replica(named("sync directory of"), e))?;
-                file
+                disk.create(&path).map_err(|e| Error::replica(named("create"), e))?
             }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let step = "bring it back (is its disk mounted?), or put an empty file in its place to have it made anew: open";
@@ -121,6 +119,10 @@ impl Replica {
             }
             Err(e) => return Err(Error::replica(named("open"), e)),
         };
+        // Also of a file that was found: a killed process, or whoever brought it, need not have got that far.
+        if !state.created && !is_device {
+            disk.sync_dir(dir).map_err(|e| Error::replica(named("sync directory of"), e))?;
+        }
         let hold = if hold { Some(ReplicaHold::acquire(&path)?) } else { None };
         let mut replica = Replica {
             id: state.id,

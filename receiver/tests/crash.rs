@@ -156,6 +156,53 @@ fn a_crash_while_recovering_from_a_crash_loses_nothing() {
     }
 }
 
+/// A killed process leaves the page cache as it was, and the next one finds there what may never have become durable: it must
+/// not build on that before it is. The process is killed at every operation, and the power goes while the next one works.
+#[test]
+fn what_a_killed_process_left_is_durable_before_it_is_built_on() {
+    let source = script(3);
+    let (base, durable) = prepared(&source);
+    let models = models(&source);
+    let work = |sim: &SimDisk, batch_bytes: u64| {
+        let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+        open(&disk, Path::new(GROUP_DIR), settings(batch_bytes)).and_then(|(_history, mut applier)| {
+            let done = apply_all(&mut applier, &durable)?;
+            applier.merge(4);
+            Ok(done)
+        })
+    };
+    let operations = {
+        let sim = base.crash(0);
+        let before = sim.ops();
+        work(&sim, 20_000).unwrap();
+        sim.ops() - before
+    };
+    assert!(operations > 60, "{operations} operations");
+    for killed in 0..operations {
+        for later in [3, 8, 15] {
+            let sim = base.crash(0);
+            sim.cut_at(sim.ops() + killed);
+            drop(work(&sim, 20_000));
+            sim.cut_at(sim.ops() + later);
+            drop(work(&sim, 20_000));
+            let sim = sim.crash(killed * 100 + later);
+            let context = format!("killed at operation {killed}, the power lost {later} later");
+            let disk: Arc<dyn Disk> = Arc::new(sim.clone());
+            let bare = History::open(Arc::clone(&disk), Path::new(GROUP_DIR)).expect(&context);
+            if bare.state().oldest_batch != 0 {
+                check_all(&disk, &models, &bare, 16);
+            }
+            let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(9_000)).expect(&context);
+            apply_all(&mut applier, &durable).expect(&context);
+            check_all(&disk, &models, &history, 9);
+            for (name, expected) in source.model(source.last()) {
+                let found = sim.contents(Path::new(&format!("/r/replica/g/{name}.img"))).expect(&context);
+                assert_same(&found, &expected, &format!("{context}: replica {name}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn a_full_disk_stops_apply_and_nothing_else() {
     let source = script(5);
