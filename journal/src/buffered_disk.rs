@@ -2,9 +2,9 @@
 //!
 //! The source journal is a buffer; the source disk is the truth. A sync in the middle of the stream would stop the
 //! consumer of the ring for as long as the disk is busy with the clients' own writes, and the ring would overflow: load
-//! would become a gap, to protect bytes that nobody relies on. So syncs only ask the kernel to start writing, and
-//! [`BufferedDisk::settle`] pays the whole debt once, at a clean stop. Nor is room reserved, or given back in the middle of
-//! the stream ([`Disk::waits`]).
+//! would become a gap, to protect bytes that nobody relies on. So syncs do nothing, the kernel writes back when it
+//! likes, and [`BufferedDisk::settle`] pays the whole debt once, at a clean stop. Nor is room reserved, or given back in
+//! the middle of the stream ([`Disk::waits`]).
 //!
 //! What this means for the writer's word "durable": it survives the process, not the machine. After a crash of the
 //! machine the next start is unclean and synchronises everything, whatever the journal then looks like.

@@ -276,6 +276,7 @@ impl Writer {
         active.bytes = offset;
         note_frame(active, header);
         self.publish();
+        // Nobody waits elsewhere, and a file that is written back keeps its appender waiting while the disk finds room for it.
         if self.disk.waits() {
             self.writeback.written(&self.file, self.offset);
         }
@@ -569,17 +570,16 @@ impl Writer {
         let marks: Vec<u8> = (0..room / SECTOR_BYTES as u64)
             .flat_map(|sector| self.mark(self.offset + sector * SECTOR_BYTES as u64).encode())
             .collect();
-        self.file.write_at(&marks, self.offset).map_err(|error| self.failed("seal", error))?;
+        if self.file.write_at(&marks, self.offset).is_err() {
+            // A part of them would say of frames that come here later that they were durable.
+            return self.file.set_size(self.offset).map_err(|error| self.failed("cut", error));
+        }
         self.offset += marks.len() as u64;
         Ok(())
     }
 
     fn finish_roll(&mut self, unborn: Unborn, sealed_bytes: u64) -> Result<()> {
         let path = spare::christen(&*self.disk, &self.dir, &unborn)?;
-        if !self.disk.waits() {
-            // Not before: a file that is written back keeps its appender waiting while the disk finds room for it.
-            self.writeback.written(&self.file, sealed_bytes);
-        }
         let active = self.active();
         (active.bytes, active.sealed) = (sealed_bytes, true);
         self.sealed_bytes += sealed_bytes;

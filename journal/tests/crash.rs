@@ -6,11 +6,14 @@
 mod common;
 
 use common::{Frame, dir, epoch_start, frame_after, options, read_all, shared};
+use journal::buffered_disk::BufferedDisk;
+use journal::io::Disk;
 use journal::segment::{FLAG_RECYCLED, SegmentHeader};
 use journal::sim_disk::SimDisk;
 use journal::verify::{VerifyOptions, verify_dir};
 use journal::writer::Writer;
 use journal::{ErrorKind, Position};
+use std::sync::Arc;
 
 /// Small segments, so that a short life rolls and recycles many.
 const SEGMENT_BYTES: u64 = 8192;
@@ -191,6 +194,54 @@ fn a_killed_process_leaves_nothing_that_is_not_synced_again() {
     drop(writer);
     assert_eq!(open(&sim, "").durable(), frame.header.position());
     assert_eq!(open(&sim.crash(0), "").durable(), frame.header.position());
+}
+
+/// The source's journal, on a disk that does not sync: killed at every operation of rolls, seals and drops, it opens again with
+/// every frame whose append returned, takes more, and verifies.
+#[test]
+fn a_source_journal_survives_a_kill_at_every_operation() {
+    let script = |disk: Arc<dyn Disk>| -> (Vec<u64>, bool) {
+        let mut appended = Vec::new();
+        let Ok(mut writer) = Writer::create(disk, &dir(), options(16 << 10), epoch_start(1, 0), 0) else {
+            return (appended, false);
+        };
+        for step in 0..40 {
+            let frame = frame_after(&writer.appended(), 700 + step * 37);
+            if writer.append(&frame.bytes, &frame.header, 1).is_err() {
+                return (appended, false);
+            }
+            appended.push(frame.header.last_lsn.0);
+            // From the middle on dropped segments come back as spares, longer than what is left to fill.
+            let oldest = writer.segments()[0].number;
+            if writer.segments().len() > 3 && writer.drop_before(oldest + 1).is_err() {
+                return (appended, false);
+            }
+        }
+        (appended, true)
+    };
+    let buffered = |sim: &SimDisk| -> Arc<dyn Disk> { Arc::new(BufferedDisk::new(shared(sim))) };
+    let sim = SimDisk::new();
+    assert!(script(buffered(&sim)).1);
+    let operations = sim.ops();
+    for killed in 20..operations {
+        let sim = SimDisk::new();
+        sim.cut_at(killed);
+        let (appended, finished) = script(buffered(&sim));
+        assert!(!finished);
+        sim.cut_at(u64::MAX);
+        let disk = buffered(&sim);
+        let context = format!("killed at operation {killed}");
+        let (mut writer, _) = Writer::open(disk.clone(), &dir(), options(16 << 10), 1).expect(&context);
+        let held = writer.appended().lsn.0;
+        assert!(held >= *appended.last().unwrap(), "{context}: {held}");
+        for _ in 0..20 {
+            let frame = frame_after(&writer.appended(), 900);
+            writer.append(&frame.bytes, &frame.header, 2).expect(&context);
+        }
+        drop(writer);
+        let report = verify_dir(&*disk, &dir(), VerifyOptions { unpack: true }, &mut |_, _| {}).unwrap();
+        assert_eq!(report.findings, Vec::new(), "{context}");
+    }
 }
 
 #[test]
