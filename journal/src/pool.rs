@@ -3,8 +3,8 @@
 //! One owner submits and receives; nothing here blocks it but [`EncodePool::recv`]. What is submitted and not yet
 //! received is bounded in bytes. Batches and buffers go round: in the steady state nothing is allocated per frame.
 //!
-//! The threads are niced: frames wait in the ring without harm, while the front's own threads, which applications
-//! wait for, share the same cores.
+//! The threads are niced and give way after each frame: frames wait in the ring without harm, while the front's own
+//! threads, which applications wait for, share the same cores.
 
 use crate::compress::{Compression, Encoder};
 use crate::frame::{Batch, EncodedFrame, Stamp};
@@ -212,6 +212,7 @@ fn work(mut encoder: Encoder, jobs: &Receiver<Job>, done: &Sender<Done>) {
     // None = the calling thread. Refused only where raising the value is: then it runs at the common priority.
     let _ = rustix::process::setpriority_process(None, NICE);
     for Job { sequence, batch, stamp, compression, buffer } in jobs {
+        machine::give_way();
         let frame = encoder.encode(&batch, &stamp, None, compression, buffer);
         if done.send(Done { sequence, batch, frame }).is_err() {
             return;

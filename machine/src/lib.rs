@@ -51,6 +51,16 @@ pub fn simulated_boot_ns() -> Option<u64> {
     world::current().map(|world| world.boot_ns())
 }
 
+/// Lets whoever waits for this core have it now. Background work calls it between pieces of a millisecond at most: the
+/// scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's write passes several threads, each
+/// of which may wait for that. Costs a system call; no more while nobody waits. A simulation interleaves by itself.
+#[inline]
+pub fn give_way() {
+    if !is_simulated() {
+        std::thread::yield_now();
+    }
+}
+
 /// Sleeps.
 pub fn sleep(time: Duration) {
     match world::current() {

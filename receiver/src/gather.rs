@@ -183,6 +183,7 @@ impl Gatherer {
         }
         let Some(reader) = &mut self.reader else { return Ok(None) };
         while let Some(header) = reader.next(&mut self.frame, limit).map_err(damage)? {
+            machine::give_way();
             let used_up = header.last_lsn <= behind.moment.lsn && !behind.nothing;
             if used_up || behind.skip_through.is_some_and(|number| header.epoch.number <= number) {
                 continue;

@@ -279,6 +279,7 @@ impl Replica {
         let mut paced: Option<Range<u64>> = None;
         for range in ranges {
             fold.runs(self.id, range.clone(), scratch, |run| {
+                machine::give_way();
                 let (at, len, result) = match run {
                     Run::Zeros(range) => {
                         (range.start, range.end - range.start, self.file.punch_hole(range.clone()))

@@ -180,6 +180,7 @@ impl<'a> UndoWriter<'a> {
         let mut changes = Vec::new();
         fold.runs(volume, 0..u64::MAX, scratch, |run| match run {
             Run::Bytes(at, new) => {
+                machine::give_way();
                 let mut old = std::mem::take(&mut self.old);
                 read_sparse(replica, at, new.len(), &mut old)?;
                 let kept = self.keep_run(volume, at, &old, new, &mut changes);
@@ -189,6 +190,7 @@ impl<'a> UndoWriter<'a> {
             Run::Zeros(range) => {
                 let mut at = range.start;
                 while let Some(data) = replica.next_data(at..range.end)? {
+                    machine::give_way();
                     let end = range.end.min(data.start + MAX_RUN_BYTES);
                     let mut old = std::mem::take(&mut self.old);
                     let length = usize::try_from(end - data.start).expect("at most 1 MiB");

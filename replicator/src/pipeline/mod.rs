@@ -59,6 +59,10 @@ const GATHER: Duration = Duration::from_millis(10);
 /// … and how often while the ring is fuller than this.
 const GATHER_BUSY: Duration = Duration::from_millis(1);
 const BUSY: f64 = 1.0 / 32.0;
+/// From this fill of the ring on what counts is how much is compressed a second; below it, that nobody waits for a core:
+/// frames are as long as their settings allow, or as short as this, a millisecond of compressing (decision 0023).
+const HASTE: f64 = 0.25;
+const EASY_FRAME_BYTES: usize = 256 << 10;
 /// Sleep while records wait for their backing write before their room can be released.
 const NOT_DONE: Duration = Duration::from_millis(1);
 
@@ -256,7 +260,7 @@ impl Pipeline {
                     }
                     shortage::give_up_record(&self.shared, &mut self.shortage, &record)?;
                     self.releasable = Lsn(record.lsn());
-                } else if self.batch.raw().len() + bytes > self.settings.max_bytes && self.batch.records() > 0
+                } else if self.batch.raw().len() + bytes > self.frame_bytes() && self.batch.records() > 0
                 {
                     if !self.submit()? {
                         return Ok(true);
@@ -270,6 +274,12 @@ impl Pipeline {
             self.tap.advance().map_err(ring_lost)?;
         }
         Ok(gathered > 0)
+    }
+
+    /// Raw bytes of a frame at most, now: none that keeps a core for long, while the ring is far from full.
+    fn frame_bytes(&self) -> usize {
+        let in_haste = self.shared.ring.fill_ratio() >= HASTE;
+        if in_haste { self.settings.max_bytes } else { self.settings.max_bytes.min(EASY_FRAME_BYTES) }
     }
 
     /// Hands the open batch to the pool; false when the pool is full (then a frame is committed instead).
@@ -297,7 +307,7 @@ impl Pipeline {
         let fill = self.shared.ring.fill_ratio();
         match self.settings.compression {
             Compression::Zstd(_) if self.settings.adaptive && fill >= 0.5 => Compression::Off,
-            Compression::Zstd(level) if self.settings.adaptive && fill >= 0.25 => {
+            Compression::Zstd(level) if self.settings.adaptive && fill >= HASTE => {
                 Compression::Zstd(level.min(-5))
             }
             calm => calm,

@@ -88,6 +88,7 @@ impl Translator {
                 }
                 if self.shared.map.is_active() {
                     self.shared.map.lock().written(from.volume(), from.lsn(), range.clone());
+                    self.shared.map.passed_live();
                 }
                 self.shared.skipped.touch(from.volume(), &range);
                 batch.push(&record, from.payload());

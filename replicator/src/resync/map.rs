@@ -17,7 +17,7 @@ use machine::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// What the mask tells apart.
 pub const SECTOR: u64 = 512;
@@ -78,9 +78,21 @@ pub struct SharedMap {
     map: Mutex<SyncMap>,
     /// A window is open, so records must be looked at. Set before begin, so whoever sees a record behind begin sees it.
     active: AtomicBool,
+    /// Changes by others that the consumer passed while a window was open.
+    live_changes: AtomicU64,
 }
 
 impl SharedMap {
+    /// The consumer passed a change that is not the synchronisation's own.
+    pub fn passed_live(&self) {
+        self.live_changes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Changes by others while windows were open, in this run.
+    pub fn live_changes(&self) -> u64 {
+        self.live_changes.load(Ordering::Relaxed)
+    }
+
     /// Takes the lock.
     pub fn lock(&self) -> MutexGuard<'_, SyncMap> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)

@@ -43,6 +43,8 @@ const ZERO_BYTES: u64 = 1 << 30;
 const OUTSTANDING_BYTES: u64 = 8 << 20;
 /// Reserved ranges not yet journaled, at most.
 const OUTSTANDING: usize = 1024;
+/// Slots of the last frame, which may wait for more until it is of age.
+const LAST_FRAME: u64 = 2;
 /// A look at the ring, the journal or the stop to the next.
 const LOOK: Duration = Duration::from_millis(5);
 /// How long one wait for writes in flight is, before the stop is looked at.
@@ -377,14 +379,21 @@ impl<'a> Copier<'a> {
                 self.wait_for_journal()?;
                 continue;
             }
+            if self.pace.is_live(machine::now(), shared.map.live_changes()) {
+                if self.is_passing() {
+                    self.wait_for_journal()?;
+                    continue;
+                }
+                self.pace.rest(machine::now());
+            }
             let (backlog_bytes, _) = shared.progress.backlog();
             let quota_bytes = self.agent.settings.journal.quota;
             match self.pace.advice(machine::now(), shared.ring.fill_ratio(), backlog_bytes, quota_bytes) {
-                Advice::Go => return Ok(()),
+                Advice::Go => break,
                 Advice::Wait(time) => {
                     machine::sleep(time.min(Duration::from_millis(100)));
                     if time <= Duration::from_millis(100) {
-                        return Ok(());
+                        break;
                     }
                 }
                 Advice::Yield => machine::sleep(LOOK),
@@ -394,6 +403,14 @@ impl<'a> Copier<'a> {
                 }
             }
         }
+        self.pace.begin(machine::now());
+        Ok(())
+    }
+
+    /// Whether what was reserved is still on its way into the journal, but for the last frame, which waits for more.
+    fn is_passing(&self) -> bool {
+        let journaled = self.agent.shared.progress.position().lsn.0;
+        self.outstanding.back().is_some_and(|last| journaled + LAST_FRAME < last.last_lsn)
     }
 
     fn wait_for_journal(&self) -> Copied<()> {
