@@ -3,14 +3,16 @@
 //! One owner submits and receives; nothing here blocks it but [`EncodePool::recv`]. What is submitted and not yet
 //! received is bounded in bytes. Batches and buffers go round: in the steady state nothing is allocated per frame.
 //!
-//! The threads are niced and give way after each frame: frames wait in the ring without harm, while the front's own
-//! threads, which applications wait for, share the same cores.
+//! The threads are niced and, unless in haste, give way after each frame: frames wait in the ring without harm while it has
+//! room, and the front's own threads, which applications wait for, share the same cores.
 
 use crate::compress::{Compression, Encoder};
 use crate::frame::{Batch, EncodedFrame, Stamp};
 use crate::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 /// How much the pool yields to the threads that serve I/O.
@@ -43,6 +45,7 @@ enum Workers {
     Threads {
         jobs: Option<Sender<Job>>,
         done: Receiver<Done>,
+        in_haste: Arc<AtomicBool>,
         handles: Vec<thread::JoinHandle<()>>,
     },
 }
@@ -74,16 +77,17 @@ impl EncodePool {
             let (jobs, jobs_in) = bounded::<Job>(MAX_JOBS);
             let (done_out, done) = bounded::<Done>(MAX_JOBS);
             let mut handles = Vec::with_capacity(threads);
+            let in_haste = Arc::<AtomicBool>::default();
             for thread in 0..threads {
                 let encoder = Encoder::new()?;
-                let (jobs_in, done_out) = (jobs_in.clone(), done_out.clone());
+                let (jobs_in, done_out, in_haste) = (jobs_in.clone(), done_out.clone(), in_haste.clone());
                 let handle = thread::Builder::new()
                     .name(format!("{name}-{thread}"))
-                    .spawn(move || work(encoder, &jobs_in, &done_out))
+                    .spawn(move || work(encoder, &jobs_in, &done_out, &in_haste))
                     .map_err(|error| Error::io("start an encoder thread", error))?;
                 handles.push(handle);
             }
-            Workers::Threads { jobs: Some(jobs), done, handles }
+            Workers::Threads { jobs: Some(jobs), done, in_haste, handles }
         };
         Ok(EncodePool {
             workers,
@@ -106,6 +110,13 @@ impl EncodePool {
     pub fn recycle(&mut self, buffer: Vec<u8>) {
         if self.buffers.len() < MAX_SPARE {
             self.buffers.push(buffer);
+        }
+    }
+
+    /// Whether frames are waited for, so that nobody is given way to.
+    pub fn set_in_haste(&self, is: bool) {
+        if let Workers::Threads { in_haste, .. } = &self.workers {
+            in_haste.store(is, Ordering::Relaxed);
         }
     }
 
@@ -208,11 +219,13 @@ impl Drop for EncodePool {
     }
 }
 
-fn work(mut encoder: Encoder, jobs: &Receiver<Job>, done: &Sender<Done>) {
+fn work(mut encoder: Encoder, jobs: &Receiver<Job>, done: &Sender<Done>, in_haste: &AtomicBool) {
     // None = the calling thread. Refused only where raising the value is: then it runs at the common priority.
     let _ = rustix::process::setpriority_process(None, NICE);
     for Job { sequence, batch, stamp, compression, buffer } in jobs {
-        machine::give_way();
+        if !in_haste.load(Ordering::Relaxed) {
+            machine::give_way();
+        }
         let frame = encoder.encode(&batch, &stamp, None, compression, buffer);
         if done.send(Done { sequence, batch, frame }).is_err() {
             return;

@@ -17,7 +17,11 @@ pub use sync::{Condvar, Mutex, MutexGuard};
 pub use thread::{JoinHandle, spawn};
 pub use world::{World, enter, is_simulated};
 
+use std::cell::Cell;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// What a thread may have of a core before it gives way.
+const TURN: Duration = Duration::from_millis(1);
 
 /// The monotonic clock.
 #[inline]
@@ -51,13 +55,21 @@ pub fn simulated_boot_ns() -> Option<u64> {
     world::current().map(|world| world.boot_ns())
 }
 
-/// Lets whoever waits for this core have it now. Background work calls it between pieces of a millisecond at most: the
-/// scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's write passes several threads, each
-/// of which may wait for that. Costs a system call; no more while nobody waits. A simulation interleaves by itself.
+/// Between pieces of background work: lets whoever waits for this core have it, once this thread has had a millisecond.
+/// The scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's write passes several threads,
+/// each of which may wait for that (decision 0023). A simulation interleaves by itself.
 #[inline]
 pub fn give_way() {
-    if !is_simulated() {
+    thread_local! {
+        static GAVE_WAY: Cell<Option<Instant>> = const { Cell::new(None) };
+    }
+    if is_simulated() {
+        return;
+    }
+    let now = Instant::now();
+    if GAVE_WAY.get().is_none_or(|then| now - then >= TURN) {
         std::thread::yield_now();
+        GAVE_WAY.set(Some(now));
     }
 }
 

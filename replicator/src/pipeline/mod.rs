@@ -260,8 +260,7 @@ impl Pipeline {
                     }
                     shortage::give_up_record(&self.shared, &mut self.shortage, &record)?;
                     self.releasable = Lsn(record.lsn());
-                } else if self.batch.raw().len() + bytes > self.frame_bytes() && self.batch.records() > 0
-                {
+                } else if self.batch.raw().len() + bytes > self.frame_bytes() && self.batch.records() > 0 {
                     if !self.submit()? {
                         return Ok(true);
                     }
@@ -276,9 +275,10 @@ impl Pipeline {
         Ok(gathered > 0)
     }
 
-    /// Raw bytes of a frame at most, now: none that keeps a core for long, while the ring is far from full.
+    /// Raw bytes of a frame at most, now: none that keeps a core for long, while the ring is far from full. Tells the pool.
     fn frame_bytes(&self) -> usize {
         let in_haste = self.shared.ring.fill_ratio() >= HASTE;
+        self.pool.set_in_haste(in_haste);
         if in_haste { self.settings.max_bytes } else { self.settings.max_bytes.min(EASY_FRAME_BYTES) }
     }
 

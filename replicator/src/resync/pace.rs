@@ -129,7 +129,11 @@ mod tests {
         assert_eq!(pace.advice(at(31), 0.0, 0, 100), Advice::Go, "one rest a chunk");
         pace.begin(at(31));
         pace.rest(at(1031));
-        assert_eq!(pace.advice(at(1031), 0.0, 0, 100), Advice::Wait(LONGEST_REST), "a slow one still goes on");
+        assert_eq!(
+            pace.advice(at(1031), 0.0, 0, 100),
+            Advice::Wait(LONGEST_REST),
+            "a slow one still goes on"
+        );
         assert!(pace.is_live(at(250), 7) && !pace.is_live(at(251), 7), "they have stopped writing");
     }
 
