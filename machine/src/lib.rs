@@ -21,7 +21,7 @@ use std::cell::Cell;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// What a thread may have of a core before it gives way.
-const TURN: Duration = Duration::from_millis(1);
+const TURN: Duration = Duration::from_micros(500);
 
 /// The monotonic clock.
 #[inline]
@@ -55,7 +55,7 @@ pub fn simulated_boot_ns() -> Option<u64> {
     world::current().map(|world| world.boot_ns())
 }
 
-/// Between pieces of background work: lets whoever waits for this core have it, once this thread has had a millisecond.
+/// Between pieces of background work: lets whoever waits for this core have it, once this thread has had half a millisecond.
 /// The scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's write passes several threads,
 /// each of which may wait for that (decision 0023). A simulation interleaves by itself.
 #[inline]

@@ -89,7 +89,6 @@ impl FrameReader {
         let read =
             self.stream.read_chunks(&mut chunks).await.map_err(|e| Error::reading("stream of frames", e))?;
         let Some(count) = read else { return Ok(false) };
-        machine::give_way();
         self.chunks.extend(chunks.into_iter().take(count));
         Ok(true)
     }
@@ -124,7 +123,6 @@ impl FrameWriter {
     /// # Errors
     /// As [`Error::connection`] tells; [`ErrorKind::Lost`] where the receiver stopped the stream.
     pub async fn send(&mut self, frame: Bytes) -> Result<()> {
-        machine::give_way();
         self.stream.write_chunk(frame).await.map_err(|e| Error::writing("send a frame", e))
     }
 

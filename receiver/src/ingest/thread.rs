@@ -161,7 +161,6 @@ impl<D: Durable> Runner<D> {
         if session.is_closed() {
             return Ok(());
         }
-        machine::give_way();
         let step = match self.core.judge(header, &frame) {
             Ok(step) => step,
             Err(refusal) => {
