@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use replicator::verify::Order;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::control::{Answer, Backend, Progress, RestoreOrder};
@@ -55,7 +55,7 @@ impl Backend for Source {
         Box::pin(async { self.0.attach(device).await.map_err(Fault::from_error) })
     }
 
-    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)> {
+    fn detach(&self, device: PathBuf) -> Answer<'_, Value> {
         Box::pin(detach(&self.0, device))
     }
 
@@ -105,7 +105,7 @@ impl Backend for Receiver {
         Box::pin(async { Err(not_here("devices are captured", "source")) })
     }
 
-    fn detach(&self, _device: PathBuf) -> Answer<'_, (String, u64)> {
+    fn detach(&self, _device: PathBuf) -> Answer<'_, Value> {
         Box::pin(async { Err(not_here("devices are captured", "source")) })
     }
 
@@ -153,7 +153,7 @@ impl Backend for Both {
         Box::pin(async { self.source.attach(device).await.map_err(Fault::from_error) })
     }
 
-    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)> {
+    fn detach(&self, device: PathBuf) -> Answer<'_, Value> {
         Box::pin(detach(&self.source, device))
     }
 
@@ -190,9 +190,9 @@ fn not_here(what: &str, side: &str) -> Fault {
     Fault::not_possible(format!("{what} at the {side}: ask the {side}'s control socket"))
 }
 
-async fn detach(source: &replicator::Handle, device: PathBuf) -> Result<(String, u64), Fault> {
-    let (volume, lsn) = source.detach(device).await.map_err(Fault::from_error)?;
-    Ok((volume, lsn.0))
+async fn detach(source: &replicator::Handle, device: PathBuf) -> Result<Value, Fault> {
+    let detached = source.detach(device).await.map_err(Fault::from_error)?;
+    Ok(json!({ "volume": detached.volume, "lsn": detached.lsn.0, "consistent": detached.is_consistent }))
 }
 
 async fn wait_at_source(source: &replicator::Handle, timeout: Duration) -> Result<u64, Fault> {

@@ -7,7 +7,7 @@
 //! POST /v1/wait                {"timeout_ms":N}             → {"lsn":N}
 //! POST /v1/bookmark            {"group":G,"name":N}         → {"lsn":N}
 //! POST /v1/attach              {"device":D}                 → {"volume":V}
-//! POST /v1/detach              {"device":D}                 → {"volume":V,"lsn":N}
+//! POST /v1/detach              {"device":D}                 → {"volume":V,"lsn":N,"consistent":B}
 //! POST /v1/scrub               {"group":G}                   → {"group"}, when it has begun
 //! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
 //! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
@@ -70,8 +70,8 @@ pub trait Backend: Send + Sync + 'static {
     fn bookmark(&self, group: String, name: String) -> Answer<'_, u64>;
     /// Captures a device again; its volume's name.
     fn attach(&self, device: PathBuf) -> Answer<'_, String>;
-    /// Ends the capture of a device; its volume's name and the newest lsn.
-    fn detach(&self, device: PathBuf) -> Answer<'_, (String, u64)>;
+    /// Ends the capture of a device; its volume's name, the newest lsn, and whether its replica is consistent there.
+    fn detach(&self, device: PathBuf) -> Answer<'_, Value>;
     /// Brings the replica of a group to a point.
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value>;
     /// Lets it roll forward again.
@@ -358,8 +358,7 @@ async fn attach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Valu
 }
 
 async fn detach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Value>, Fault> {
-    let (volume, lsn) = desk.backend.detach(parsed(body)?.device).await?;
-    Ok(Json(json!({ "volume": volume, "lsn": lsn })))
+    desk.backend.detach(parsed(body)?.device).await.map(Json)
 }
 
 /// What was begun goes on when the client goes away or the daemon stops.

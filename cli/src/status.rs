@@ -137,7 +137,13 @@ pub async fn attach(client: Client, device: PathBuf) -> Result<()> {
 pub async fn detach(client: Client, device: PathBuf) -> Result<()> {
     let answer = client.post("/v1/detach", &json!({ "device": named(&device)? })).await?;
     let volume = answer["volume"].as_str().unwrap_or_default();
-    output::line(format!("volume {volume} is detached; its replica stays at lsn {}", answer["lsn"]))
+    let how = match answer["consistent"].as_bool() {
+        Some(false) => {
+            "was in the middle of a synchronisation: no point of the group before it is attached again"
+        }
+        _ => "stays there",
+    };
+    output::line(format!("volume {volume} is detached at lsn {}; its replica {how}", answer["lsn"]))
 }
 
 /// A device as the daemon finds it: its directory is another. What has no slash is a volume's name.

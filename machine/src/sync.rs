@@ -1,7 +1,7 @@
 //! Mutex and condition variable with std's interface.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{self, LockResult, PoisonError, TryLockError};
+use std::sync::{self, LockResult, PoisonError, TryLockError, TryLockResult};
 use std::time::Duration;
 
 use crate::world;
@@ -48,6 +48,18 @@ impl<T: ?Sized> Mutex<T> {
                     None => return self.wait(),
                 },
             }
+        }
+    }
+
+    /// Locks, if that takes no wait.
+    ///
+    /// # Errors
+    /// It is locked, or a thread panicked while it held the lock.
+    pub fn try_lock(&self) -> TryLockResult<MutexGuard<'_, T>> {
+        match self.0.try_lock() {
+            Ok(guard) => Ok(MutexGuard { of: self, guard }),
+            Err(TryLockError::Poisoned(poisoned)) => Err(self.poisoned(poisoned).into()),
+            Err(TryLockError::WouldBlock) => Err(TryLockError::WouldBlock),
         }
     }
 

@@ -12,7 +12,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::Duration;
 
 use journal::compress::Compression;
@@ -70,8 +70,10 @@ pub(crate) struct Agent {
     pub(crate) servers: Mutex<Vec<nbd::Server>>,
     pub(crate) serving: AtomicBool,
     pub(crate) halt: Halt,
-    /// One order of the operator at a time.
+    /// One order of the operator at a time. While one is carried out, what is attached is not what the kernel captures.
     pub(crate) operator: Mutex<()>,
+    /// A volume was attached: what could not be synchronised without it is tried again at once.
+    pub(crate) anew: AtomicBool,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
     /// What is wrong with the disks behind the front.
@@ -120,7 +122,7 @@ impl Replicator {
             }
             Err(_) => Progress::new(epoch_start, std::iter::empty()),
         };
-        for out in known.volumes.iter().filter(|volume| volume.detached && volume.present) {
+        for out in known.volumes.iter().filter(|volume| volume.is_detached() && volume.present) {
             board.take_out(&out.name);
         }
         let state = Arc::new(Mutex::new(state));
@@ -162,6 +164,7 @@ impl Replicator {
             serving: AtomicBool::new(false),
             halt: Halt::default(),
             operator: Mutex::default(),
+            anew: AtomicBool::new(false),
             due: Mutex::default(),
             ills: Mutex::default(),
             verification,
@@ -311,6 +314,15 @@ impl Agent {
 
     pub(crate) fn state(&self) -> MutexGuard<'_, StateFile> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps orders of the operator off; `None` while one is carried out.
+    pub(crate) fn between_orders(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.operator.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn fail(&self, error: Error) {

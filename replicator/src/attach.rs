@@ -3,9 +3,14 @@
 //! Orders, each crash-safe by what `start` does with what it finds: detach is durable before the kernel is told, so a new
 //! agent ends a capture that should have ended; attach is durable after the kernel was told, so a new agent ends one whose
 //! operator was never answered. A volume that is attached again is synchronised as a whole.
+//!
+//! ⚠ The synchronisation runs beside them. It ends nothing, and clears no bit of a volume that is not attached, while an
+//! order is carried out (`Agent::between_orders`): between the kernel's attach, which makes all of the volume dirty, and
+//! the agent's own, those bits look like leftovers of a volume that nobody captures.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use journal::Lsn;
@@ -15,7 +20,7 @@ use kfilter::{ErrorKind as Cause, Group};
 use crate::agent::{Agent, Handle, on_thread};
 use crate::capture::{Ring, Volume, attach};
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::KnownVolume;
+use crate::state::{Capturing, KnownVolume};
 use crate::status::State;
 
 /// How long writes in flight may take to come back.
@@ -36,11 +41,12 @@ impl Handle {
     }
 
     /// Ends the capture of a device, until it is attached again: also over restarts. Everything captured is journaled
-    /// when this returns; the replica stays at that point. Returns its volume's name, and the newest lsn.
+    /// when this returns; the replica stays at that point. In the middle of a synchronisation there is none: the group is not
+    /// consistent then before the volume is attached again, or has left it.
     ///
     /// # Errors
     /// What speaks against it, in an operator's words.
-    pub async fn detach(&self, device: PathBuf) -> Result<(String, Lsn)> {
+    pub async fn detach(&self, device: PathBuf) -> Result<Detached> {
         let agent = self.agent.clone();
         on_thread("af-detach", move || agent.detach(&device)).await?
     }
@@ -71,13 +77,17 @@ impl Agent {
             Some(format!("volume {name} was attached"));
         self.shared.ring.set_mode_bitmap(CAUSE_AGENT)?;
         attach::attach(&group, volume.id, &disk, false)?;
-        self.update(volume.id, |known| known.detached = false)?;
-        volume.set_disk(Some(disk));
+        if let Err(error) = self.update(volume.id, |known| known.capturing = Capturing::On) {
+            end_capture(&group, volume.id)?;
+            return Err(error);
+        }
+        volume.set_disk(Some(Arc::new(disk)));
         self.shared.board.put_back(&name, State::Resyncing);
+        self.anew.store(true, Ordering::Release);
         Ok(name)
     }
 
-    fn detach(&self, device: &Path) -> Result<(String, Lsn)> {
+    fn detach(&self, device: &Path) -> Result<Detached> {
         let _one = self.operator.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (group, volume, path) = self.captured(device)?;
         let name = volume.name.clone();
@@ -86,10 +96,24 @@ impl Agent {
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
         let (state, why) = self.shared.board.state();
-        self.update(volume.id, |known| known.detached = true)?;
-        let last_lsn = Lsn(end_capture(&group, volume.id)?.last_lsn);
+        let is_recorded = || self.shared.ring.loss().is_none();
+        let mut is_consistent = matches!(state, State::Replicating | State::Rewound) && is_recorded();
+        let note = |is_consistent: bool| {
+            let capturing = if is_consistent { Capturing::Detached } else { Capturing::DetachedBetween };
+            self.update(volume.id, |known| known.capturing = capturing)
+        };
+        note(is_consistent)?;
+        // First, so that nothing is copied of it that was written after its capture.
+        let disk = volume.disk();
         volume.set_disk(None);
+        let ended = end_capture(&group, volume.id).inspect_err(|_| volume.set_disk(disk))?;
+        let last_lsn = Lsn(ended.last_lsn);
         self.shared.board.take_out(&name);
+        if is_consistent && !is_recorded() {
+            // An overflow meanwhile. The ring's bits say the same, until a reboot.
+            is_consistent = false;
+            note(false)?;
+        }
         let begun = machine::now();
         let mut at = self.shared.progress.position();
         while at.lsn < last_lsn && self.shared.health.is_good() && machine::since(begun) < DRAIN {
@@ -102,7 +126,7 @@ impl Agent {
         } else {
             tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
         }
-        Ok((name, last_lsn))
+        Ok(Detached { volume: name, lsn: last_lsn, is_consistent })
     }
 
     /// The volume of a device, or of a name.
@@ -145,6 +169,17 @@ impl Agent {
             }
         })
     }
+}
+
+/// A volume that was taken out of capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detached {
+    /// Its name.
+    pub volume: String,
+    /// The newest lsn then.
+    pub lsn: Lsn,
+    /// Its replica is at a point there; else the group has none before the volume is attached again.
+    pub is_consistent: bool,
 }
 
 /// How a capture ended.

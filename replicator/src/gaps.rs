@@ -1,6 +1,6 @@
 //! What the agent notices of gaps in capture, and says about them.
 
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use journal::Lsn;
 use kfilter::dirty::{CAUSE_QUOTA, CAUSE_RING_FULL};
@@ -8,7 +8,7 @@ use kfilter::{Mode, Op};
 use machine::Mutex;
 
 use crate::agent::Agent;
-use crate::capture::{Refusal, Ring, Tap};
+use crate::capture::{Refusal, Ring, Tap, Volume};
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::start;
@@ -58,6 +58,14 @@ impl Agent {
             && !matches!(state, State::Fenced | State::Rewound)
             && !self.is_shrunk()
             && !self.volumes.iter().any(|volume| volume.sync_failed())
+            && (self.shared.ring.loss().is_none() || self.detached_and_dirty().next().is_none())
+    }
+
+    /// Volumes that nobody captures and that have bits: detached in the middle of a synchronisation, so that the group is at
+    /// no point without them; or, where everything is recorded, after writes that failed.
+    pub(crate) fn detached_and_dirty(&self) -> impl Iterator<Item = &Arc<Volume>> {
+        let ring = &self.shared.ring;
+        self.volumes.iter().filter(|volume| !volume.is_attached() && ring.is_dirty(volume.id))
     }
 
     /// The ring becomes the current epoch's, and gives lsns from here on; it is empty, and writes only set bits. A new

@@ -40,6 +40,7 @@ pub mod verify;
 pub mod wait;
 
 pub use agent::{Handle, Replicator};
+pub use attach::Detached;
 pub use error::{Error, ErrorKind, Result};
 pub use surroundings::Surroundings;
 pub use wait::WaitOutcome;

@@ -67,8 +67,28 @@ pub struct KnownVolume {
     pub present: bool,
     /// The same for a device that the kernel module captured.
     pub device: Option<DeviceStamp>,
-    /// Taken out of capture by the operator, until they attach it again.
-    pub detached: bool,
+    /// What the operator wants of it.
+    pub capturing: Capturing,
+}
+
+/// Whether a volume is to be captured. In the file it is one byte; the first two are the truth value `detached` of programs
+/// that did not know the third, and that refuse it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Capturing {
+    /// It is.
+    On,
+    /// The operator took it out, until they attach it again. Its replica stays at a point.
+    Detached,
+    /// The same in the middle of a synchronisation: its replica is between two points, and so is the group's, until the
+    /// volume is attached again or leaves the group.
+    DetachedBetween,
+}
+
+impl KnownVolume {
+    /// Whether the operator took it out of capture.
+    pub fn is_detached(&self) -> bool {
+        self.capturing != Capturing::On
+    }
 }
 
 /// The remembered state.
@@ -257,7 +277,7 @@ impl From<Version1> for SourceState {
             stamp: old.stamp,
             present: old.present,
             device: None,
-            detached: false,
+            capturing: Capturing::On,
         };
         SourceState {
             version: VERSION,
@@ -348,9 +368,18 @@ mod tests {
         };
         let state = decode(&postcard::to_stdvec(&old).unwrap()).unwrap();
         assert_eq!((state.clean, state.above_lsn, state.was_consistent), (Some(Lsn(7)), Lsn(9), true));
-        assert!(!state.volumes[0].detached && state.volumes[0].present);
+        assert!(!state.volumes[0].is_detached() && state.volumes[0].present);
         assert_eq!(decode(&encode(&state).unwrap()), Some(state));
         assert_eq!(decode(&[99, 0, 0]), None, "of a newer program");
+    }
+
+    #[test]
+    fn whether_a_volume_is_captured_was_a_truth_value_once() {
+        for (capture, byte) in [(Capturing::On, 0), (Capturing::Detached, 1), (Capturing::DetachedBetween, 2)]
+        {
+            assert_eq!(postcard::to_stdvec(&capture).unwrap(), [byte]);
+        }
+        assert_eq!(postcard::to_stdvec(&true).unwrap(), [1]);
     }
 
     #[test]

@@ -40,10 +40,14 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
     loop {
         agent.notice_overflow();
         let (state, why) = agent.shared.board.state();
+        // All were detached: nothing comes after what was captured until then.
+        let ended = !agent.volumes.iter().any(|volume| volume.is_attached());
         // A gap that is repaired by itself is one that is synchronised soon.
-        let synchronising = matches!(state, State::Syncing | State::Resyncing | State::Detached)
+        let synchronising = matches!(state, State::Syncing | State::Resyncing)
+            || (state == State::Detached && !ended)
             || (matches!(state, State::Degraded | State::NeedsResync) && agent.repairs_itself());
-        if state != State::Replicating && !synchronising {
+        let whole = state == State::Replicating || (ended && agent.shared.ring.loss().is_none());
+        if !whole && !synchronising {
             return Ok(WaitOutcome::Impossible { why: format!("the group is {}: {why}", name_of(state)) });
         }
         if !synchronising && !agent.is_recording() && !agent.repairs_itself() {

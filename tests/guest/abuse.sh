@@ -65,6 +65,31 @@ for ((round = 1; round <= rounds; round++)); do
     wait_state replicating 120
 done
 touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
+step "what is written between a detach and an attach, while the agent's own disk is slow to note either"
+syncs() { while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/srv/busy bs=256k count=8 oflag=sync conv=notrunc status=none; done; }
+syncs & load=$!
+for ((round = 1; round <= rounds; round++)); do
+    detach a
+    drained 60
+    dd if=/dev/urandom of=/d/meanwhile bs=64k count=32 conv=fsync status=none
+    afterimage attach a --control "$SOURCE/control.sock"
+    wait_state replicating 120
+    assert_equal a="$A"
+done
+touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
+step "detached in the middle of a synchronisation: no point of the group before it is attached again"
+order detach
+dd if=/dev/urandom of=/d/meanwhile bs=64k count=32 conv=fsync status=none
+afterimage attach a --control "$SOURCE/control.sock"
+detach a
+wait_for 10 eval 'group_json | jq -r .why | grep -q "detached before"'
+refused 'detached before' afterimage wait --control "$SOURCE/control.sock" --timeout 20s
+refused 'detached before' afterimage bookmark "$GROUP" torn --control "$SOURCE/control.sock"
+wait_for 10 eval 'points_json | jq -e ".gaps | last | .to_lsn == null"'
+kill -9 "$agent"; wait "$agent" 2> /dev/null || true; start_source
+wait_for 30 eval 'group_json | jq -r .why | grep -q "detached before"'
+afterimage attach a --control "$SOURCE/control.sock"
+wait_state replicating 120
 umount /d
 assert_equal a="$A"
 stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"

@@ -33,8 +33,8 @@ impl Backend for Fake {
         Box::pin(async move { Err(Fault::not_possible(format!("{} is captured already", device.display()))) })
     }
 
-    fn detach(&self, _device: PathBuf) -> Answer<'_, (String, u64)> {
-        Box::pin(async move { Ok(("data".to_owned(), 12)) })
+    fn detach(&self, _device: PathBuf) -> Answer<'_, Value> {
+        Box::pin(async move { Ok(json!({ "volume": "data", "lsn": 12, "consistent": true })) })
     }
 
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value> {
@@ -92,7 +92,7 @@ async fn answers_and_faults_cross_the_socket() {
     assert_eq!(marked["lsn"], 4);
     let device = json!({ "device": "/dev/vdb" });
     let detached = client.post("/v1/detach", &device).await.unwrap();
-    assert_eq!((&detached["volume"], &detached["lsn"]), (&json!("data"), &json!(12)));
+    assert_eq!(detached, json!({ "volume": "data", "lsn": 12, "consistent": true }));
     assert_eq!(kind(client.post("/v1/attach", &device).await.unwrap_err()), Kind::NotPossible);
     let rewound = client.post("/v1/rewind", &json!({ "group": "g", "at": "lsn:4" })).await.unwrap();
     assert_eq!(rewound["at"], "lsn:4");

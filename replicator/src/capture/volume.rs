@@ -53,9 +53,9 @@ impl Volume {
     }
 
     /// The device was attached, or is detached.
-    pub fn set_disk(&self, to: Option<Disk>) {
+    pub fn set_disk(&self, to: Option<Arc<Disk>>) {
         if let Source::Device(disk) = &self.source {
-            *disk.lock().unwrap_or_else(PoisonError::into_inner) = to.map(Arc::new);
+            *disk.lock().unwrap_or_else(PoisonError::into_inner) = to;
         }
     }
 

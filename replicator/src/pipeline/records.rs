@@ -215,7 +215,7 @@ mod tests {
             stamp: None,
             present: true,
             device: None,
-            detached: false,
+            capturing: crate::state::Capturing::On,
         };
         state.update(|state| state.volumes = vec![known]).unwrap();
         let spec = RegionSpec {

@@ -200,7 +200,7 @@ impl Pipeline {
             .get()
             .volumes
             .iter()
-            .filter(|volume| volume.present && !volume.detached)
+            .filter(|volume| volume.present && !volume.is_detached())
             .map(|volume| (volume.id.0, volume.size_bytes))
             .collect();
         for (id, size_bytes) in volumes {

@@ -27,6 +27,7 @@ use kfilter::Mode;
 use crate::agent::Agent;
 use crate::capture::{Refusal, Volume};
 use crate::error::{ErrorKind, Result};
+use crate::state::Capturing;
 use crate::status::State;
 
 pub mod map;
@@ -157,6 +158,9 @@ impl<'a> Engine<'a> {
         if !agent.shared.health.is_good() {
             return Work::None;
         }
+        if agent.anew.swap(false, Ordering::AcqRel) {
+            self.retry = None;
+        }
         if self.retry.is_some_and(|(at, _)| machine::now() < at) {
             return Work::None;
         }
@@ -179,7 +183,9 @@ impl<'a> Engine<'a> {
         if std::mem::replace(&mut self.untold, untold) != untold {
             return Work::Gap("writes could not be copied, and were only noted as dirty ranges".to_owned());
         }
-        if state == State::Replicating { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
+        // Detached are all of them: what their failed writes left is forgotten.
+        let is_whole = matches!(state, State::Replicating | State::Detached);
+        if is_whole { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
     }
 
     /// Orders a new epoch of the pipeline, and synchronises in it.
@@ -244,16 +250,43 @@ impl<'a> Engine<'a> {
                 self.try_later(&unreadable.to_string());
                 return Ok(());
             }
-            match shared.ring.end() {
+            let Some(quiet) = agent.between_orders() else {
+                machine::sleep(LOOK);
+                continue;
+            };
+            if self.next_window(&unreadable).is_some() {
+                // Attached meanwhile.
+                continue;
+            }
+            if let Some(volume) = agent.detached_and_dirty().next() {
+                let name = &volume.name;
+                let why = format!(
+                    "volume {name} was detached before its replica was consistent: `afterimage attach` it again, or take it \
+                     out of the settings and restart the agent"
+                );
+                shared.board.change(State::Degraded, why);
+                // Nothing helps but an attach, which does not wait for this.
+                self.retry = Some((machine::now() + RETRY_MAX, RETRY_MAX));
+                return Ok(());
+            }
+            let ended = shared.ring.end();
+            if ended.is_ok() {
+                *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+            }
+            drop(quiet);
+            match ended {
                 Ok(end) => {
                     self.until_journaled(end)?;
                     if !shared.goes_on() {
                         return Ok(());
                     }
                     (self.retry, self.turned) = (None, None);
-                    *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
                     agent.state().update(|state| {
                         state.was_consistent = true;
+                        // Wholly copied before it was detached.
+                        for known in state.volumes.iter_mut().filter(|known| known.is_detached()) {
+                            known.capturing = Capturing::Detached;
+                        }
                         // Only the gap that this one began with: a newer one is not repaired by it.
                         if state.needs_resync == gap && state.gap_in_ring {
                             (state.needs_resync, state.gap_in_ring) = (None, false);
@@ -266,8 +299,7 @@ impl<'a> Engine<'a> {
                     }
                     return Ok(());
                 }
-                // Nothing can be copied, and yet writes only set bits, or bits are set (of volumes that are not captured any
-                // more): a begin makes records of writes again, and bits that nobody reads can be cleared.
+                // Nothing can be copied, and yet writes only set bits: a begin makes records of them again.
                 Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => self.begin_without_window()?,
                 Err(Refusal::Full) => machine::sleep(LOOK),
                 Err(Refusal::Failed(error)) => return Err(error),
@@ -295,6 +327,7 @@ impl<'a> Engine<'a> {
                 }
             }
         }
+        self.forget_detached()?;
         match unreadable.0.is_empty() {
             false => {
                 let wait = self.back_off();
@@ -348,8 +381,7 @@ impl<'a> Engine<'a> {
 
     /// A begin for nothing that could be copied.
     fn begin_without_window(&self) -> Result<()> {
-        let ring = &self.agent.shared.ring;
-        match ring.begin() {
+        match self.agent.shared.ring.begin() {
             Err(Refusal::Failed(error)) => return Err(error),
             Err(_) => machine::sleep(LOOK),
             Ok(_) => {}
@@ -358,8 +390,20 @@ impl<'a> Engine<'a> {
             tracing::warn!("{why}");
             machine::sleep(RETRY);
         }
-        for volume in self.agent.volumes.iter().filter(|volume| !volume.is_attached()) {
-            if let Some(size) = ring.size_bytes(volume.id).filter(|_| ring.is_dirty(volume.id)) {
+        Ok(())
+    }
+
+    /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed` records say.
+    fn forget_detached(&self) -> Result<()> {
+        let ring = &self.agent.shared.ring;
+        let Some(_quiet) = self.agent.between_orders() else { return Ok(()) };
+        let mut fenced = false;
+        for volume in self.agent.detached_and_dirty() {
+            // Only what a fence has made pending can be cleared.
+            if !std::mem::replace(&mut fenced, true) && ring.fence().is_err() {
+                return Ok(());
+            }
+            if let Some(size) = ring.size_bytes(volume.id) {
                 ring.clear(volume.id, 0..size)?;
             }
         }

@@ -13,7 +13,7 @@ use crate::attach::end_capture;
 use crate::capture::attach;
 use crate::capture::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::{KnownVolume, StateFile};
+use crate::state::{Capturing, KnownVolume, StateFile};
 
 /// How long writes in flight may take before they are not waited for here (the synchronisation waits for them anyway).
 const SETTLE: Duration = Duration::from_secs(10);
@@ -111,6 +111,7 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
         announce(&group, state)?;
         // Before the first device: the stream of an epoch begins with its volumes and `resync-begin`, not with a write.
         group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
+        mark_between(&group, state)?;
     }
     for volume in found.volumes {
         let Opened::Device(Some(disk)) = &volume.content else { continue };
@@ -147,12 +148,22 @@ pub(crate) fn renew(agent: &Agent, old: &Group, first_lsn: Lsn) -> Result<Group>
         last_time_ns: crate::clock::now_ns(),
     };
     let group = device()?.create(&spec).map_err(io("make the group in the kernel"))?;
-    drop(file);
     group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
+    mark_between(&group, &file)?;
+    drop(file);
     for (id, disk) in &disks {
         attach::attach(&group, *id, disk, false)?;
     }
     Ok(group)
+}
+
+/// What was detached in the middle of a synchronisation stays dirty in whatever ring: nobody says that the group is consistent.
+fn mark_between(group: &Group, state: &StateFile) -> Result<()> {
+    let between = |known: &&KnownVolume| known.present && known.capturing == Capturing::DetachedBetween;
+    for known in state.get().volumes.iter().filter(between) {
+        group.mark(known.id.0, 0..known.size_bytes).map_err(io("set dirty bits"))?;
+    }
+    Ok(())
 }
 
 /// Every epoch states its volumes before anything else.

@@ -7,7 +7,7 @@ use crate::capture::attach;
 use crate::capture::disk::Disk;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::{Gap, KnownVolume, StateFile};
+use crate::state::{Capturing, Gap, KnownVolume, StateFile};
 use crate::surroundings::Surroundings;
 
 /// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the replica.
@@ -27,7 +27,7 @@ pub(super) fn open(
     let mut known: Vec<KnownVolume> = state.get().volumes.clone();
     for volume in &settings.volume {
         let remembered = known.iter().position(|known| known.name == volume.name);
-        let detached = remembered.is_some_and(|at| known[at].detached);
+        let detached = remembered.is_some_and(|at| known[at].is_detached());
         let found = find(settings, surroundings, volume, remembered.is_some(), detached)?;
         let at = match (remembered, &found) {
             (Some(at), _) => at,
@@ -44,7 +44,7 @@ pub(super) fn open(
                     stamp: found.stamp,
                     present: true,
                     device: None,
-                    detached: false,
+                    capturing: Capturing::On,
                 });
                 known.len() - 1
             }
