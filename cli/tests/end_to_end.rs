@@ -105,6 +105,8 @@ fn a_disk_is_protected_marked_overwritten_and_brought_back() {
     assert_eq!(up.uris[0], format!("nbd+unix:///db?socket={d}/source/db.nbd.sock"));
     assert!(ends(1, &["up", "--dir", d]).contains("runs on"), "one at a time");
 
+    // The first synchronisation, before whose end there are no points.
+    done(&["wait", "--dir", d]);
     write(&first, &up.uris[0]);
     let lsn: u64 = done(&["bookmark", "default", "before", "--dir", d]).parse().unwrap();
     write(&second, &up.uris[0]);
@@ -310,6 +312,8 @@ fn a_replica_is_rewound_and_resumed_and_a_bookmark_held() {
     let replica = dir.join("receiver/replica/default/db.img");
 
     let up = Up::start(&["up", "--dir", d, "--size", "8MiB", "--volume", "db"], 1);
+    // The first synchronisation, before whose end there are no points.
+    done(&["wait", "--dir", d]);
     write(&first, &up.uris[0]);
     let lsn: u64 = done(&["bookmark", "default", "before", "--dir", d]).parse().unwrap();
     write(&second, &up.uris[0]);
