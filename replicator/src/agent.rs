@@ -72,8 +72,6 @@ pub(crate) struct Agent {
     pub(crate) halt: Halt,
     /// One order of the operator at a time. While one is carried out, what is attached is not what the kernel captures.
     pub(crate) operator: Mutex<()>,
-    /// A volume was attached: what could not be synchronised without it is tried again at once.
-    pub(crate) anew: AtomicBool,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
     /// What is wrong with the disks behind the front.
@@ -164,7 +162,6 @@ impl Replicator {
             serving: AtomicBool::new(false),
             halt: Halt::default(),
             operator: Mutex::default(),
-            anew: AtomicBool::new(false),
             due: Mutex::default(),
             ills: Mutex::default(),
             verification,

@@ -10,7 +10,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use journal::Lsn;
@@ -83,7 +82,6 @@ impl Agent {
         }
         volume.set_disk(Some(Arc::new(disk)));
         self.shared.board.put_back(&name, State::Resyncing);
-        self.anew.store(true, Ordering::Release);
         Ok(name)
     }
 
@@ -96,23 +94,18 @@ impl Agent {
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
         let (state, why) = self.shared.board.state();
-        let is_recorded = || self.shared.ring.loss().is_none();
-        let mut is_consistent = matches!(state, State::Replicating | State::Rewound) && is_recorded();
-        let note = |is_consistent: bool| {
-            let capturing = if is_consistent { Capturing::Detached } else { Capturing::DetachedBetween };
-            self.update(volume.id, |known| known.capturing = capturing)
-        };
-        note(is_consistent)?;
+        self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
         // First, so that nothing is copied of it that was written after its capture.
         let disk = volume.disk();
         volume.set_disk(None);
         let ended = end_capture(&group, volume.id).inspect_err(|_| volume.set_disk(disk))?;
         let last_lsn = Lsn(ended.last_lsn);
         self.shared.board.take_out(&name);
-        if is_consistent && !is_recorded() {
-            // An overflow meanwhile. The ring's bits say the same, until a reboot.
-            is_consistent = false;
-            note(false)?;
+        // After its last write: the ring may have overflowed by that.
+        let is_consistent =
+            matches!(state, State::Replicating | State::Rewound) && self.shared.ring.loss().is_none();
+        if is_consistent {
+            self.update(volume.id, |known| known.capturing = Capturing::Detached)?;
         }
         let begun = machine::now();
         let mut at = self.shared.progress.position();

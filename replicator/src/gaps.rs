@@ -12,7 +12,7 @@ use crate::capture::{Refusal, Ring, Tap, Volume};
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::start;
-use crate::state::{Gap, KnownVolume, StateFile};
+use crate::state::{Capturing, Gap, KnownVolume, StateFile};
 use crate::status::State;
 
 /// Of granules that are sent whole because they were written into: between two looks, so that a stop need not wait.
@@ -58,14 +58,23 @@ impl Agent {
             && !matches!(state, State::Fenced | State::Rewound)
             && !self.is_shrunk()
             && !self.volumes.iter().any(|volume| volume.sync_failed())
-            && (self.shared.ring.loss().is_none() || self.detached_and_dirty().next().is_none())
+            && self.detached_between().is_none()
     }
 
-    /// Volumes that nobody captures and that have bits: detached in the middle of a synchronisation, so that the group is at
-    /// no point without them; or, where everything is recorded, after writes that failed.
+    /// Volumes that nobody captures and that have bits.
     pub(crate) fn detached_and_dirty(&self) -> impl Iterator<Item = &Arc<Volume>> {
         let ring = &self.shared.ring;
         self.volumes.iter().filter(|volume| !volume.is_attached() && ring.is_dirty(volume.id))
+    }
+
+    /// One of them that was detached in the middle of a synchronisation: the group is at no point without it. (The others'
+    /// bits are of writes that failed.)
+    pub(crate) fn detached_between(&self) -> Option<&Arc<Volume>> {
+        self.detached_and_dirty().find(|volume| {
+            let file = self.state();
+            let mut known = file.get().volumes.iter();
+            known.any(|known| known.id.0 == volume.id && known.capturing == Capturing::DetachedBetween)
+        })
     }
 
     /// The ring becomes the current epoch's, and gives lsns from here on; it is empty, and writes only set bits. A new

@@ -127,7 +127,11 @@ wait_for 60 eval 'group_json | jq -r .why | grep -q gone'
 step "told: $(group_json | jq -c '{state, why}')"
 kill -0 "$agent" || fail "the agent died of it"
 wait_for 60 afterimage-guest compare "$(replica stays)" "$A"
-detach gone; detach stays
+# What its last writes left dirty is nobody's any more: it holds up nothing.
+detach gone
+wait_for 60 eval 'group_json | jq -e ".state == \"replicating\" and .why == \"detached: gone\""'
+drained 60
+detach stays
 stop_source; stop_receiver; afterimage-guest forget
 rmmod scsi_debug
 unload_module

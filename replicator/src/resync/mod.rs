@@ -23,11 +23,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kfilter::Mode;
+use machine::MutexGuard;
 
 use crate::agent::Agent;
 use crate::capture::{Refusal, Volume};
 use crate::error::{ErrorKind, Result};
-use crate::state::Capturing;
+use crate::state::{Capturing, KnownVolume};
 use crate::status::State;
 
 pub mod map;
@@ -158,15 +159,12 @@ impl<'a> Engine<'a> {
         if !agent.shared.health.is_good() {
             return Work::None;
         }
-        if agent.anew.swap(false, Ordering::AcqRel) {
-            self.retry = None;
-        }
         if self.retry.is_some_and(|(at, _)| machine::now() < at) {
             return Work::None;
         }
         let ring = &agent.shared.ring;
         if ring.mode() == Mode::Bitmap || ring.loss().is_some() {
-            return Work::Gap(agent.gap_cause());
+            return if self.waits_for_attach() { Work::None } else { Work::Gap(agent.gap_cause()) };
         }
         let verifies = state == State::Replicating && self.verifies();
         if machine::since(self.looked) < LOOK_BITS && !verifies {
@@ -258,20 +256,20 @@ impl<'a> Engine<'a> {
                 // Attached meanwhile.
                 continue;
             }
-            if let Some(volume) = agent.detached_and_dirty().next() {
-                let name = &volume.name;
+            if self.waits_for_attach() {
+                let name = agent.detached_between().map_or("", |volume| &volume.name);
                 let why = format!(
                     "volume {name} was detached before its replica was consistent: `afterimage attach` it again, or take it \
                      out of the settings and restart the agent"
                 );
                 shared.board.change(State::Degraded, why);
-                // Nothing helps but an attach, which does not wait for this.
-                self.retry = Some((machine::now() + RETRY_MAX, RETRY_MAX));
                 return Ok(());
             }
+            self.forget_detached(&quiet)?;
             let ended = shared.ring.end();
             if ended.is_ok() {
                 *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+                self.detached_are_whole()?;
             }
             drop(quiet);
             match ended {
@@ -283,10 +281,6 @@ impl<'a> Engine<'a> {
                     (self.retry, self.turned) = (None, None);
                     agent.state().update(|state| {
                         state.was_consistent = true;
-                        // Wholly copied before it was detached.
-                        for known in state.volumes.iter_mut().filter(|known| known.is_detached()) {
-                            known.capturing = Capturing::Detached;
-                        }
                         // Only the gap that this one began with: a newer one is not repaired by it.
                         if state.needs_resync == gap && state.gap_in_ring {
                             (state.needs_resync, state.gap_in_ring) = (None, false);
@@ -327,7 +321,9 @@ impl<'a> Engine<'a> {
                 }
             }
         }
-        self.forget_detached()?;
+        if let Some(quiet) = agent.between_orders() {
+            self.forget_detached(&quiet)?;
+        }
         match unreadable.0.is_empty() {
             false => {
                 let wait = self.back_off();
@@ -393,10 +389,35 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
+    /// Nothing is left but a volume that was detached in the middle of a synchronisation, and only an attach helps.
+    fn waits_for_attach(&self) -> bool {
+        let agent = self.agent;
+        let ring = &agent.shared.ring;
+        ring.mode() == Mode::Ring
+            && agent.detached_between().is_some()
+            && !agent.volumes.iter().any(|volume| volume.is_attached() && ring.is_dirty(volume.id))
+    }
+
+    /// A synchronisation ends: what was detached in it had been wholly copied by then.
+    fn detached_are_whole(&self) -> Result<()> {
+        let between = |known: &KnownVolume| known.capturing == Capturing::DetachedBetween;
+        let mut file = self.agent.state();
+        if !file.get().volumes.iter().any(between) {
+            return Ok(());
+        }
+        file.update(|state| {
+            for known in state.volumes.iter_mut().filter(|known| between(known)) {
+                known.capturing = Capturing::Detached;
+            }
+        })
+    }
+
     /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed` records say.
-    fn forget_detached(&self) -> Result<()> {
+    fn forget_detached(&self, _quiet: &MutexGuard<'_, ()>) -> Result<()> {
         let ring = &self.agent.shared.ring;
-        let Some(_quiet) = self.agent.between_orders() else { return Ok(()) };
+        if self.agent.detached_between().is_some() {
+            return Ok(());
+        }
         let mut fenced = false;
         for volume in self.agent.detached_and_dirty() {
             // Only what a fence has made pending can be cleared.
