@@ -33,7 +33,7 @@ pub(super) const MODE_BITMAP: u32 = 1;
 /// When and why writes stopped being recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Loss {
-    /// Realtime of the first write that became bits.
+    /// Realtime of the first write that became bits; of the first begin where none did.
     pub since_ns: u64,
     /// `CAUSE_*`.
     pub cause: u32,
@@ -115,11 +115,21 @@ impl<H: Host> Ring<H> {
     /// Starts a resync in one step under the lock: what is current becomes pending, writes go into the ring
     /// again, and `ResyncBegin` has its place in the order before all of them. Its lsn; refused while the
     /// ring has no room. The mask of the resync starts empty here, and the caller owes a barrier (DESIGN,
-    /// section 6).
+    /// section 6). Until `end_resync` there is a [`Loss`], also where no write has been lost: a new owner owes the end.
     pub fn begin_resync(&self, now_ns: u64) -> Result<u64, Refused> {
         self.host.locked(|reserver| {
+            // 0 that an end is owed, before anybody can see the beginning …
+            let is_first = self.memory().load64(control_at::LOST_SINCE, Relaxed) == 0;
+            if is_first {
+                self.memory().store32(control_at::CAUSE, CAUSE_AGENT, Relaxed);
+                self.memory().store64(control_at::LOST_SINCE, now_ns.max(1), Release);
+            }
             // 1 the record, so that the mode does not change without it …
-            let token = self.append(reserver, Op::ResyncBegin, now_ns)?;
+            let token = self.append(reserver, Op::ResyncBegin, now_ns).inspect_err(|_| {
+                if is_first {
+                    self.memory().store64(control_at::LOST_SINCE, 0, Relaxed);
+                }
+            })?;
             // 2 … then the bits, each set in the one map before it leaves the other …
             for volume in reserver.volumes() {
                 self.make_pending(volume);
@@ -490,6 +500,30 @@ mod tests {
         assert_eq!(consumer.release(u64::MAX), Ok(3));
         assert_eq!((ring.end_resync(9), ring.loss()), (Ok(3), None));
         assert_eq!(consumer.peek().unwrap().unwrap().op(), Op::ResyncEnd);
+    }
+
+    #[test]
+    fn a_resync_that_began_without_a_loss_owes_its_end_too() {
+        let ring = heap_ring(256, 1);
+        ring.mark_dirty(7, 0..1);
+        let token = write(&ring, 7, 0, &[1; 128], 1);
+        assert_eq!(ring.begin_resync(5), Ok(2));
+        ring.clear_dirty(7, 0..GRANULE);
+        assert_eq!(ring.loss(), Some(Loss { since_ns: 5, cause: CAUSE_AGENT }), "what a new owner goes by");
+        ring.mark_done(token);
+        let mut consumer = Consumer::new(&ring).unwrap();
+        while consumer.advance().unwrap() {}
+        assert_eq!(consumer.release(u64::MAX), Ok(3));
+        assert_eq!((ring.end_resync(9), ring.loss()), (Ok(3), None));
+
+        let full = heap_ring(256, 1);
+        let _ = write(&full, 7, 0, &[1; 128], 1);
+        assert!(full.capture(core::iter::once(Entry::event(Op::Flush, 0, 0)), &[], 2).is_ok());
+        assert_eq!(
+            (full.begin_resync(3), full.loss()),
+            (Err(Refused::Full), None),
+            "one that did not begin owes none"
+        );
     }
 
     #[test]

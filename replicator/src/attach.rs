@@ -2,7 +2,8 @@
 //!
 //! Orders, each crash-safe by what `start` does with what it finds: detach is durable before the kernel is told, so a new
 //! agent ends a capture that should have ended; attach is durable after the kernel was told, so a new agent ends one whose
-//! operator was never answered. A volume that is attached again is synchronised as a whole.
+//! operator was never answered. In between a volume is `DetachedBetween`: some of its writes may be in the stream, and nobody
+//! knows which, so its replica is at no point. A volume that is attached again is synchronised as a whole.
 //!
 //! ⚠ The synchronisation runs beside them. It ends nothing, and clears no bit of a volume that is not attached, while an
 //! order is carried out (`Agent::between_orders`): between the kernel's attach, which makes all of the volume dirty, and
@@ -71,6 +72,8 @@ impl Agent {
             );
             return Err(Error::new(ErrorKind::Settings, at));
         }
+        // Records of it may pass before this is done, onto a replica that stands elsewhere.
+        self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
         // Until the synchronisation begins, writes only set bits: no point of the time between may be offered.
         *self.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             Some(format!("volume {name} was attached"));
@@ -94,29 +97,45 @@ impl Agent {
             return Err(Error::new(ErrorKind::NotPossible, at));
         }
         let (state, why) = self.shared.board.state();
+        let ring = &self.shared.ring;
+        // Of a device that is gone nothing can be read again: what its last writes left is told by their `failed` records.
+        let is_gone = ring.is_gone(volume.id);
+        let epoch = self.state().get().epoch;
         self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
         // First, so that nothing is copied of it that was written after its capture.
         let disk = volume.disk();
         volume.set_disk(None);
-        let ended = end_capture(&group, volume.id).inspect_err(|_| volume.set_disk(disk))?;
+        let ended = match end_capture(&group, volume.id) {
+            Ok(ended) => ended,
+            Err(error) => {
+                volume.set_disk(disk);
+                self.update(volume.id, |known| known.capturing = Capturing::On)?;
+                return Err(error);
+            }
+        };
         let last_lsn = Lsn(ended.last_lsn);
         self.shared.board.take_out(&name);
-        // After its last write: the ring may have overflowed by that.
-        let is_consistent =
-            matches!(state, State::Replicating | State::Rewound) && self.shared.ring.loss().is_none();
-        if is_consistent {
-            self.update(volume.id, |known| known.capturing = Capturing::Detached)?;
-        }
         let begun = machine::now();
         let mut at = self.shared.progress.position();
         while at.lsn < last_lsn && self.shared.health.is_good() && machine::since(begun) < DRAIN {
             self.shared.progress.wait_beyond(&at, STEP);
             at = self.shared.progress.position();
         }
+        // Only now: until its last record is journaled, a shortage may make bits of it.
+        let is_consistent = matches!(state, State::Replicating | State::Rewound)
+            && self.shared.health.is_good()
+            && at.lsn >= last_lsn
+            && self.state().get().epoch == epoch
+            && ring.loss().is_none()
+            && (is_gone || !ring.is_dirty(volume.id));
+        if is_consistent {
+            self.update(volume.id, |known| known.capturing = Capturing::Detached)?;
+        }
         if state == State::Replicating {
             // Only new words: an overflow may be under repair by now.
             self.shared.board.change_from(State::Replicating, State::Replicating, self.words(), || true);
-        } else {
+        }
+        if !is_consistent {
             tracing::warn!(volume = %name, ?state, why, "detached before its replica was consistent");
         }
         Ok(Detached { volume: name, lsn: last_lsn, is_consistent })

@@ -79,8 +79,8 @@ pub enum Capturing {
     On,
     /// The operator took it out, until they attach it again. Its replica stays at a point.
     Detached,
-    /// The same in the middle of a synchronisation: its replica is between two points, and so is the group's, until the
-    /// volume is attached again or leaves the group.
+    /// The same in the middle of a synchronisation or of an order, or the epoch began without it: its replica is at no point
+    /// of the group, and so none is, until the volume is attached again or leaves the group.
     DetachedBetween,
 }
 
@@ -196,6 +196,10 @@ impl StateFile {
             state.epoch_is_full = full;
             state.lease_end = Lsn(start.0.saturating_add(LEASE));
             state.clean = None;
+            // What the epoch does not copy it does not know: its receiver may be another.
+            for known in state.volumes.iter_mut().filter(|known| known.present && known.is_detached()) {
+                known.capturing = Capturing::DetachedBetween;
+            }
             // Both speak of the ring of the epoch before.
             (state.gap_in_ring, state.given_up) = (false, false);
         })

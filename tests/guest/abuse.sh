@@ -82,12 +82,12 @@ order detach
 dd if=/dev/urandom of=/d/meanwhile bs=64k count=32 conv=fsync status=none
 afterimage attach a --control "$SOURCE/control.sock"
 detach a
-wait_for 10 eval 'group_json | jq -r .why | grep -q "detached before"'
-refused 'detached before' afterimage wait --control "$SOURCE/control.sock" --timeout 20s
-refused 'detached before' afterimage bookmark "$GROUP" torn --control "$SOURCE/control.sock"
+wait_for 10 eval 'group_json | jq -r .why | grep -q "at no point"'
+refused 'at no point' afterimage wait --control "$SOURCE/control.sock" --timeout 20s
+refused 'at no point' afterimage bookmark "$GROUP" torn --control "$SOURCE/control.sock"
 wait_for 10 eval 'points_json | jq -e ".gaps | last | .to_lsn == null"'
 kill -9 "$agent"; wait "$agent" 2> /dev/null || true; start_source
-wait_for 30 eval 'group_json | jq -r .why | grep -q "detached before"'
+wait_for 30 eval 'group_json | jq -r .why | grep -q "at no point"'
 afterimage attach a --control "$SOURCE/control.sock"
 wait_state replicating 120
 umount /d

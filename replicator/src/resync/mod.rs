@@ -181,8 +181,8 @@ impl<'a> Engine<'a> {
         if std::mem::replace(&mut self.untold, untold) != untold {
             return Work::Gap("writes could not be copied, and were only noted as dirty ranges".to_owned());
         }
-        // Detached are all of them: what their failed writes left is forgotten.
-        let is_whole = matches!(state, State::Replicating | State::Detached);
+        // Detached are all of them: what the last writes to devices that vanished left is forgotten.
+        let is_whole = matches!(state, State::Replicating | State::Detached) && !self.waits_for_attach();
         if is_whole { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
     }
 
@@ -214,6 +214,7 @@ impl<'a> Engine<'a> {
     fn resync(&mut self, cause: &str) -> Result<()> {
         let agent = self.agent;
         let shared = &agent.shared;
+        let ring = &shared.ring;
         let (state, gap) = {
             let file = agent.state();
             let state = if file.get().was_consistent { State::Resyncing } else { State::Syncing };
@@ -256,17 +257,17 @@ impl<'a> Engine<'a> {
                 // Attached meanwhile.
                 continue;
             }
-            if self.waits_for_attach() {
+            if self.waits_for_attach() && ring.loss().is_some() {
                 let name = agent.detached_between().map_or("", |volume| &volume.name);
                 let why = format!(
-                    "volume {name} was detached before its replica was consistent: `afterimage attach` it again, or take it \
-                     out of the settings and restart the agent"
+                    "volume {name} is detached, and its replica is at no point: `afterimage attach` it again, or take it out of \
+                     the settings and restart the agent"
                 );
                 shared.board.change(State::Degraded, why);
                 return Ok(());
             }
             self.forget_detached(&quiet)?;
-            let ended = shared.ring.end();
+            let ended = ring.end();
             if ended.is_ok() {
                 *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
                 self.detached_are_whole()?;
@@ -389,7 +390,7 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Nothing is left but a volume that was detached in the middle of a synchronisation, and only an attach helps.
+    /// Nothing is left but a volume that is detached and at no point, and only an attach helps.
     fn waits_for_attach(&self) -> bool {
         let agent = self.agent;
         let ring = &agent.shared.ring;
@@ -412,7 +413,7 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed` records say.
+    /// Ranges of failed writes to a device that vanished and was detached: they stay inexact, as their `failed` records say.
     fn forget_detached(&self, _quiet: &MutexGuard<'_, ()>) -> Result<()> {
         let ring = &self.agent.shared.ring;
         if self.agent.detached_between().is_some() {

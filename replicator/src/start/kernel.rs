@@ -157,7 +157,7 @@ pub(crate) fn renew(agent: &Agent, old: &Group, first_lsn: Lsn) -> Result<Group>
     Ok(group)
 }
 
-/// What was detached in the middle of a synchronisation stays dirty in whatever ring: nobody says that the group is consistent.
+/// What is detached and at no point stays dirty in whatever ring: nobody says that the group is consistent.
 fn mark_between(group: &Group, state: &StateFile) -> Result<()> {
     let between = |known: &&KnownVolume| known.present && known.capturing == Capturing::DetachedBetween;
     for known in state.get().volumes.iter().filter(between) {
