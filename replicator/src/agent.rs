@@ -72,6 +72,8 @@ pub(crate) struct Agent {
     pub(crate) halt: Halt,
     /// One order of the operator at a time. While one is carried out, what is attached is not what the kernel captures.
     pub(crate) operator: Mutex<()>,
+    /// Writes that neither a record nor a `failed` record tells of, as many as the synchronisation has seen.
+    pub(crate) untold_seen: AtomicU64,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
     /// What is wrong with the disks behind the front.
@@ -141,6 +143,7 @@ impl Replicator {
             epoch_due: Arc::default(),
         };
         shared.set_tail(writer.as_ref().ok());
+        let untold = shared.ring.untold_writes();
         if let Err(why) = &writer {
             tracing::error!(%why, "the disk is served without protection");
             let why = format!(
@@ -162,6 +165,7 @@ impl Replicator {
             serving: AtomicBool::new(false),
             halt: Halt::default(),
             operator: Mutex::default(),
+            untold_seen: AtomicU64::new(untold),
             due: Mutex::default(),
             ills: Mutex::default(),
             verification,
@@ -332,6 +336,7 @@ impl Agent {
         let ring = &self.shared.ring;
         journaled.lsn.0 == ring.captured_lsn()
             && ring.loss().is_none()
+            && self.detached_between().is_none()
             // Ranges of failed writes, still to be read again: only the ring remembers them.
             && !self.volumes.iter().any(|volume| volume.is_attached() && ring.is_dirty(volume.id))
             && !self.volumes.iter().any(|volume| volume.sync_failed())
@@ -342,7 +347,7 @@ impl Agent {
         self.notice_overflow();
         let (state, why) = self.shared.board.state();
         match state {
-            State::Replicating => Ok(()),
+            State::Replicating if self.detached_between().is_none() => Ok(()),
             _ => Err(Error::new(ErrorKind::NotPossible, format!("the group is {}: {why}", name_of(state)))),
         }
     }

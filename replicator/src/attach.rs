@@ -11,6 +11,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use journal::Lsn;
@@ -78,7 +79,11 @@ impl Agent {
         *self.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             Some(format!("volume {name} was attached"));
         self.shared.ring.set_mode_bitmap(CAUSE_AGENT)?;
-        attach::attach(&group, volume.id, &disk, false)?;
+        if let Err(error) = attach::attach(&group, volume.id, &disk, false) {
+            // Nothing of it was captured: its replica is where it was.
+            self.update(volume.id, |now| now.capturing = known.capturing)?;
+            return Err(error);
+        }
         if let Err(error) = self.update(volume.id, |known| known.capturing = Capturing::On) {
             end_capture(&group, volume.id)?;
             return Err(error);
@@ -98,8 +103,6 @@ impl Agent {
         }
         let (state, why) = self.shared.board.state();
         let ring = &self.shared.ring;
-        // Of a device that is gone nothing can be read again: what its last writes left is told by their `failed` records.
-        let is_gone = ring.is_gone(volume.id);
         let epoch = self.state().get().epoch;
         self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
         // First, so that nothing is copied of it that was written after its capture.
@@ -121,15 +124,23 @@ impl Agent {
             self.shared.progress.wait_beyond(&at, STEP);
             at = self.shared.progress.position();
         }
-        // Only now: until its last record is journaled, a shortage may make bits of it.
-        let is_consistent = matches!(state, State::Replicating | State::Rewound)
+        // Only now: until its last record is journaled, a shortage may make bits of it. Those of writes that failed do not count:
+        // the stream tells of them, and the device may be one that cannot be read any more.
+        let mut is_consistent = matches!(state, State::Replicating | State::Rewound)
             && self.shared.health.is_good()
             && at.lsn >= last_lsn
-            && self.state().get().epoch == epoch
             && ring.loss().is_none()
-            && (is_gone || !ring.is_dirty(volume.id));
+            && ring.untold_writes() == self.untold_seen.load(Ordering::Acquire)
+            && !self.shared.health.is_untold(volume.id);
         if is_consistent {
-            self.update(volume.id, |known| known.capturing = Capturing::Detached)?;
+            self.state().update(|state| {
+                // A new epoch, in between, has begun without it.
+                is_consistent = state.epoch == epoch;
+                let mut known = state.volumes.iter_mut().filter(|known| known.id.0 == volume.id);
+                if let Some(known) = known.next().filter(|_| is_consistent) {
+                    known.capturing = Capturing::Detached;
+                }
+            })?;
         }
         if state == State::Replicating {
             // Only new words: an overflow may be under repair by now.

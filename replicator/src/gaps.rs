@@ -67,8 +67,8 @@ impl Agent {
         self.volumes.iter().filter(|volume| !volume.is_attached() && ring.is_dirty(volume.id))
     }
 
-    /// One of them whose replica is at no point: the group is at none without it. (The others' bits are of writes that failed
-    /// while their device vanished.)
+    /// One of them whose replica is at no point: the group is at none without it. (The others' bits are of writes that
+    /// failed.)
     pub(crate) fn detached_between(&self) -> Option<&Arc<Volume>> {
         self.detached_and_dirty().find(|volume| {
             let file = self.state();

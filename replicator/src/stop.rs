@@ -23,14 +23,17 @@ struct Detached {
 }
 
 impl Agent {
-    /// What `kfilter.on_stop` says: ends the capture of all devices, or of none. The pipeline still runs, and takes what
-    /// was captured last.
-    fn detach_at_stop(&self) -> Result<Vec<Detached>> {
-        let Ring::Kernel(kernel) = &*self.shared.ring else { return Ok(Vec::new()) };
+    /// What `kfilter.on_stop` says: ends the capture of all devices, or of none (`None`). The pipeline still runs, and takes
+    /// what was captured last.
+    fn detach_at_stop(&self) -> Result<Option<Vec<Detached>>> {
+        let Ring::Kernel(kernel) = &*self.shared.ring else { return Ok(None) };
         let group = kernel.group();
         let disks: Vec<_> =
             self.volumes.iter().filter_map(|volume| Some((volume.id, volume.disk()?))).collect();
-        let whole = self.shared.board.state().0 == State::Replicating
+        // Where all of them are out already, nothing is to be ended.
+        let whole = (disks.is_empty() || self.shared.board.state().0 == State::Replicating)
+            && self.shared.ring.loss().is_none()
+            && self.detached_between().is_none()
             && self.shared.health.is_good()
             && self.shared.ring.mode() == Mode::Ring
             && !disks.iter().any(|(id, _)| self.shared.ring.is_dirty(*id));
@@ -43,7 +46,7 @@ impl Agent {
         };
         if !detaches {
             tracing::info!("the kernel captures on; the next start takes over");
-            return Ok(Vec::new());
+            return Ok(None);
         }
         let (mut detached, mut settled) = (Vec::new(), true);
         for (id, disk) in disks {
@@ -53,7 +56,7 @@ impl Agent {
             detached.push(Detached { id, disk, written });
         }
         // A write that hangs may land, or fail, when nobody looks any more: then there is no clean mark.
-        Ok(if settled { detached } else { Vec::new() })
+        Ok(settled.then_some(detached))
     }
 }
 
@@ -104,7 +107,8 @@ impl Handle {
                 match self.agent.settings.capture {
                     conf::Capture::Nbd => on_thread("af-stop", move || self.mark_clean(&position)).await?,
                     conf::Capture::Kfilter => {
-                        on_thread("af-stop", move || self.mark_detached(&position, &detached)).await?
+                        on_thread("af-stop", move || self.mark_detached(&position, detached.as_deref()))
+                            .await?
                     }
                 }
             }
@@ -114,12 +118,10 @@ impl Handle {
 
     /// Order: 1 journal is durable, 2 the clean mark with the devices' stamps, 3 the kernel forgets the group (its ring holds
     /// nothing). Without devices that were detached the kernel captures on, and the next start takes over.
-    fn mark_detached(&self, last: &Position, detached: &[Detached]) -> Result<()> {
+    fn mark_detached(&self, last: &Position, detached: Option<&[Detached]>) -> Result<()> {
         let Ring::Kernel(kernel) = &*self.agent.shared.ring else { return Ok(()) };
         let group = kernel.group();
-        if detached.is_empty() {
-            return Ok(());
-        }
+        let Some(detached) = detached else { return Ok(()) };
         self.settle_journal()?;
         let mut stamps = Vec::new();
         for Detached { id, disk, written } in detached {

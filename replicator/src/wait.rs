@@ -46,8 +46,8 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
         let synchronising = matches!(state, State::Syncing | State::Resyncing)
             || (state == State::Detached && !ended)
             || (matches!(state, State::Degraded | State::NeedsResync) && agent.repairs_itself());
-        let is_point = || agent.shared.ring.loss().is_none() && agent.detached_between().is_none();
-        let whole = state == State::Replicating || (ended && is_point());
+        let whole = (state == State::Replicating || (ended && agent.shared.ring.loss().is_none()))
+            && agent.detached_between().is_none();
         if !whole && !synchronising {
             return Ok(WaitOutcome::Impossible { why: format!("the group is {}: {why}", name_of(state)) });
         }

@@ -82,7 +82,8 @@ pub(crate) struct Engine<'a> {
     agent: &'a Agent,
     pace: Pace,
     looked: Instant,
-    untold: u64,
+    /// Only an attach helped, when it was looked at last.
+    waits: bool,
     /// Not before this: something could not be read.
     retry: Option<(Instant, Duration)>,
     verifier: Option<Verifier>,
@@ -96,7 +97,7 @@ impl<'a> Engine<'a> {
             agent,
             pace: Pace::new(agent.settings.resync.rate),
             looked: machine::now(),
-            untold: agent.shared.ring.untold_writes(),
+            waits: false,
             retry: None,
             verifier: None,
             turned: None,
@@ -159,15 +160,26 @@ impl<'a> Engine<'a> {
         if !agent.shared.health.is_good() {
             return Work::None;
         }
+        let ring = &agent.shared.ring;
+        let is_due = machine::since(self.looked) >= LOOK_BITS;
+        if ring.mode() == Mode::Ring && ring.loss().is_some() {
+            if is_due {
+                self.looked = machine::now();
+                self.waits = self.waits_for_attach();
+            }
+            if self.waits {
+                self.tell_that_it_waits();
+                return Work::None;
+            }
+        }
         if self.retry.is_some_and(|(at, _)| machine::now() < at) {
             return Work::None;
         }
-        let ring = &agent.shared.ring;
         if ring.mode() == Mode::Bitmap || ring.loss().is_some() {
-            return if self.waits_for_attach() { Work::None } else { Work::Gap(agent.gap_cause()) };
+            return Work::Gap(agent.gap_cause());
         }
         let verifies = state == State::Replicating && self.verifies();
-        if machine::since(self.looked) < LOOK_BITS && !verifies {
+        if !is_due && !verifies {
             return Work::None;
         }
         self.looked = machine::now();
@@ -178,10 +190,10 @@ impl<'a> Engine<'a> {
             return if verifies { Work::Verify } else { Work::None };
         }
         let untold = ring.untold_writes();
-        if std::mem::replace(&mut self.untold, untold) != untold {
+        if agent.untold_seen.swap(untold, Ordering::AcqRel) != untold {
             return Work::Gap("writes could not be copied, and were only noted as dirty ranges".to_owned());
         }
-        // Detached are all of them: what the last writes to devices that vanished left is forgotten.
+        // Detached are all of them: what their failed writes left is forgotten.
         let is_whole = matches!(state, State::Replicating | State::Detached) && !self.waits_for_attach();
         if is_whole { Work::Ranges } else { Work::Gap(agent.gap_cause()) }
     }
@@ -225,6 +237,7 @@ impl<'a> Engine<'a> {
         let started = machine::now();
         let mut report = Report::new(shared.board.clone(), state, cause);
         let mut unreadable = Unreadable::default();
+        let mut begun = false;
         loop {
             self.drained()?;
             if !shared.goes_on() {
@@ -257,20 +270,16 @@ impl<'a> Engine<'a> {
                 // Attached meanwhile.
                 continue;
             }
-            if self.waits_for_attach() && ring.loss().is_some() {
-                let name = agent.detached_between().map_or("", |volume| &volume.name);
-                let why = format!(
-                    "volume {name} is detached, and its replica is at no point: `afterimage attach` it again, or take it out of \
-                     the settings and restart the agent"
-                );
-                shared.board.change(State::Degraded, why);
+            // The stream must be between begin and end.
+            if self.waits_for_attach() && (begun || ring.loss().is_some()) {
+                self.waits = true;
+                self.tell_that_it_waits();
                 return Ok(());
             }
             self.forget_detached(&quiet)?;
             let ended = ring.end();
             if ended.is_ok() {
                 *agent.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
-                self.detached_are_whole()?;
             }
             drop(quiet);
             match ended {
@@ -280,6 +289,9 @@ impl<'a> Engine<'a> {
                         return Ok(());
                     }
                     (self.retry, self.turned) = (None, None);
+                    if let Some(_quiet) = agent.between_orders() {
+                        self.detached_are_whole()?;
+                    }
                     agent.state().update(|state| {
                         state.was_consistent = true;
                         // Only the gap that this one began with: a newer one is not repaired by it.
@@ -295,7 +307,9 @@ impl<'a> Engine<'a> {
                     return Ok(());
                 }
                 // Nothing can be copied, and yet writes only set bits: a begin makes records of them again.
-                Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => self.begin_without_window()?,
+                Err(Refusal::BitmapMode | Refusal::Dirty | Refusal::Owed) => {
+                    begun |= self.begin_without_window()?
+                }
                 Err(Refusal::Full) => machine::sleep(LOOK),
                 Err(Refusal::Failed(error)) => return Err(error),
             }
@@ -376,18 +390,35 @@ impl<'a> Engine<'a> {
         volumes.flat_map(|volume| ring.dirty_extents(volume.id)).map(|range| range.end - range.start).sum()
     }
 
-    /// A begin for nothing that could be copied.
-    fn begin_without_window(&self) -> Result<()> {
-        match self.agent.shared.ring.begin() {
+    /// A begin for nothing that could be copied; whether there was room for it.
+    fn begin_without_window(&self) -> Result<bool> {
+        let begun = match self.agent.shared.ring.begin() {
             Err(Refusal::Failed(error)) => return Err(error),
-            Err(_) => machine::sleep(LOOK),
-            Ok(_) => {}
-        }
+            Err(_) => {
+                machine::sleep(LOOK);
+                false
+            }
+            Ok(_) => true,
+        };
         if let Err(why) = window::barrier(self.agent)? {
             tracing::warn!("{why}");
             machine::sleep(RETRY);
         }
-        Ok(())
+        Ok(begun)
+    }
+
+    /// In an operator's words.
+    fn tell_that_it_waits(&self) {
+        let board = &self.agent.shared.board;
+        let Some(volume) = self.agent.detached_between() else { return };
+        let why = format!(
+            "volume {} is detached, and its replica is at no point: `afterimage attach` it again, or take it out of the settings \
+             and restart the agent",
+            volume.name
+        );
+        if board.state().1 != why {
+            board.change(State::Degraded, why);
+        }
     }
 
     /// Nothing is left but a volume that is detached and at no point, and only an attach helps.
@@ -396,12 +427,15 @@ impl<'a> Engine<'a> {
         let ring = &agent.shared.ring;
         ring.mode() == Mode::Ring
             && agent.detached_between().is_some()
+            // Last: it looks at all that is captured.
             && !agent.volumes.iter().any(|volume| volume.is_attached() && ring.is_dirty(volume.id))
     }
 
     /// A synchronisation ends: what was detached in it had been wholly copied by then.
     fn detached_are_whole(&self) -> Result<()> {
-        let between = |known: &KnownVolume| known.capturing == Capturing::DetachedBetween;
+        let ring = &self.agent.shared.ring;
+        let between =
+            |known: &KnownVolume| known.capturing == Capturing::DetachedBetween && !ring.is_dirty(known.id.0);
         let mut file = self.agent.state();
         if !file.get().volumes.iter().any(between) {
             return Ok(());
@@ -413,7 +447,7 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// Ranges of failed writes to a device that vanished and was detached: they stay inexact, as their `failed` records say.
+    /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed` records say.
     fn forget_detached(&self, _quiet: &MutexGuard<'_, ()>) -> Result<()> {
         let ring = &self.agent.shared.ring;
         if self.agent.detached_between().is_some() {

@@ -111,8 +111,8 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
         announce(&group, state)?;
         // Before the first device: the stream of an epoch begins with its volumes and `resync-begin`, not with a write.
         group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
-        mark_between(&group, state)?;
     }
+    mark_between(&group, state)?;
     for volume in found.volumes {
         let Opened::Device(Some(disk)) = &volume.content else { continue };
         let id = volume.known.id.0;
