@@ -47,7 +47,7 @@ for ((round = 1; round <= rounds; round++)); do
     sleep "$((RANDOM % 3)).$((RANDOM % 10))"
     kill -9 "$agent"; wait "$agent" 2> /dev/null || true
 done
-start_source; wait_state replicating 120
+start_source; wait_state replicating 240
 step "agents that are killed while they detach, or attach again; orders that cross each other"
 order() { afterimage "$1" a --control "$SOURCE/control.sock" > /dev/null 2>&1 || true; }
 for ((round = 1; round <= rounds; round++)); do
@@ -62,7 +62,7 @@ for ((round = 1; round <= rounds; round++)); do
     wait $ordered 2> /dev/null || true
     # Whatever it has come to: detached, or on its way. Attached again it gets well.
     afterimage attach a --control "$SOURCE/control.sock" > /tmp/attach 2>&1 || grep -q 'captured already' /tmp/attach || fail "it cannot be attached any more: $(cat /tmp/attach)"
-    wait_state replicating 120
+    wait_state replicating 240
 done
 touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
 step "what is written between a detach and an attach, while the agent's own disk is slow to note either"
@@ -73,7 +73,7 @@ for ((round = 1; round <= rounds; round++)); do
     drained 60
     dd if=/dev/urandom of=/d/meanwhile bs=64k count=32 conv=fsync status=none
     afterimage attach a --control "$SOURCE/control.sock"
-    wait_state replicating 120
+    wait_state replicating 240
     assert_equal a="$A"
 done
 touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
@@ -89,7 +89,7 @@ wait_for 10 eval 'points_json | jq -e ".gaps | last | .to_lsn == null"'
 kill -9 "$agent"; wait "$agent" 2> /dev/null || true; start_source
 wait_for 30 eval 'group_json | jq -r .why | grep -q "at no point"'
 afterimage attach a --control "$SOURCE/control.sock"
-wait_state replicating 120
+wait_state replicating 240
 umount /d
 assert_equal a="$A"
 stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"
