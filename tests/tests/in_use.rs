@@ -187,7 +187,8 @@ fn take(home: &Home, sync: &str) -> Result<u64> {
     Ok(sent)
 }
 
-/// Differences lie in whole granules of zeros at the replica: nothing was sent there.
+/// Differences lie in whole granules of zeros at the replica: nothing was sent there. How much is left of them depends on how
+/// far the load has come: on a fast machine it has written over all that was deleted.
 fn assert_equal_but_free(home: &Home, source: &Path, replica: &Path, sent: u64) -> Result<()> {
     let (ours, theirs) = (File::open(source)?, File::open(replica)?);
     let size = ours.metadata()?.len();
@@ -201,7 +202,6 @@ fn assert_equal_but_free(home: &Home, source: &Path, replica: &Path, sent: u64) 
         }
     }
     home.figure(format!("{} MiB of old content in free space are not at the replica", differing >> 20));
-    ensure!(differing > 0, "the free space held something");
     ensure!(sent + differing <= size + size / 8, "{sent} bytes were sent, {differing} of {size} left out");
     Ok(())
 }
