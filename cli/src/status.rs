@@ -138,9 +138,7 @@ pub async fn detach(client: Client, device: PathBuf) -> Result<()> {
     let answer = client.post("/v1/detach", &json!({ "device": named(&device)? })).await?;
     let volume = answer["volume"].as_str().unwrap_or_default();
     let how = match answer["consistent"].as_bool() {
-        Some(false) => {
-            "was in the middle of a synchronisation: no point of the group before it is attached again"
-        }
+        Some(false) => "is at no point, nor is the group before it is attached again",
         _ => "stays there",
     };
     output::line(format!("volume {volume} is detached at lsn {}; its replica {how}", answer["lsn"]))
