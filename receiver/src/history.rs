@@ -607,15 +607,17 @@ impl Inner {
     /// the newest. One that damage separates from the replica only where there is no other.
     pub(crate) fn boundary_below(&self, lsn: Lsn) -> Option<u64> {
         let (oldest, applied) = (self.state.oldest_batch.checked_sub(1)?, self.state.applied_batch);
-        // Below the exact window there is no redo: a boundary is a point, and leads to no other.
-        let exact = self.state.exact_start().start.lsn;
+        // Below the exact window there is no redo: a boundary is a point, and leads to no other. Neither does one from before
+        // a rewind to where the window begins now, though it lies above: thinning merges such batches.
+        let exact = self.state.exact_start();
+        let leads = |number: u64, last: Lsn| number >= exact.batch && exact.start.lsn <= last && last <= lsn;
         let damaged = self.batches.range(..=applied).rev().find(|(_, slot)| slot.kept().is_none());
         let reached_from = damaged.map_or(0, |(number, _)| *number);
         let kept =
             self.batches.range(..applied).filter_map(|(number, slot)| Some((*number, slot.kept()?.last.lsn)));
         let ends = [(oldest, self.state.history_start.lsn), (applied, self.state.checkpoint.lsn)];
         kept.chain(ends)
-            .filter(|(_, last)| *last == lsn || (exact <= *last && *last <= lsn))
+            .filter(|(number, last)| *last == lsn || leads(*number, *last))
             .max_by_key(|(number, last)| (*number >= reached_from, *last, *number))
             .map(|(number, _)| number)
     }
@@ -678,6 +680,7 @@ pub(crate) fn read_behind(disk: &Arc<dyn Disk>, dir: &Path, after: Option<Lsn>) 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::Exact;
     use journal::sim_disk::SimDisk;
 
     #[test]
@@ -724,6 +727,12 @@ mod tests {
         assert_eq!(history.boundary_at(Lsn(40)), Some(10), "nothing has to be undone");
         assert_eq!(history.boundary_at(Lsn(55)), Some(5), "the least to be replayed");
         assert_eq!(history.boundary_at(Lsn(35)), Some(3));
+
+        // Where the exact window begins with the rewind, what it took back is a point at most.
+        history.lock().state.exact = Some(Exact { batch: 10, start: Moment { lsn: Lsn(40), time_ns: 0 } });
+        assert_eq!(history.boundary_at(Lsn(55)), Some(10), "redo leads there from the rewind's own boundary");
+        assert_eq!(history.boundary_at(Lsn(50)), Some(5));
+        assert_eq!(history.boundary_at(Lsn(35)), None);
     }
 
     impl History {
