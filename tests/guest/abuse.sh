@@ -51,15 +51,16 @@ start_source; wait_state replicating 240
 step "agents that are killed while they detach, or attach again; orders that cross each other"
 order() { afterimage "$1" a --control "$SOURCE/control.sock" > /dev/null 2>&1 || true; }
 for ((round = 1; round <= rounds; round++)); do
-    order detach & ordered=$!
+    order detach & ordered=($!)
     sleep "0.$((RANDOM % 6))"
     case $((round % 3)) in
-        0) order attach; order detach & order attach & wait $! ;;
+        0) order attach; order detach & ordered+=($!); order attach & ordered+=($!) ;;
         1) kill -9 "$agent"; wait "$agent" 2> /dev/null || true; start_source; wait_for 30 eval '[ -n "$(state)" ]' ;;
-        2) wait $ordered; order attach & sleep "0.$((RANDOM % 4))"; kill -9 "$agent"; wait "$agent" 2> /dev/null || true
+        2) wait "${ordered[@]}"; order attach & ordered+=($!); sleep "0.$((RANDOM % 4))"; kill -9 "$agent"; wait "$agent" 2> /dev/null || true
             start_source; wait_for 30 eval '[ -n "$(state)" ]' ;;
     esac
-    wait $ordered 2> /dev/null || true
+    # An order that is still on its way would undo what follows.
+    wait "${ordered[@]}" 2> /dev/null || true
     # Whatever it has come to: detached, or on its way. Attached again it gets well.
     afterimage attach a --control "$SOURCE/control.sock" > /tmp/attach 2>&1 || grep -q 'captured already' /tmp/attach || fail "it cannot be attached any more: $(cat /tmp/attach)"
     wait_state replicating 240
