@@ -38,8 +38,9 @@ stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER
 
 step "agents that are killed while they attach, under load"
 mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
-again() { while [ ! -e /tmp/stop ]; do fio_on /d "$@" --time_based --runtime=4; done; }
-again busy --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=8 --size=16m --rate=1m & load=$!
+# An emulated machine starts fio slowly, and must journal, ship and apply beside it.
+again() { while [ ! -e /tmp/stop ]; do fio_on /d "$@" --time_based --runtime=15; done; }
+again busy --ioengine=io_uring --direct=1 --rw=randwrite --bsrange=4k-64k --iodepth=8 --size=16m --rate=500k & load=$!
 RING=8MiB prepare_pair a="$A"
 start_receiver
 for ((round = 1; round <= rounds; round++)); do
@@ -47,7 +48,7 @@ for ((round = 1; round <= rounds; round++)); do
     sleep "$((RANDOM % 3)).$((RANDOM % 10))"
     kill -9 "$agent"; wait "$agent" 2> /dev/null || true
 done
-start_source; wait_state replicating 240
+start_source; wait_state replicating 480
 step "agents that are killed while they detach, or attach again; orders that cross each other"
 order() { afterimage "$1" a --control "$SOURCE/control.sock" > /dev/null 2>&1 || true; }
 for ((round = 1; round <= rounds; round++)); do
@@ -63,7 +64,7 @@ for ((round = 1; round <= rounds; round++)); do
     wait "${ordered[@]}" 2> /dev/null || true
     # Whatever it has come to: detached, or on its way. Attached again it gets well.
     afterimage attach a --control "$SOURCE/control.sock" > /tmp/attach 2>&1 || grep -q 'captured already' /tmp/attach || fail "it cannot be attached any more: $(cat /tmp/attach)"
-    wait_state replicating 240
+    wait_state replicating 480
 done
 touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
 step "what is written between a detach and an attach, while the agent's own disk is slow to note either"
@@ -74,7 +75,7 @@ for ((round = 1; round <= rounds; round++)); do
     drained 60
     dd if=/dev/urandom of=/d/meanwhile bs=64k count=32 conv=fsync status=none
     afterimage attach a --control "$SOURCE/control.sock"
-    wait_state replicating 240
+    wait_state replicating 480
     assert_equal a="$A"
 done
 touch /tmp/stop; wait $load || fail "the load failed"; rm /tmp/stop
@@ -90,7 +91,7 @@ wait_for 10 eval 'points_json | jq -e ".gaps | last | .to_lsn == null"'
 kill -9 "$agent"; wait "$agent" 2> /dev/null || true; start_source
 wait_for 30 eval 'group_json | jq -r .why | grep -q "at no point"'
 afterimage attach a --control "$SOURCE/control.sock"
-wait_state replicating 240
+wait_state replicating 480
 umount /d
 assert_equal a="$A"
 stop_source; stop_receiver; afterimage-guest forget; rm -rf "$SOURCE" "$RECEIVER"
