@@ -12,6 +12,10 @@ check PROFILE="dev":
     rustfmt --edition 2024 --check kfilter/module/main.rs
     cargo clippy --workspace --all-targets --locked --profile {{ PROFILE }} -- -D warnings
 
+# Licences, banned crates and sources of everything that is built (deny.toml).
+deny:
+    scripts/deny.py
+
 # Everything that must pass before a change goes in, with a time table.
 test:
     scripts/test.sh
@@ -26,10 +30,7 @@ loom:
 
 # Every decoder of foreign bytes, SECONDS each. RUSTC_BOOTSTRAP: coverage counters are an unstable flag of a stable compiler.
 fuzz SECONDS="60":
-    cd fuzz && for target in $(RUSTC_BOOTSTRAP=1 cargo fuzz list); do \
-        echo "fuzz $target"; \
-        RUSTC_BOOTSTRAP=1 cargo fuzz run --sanitizer none "$target" -- -max_total_time={{ SECONDS }} -verbosity=0; \
-    done
+    scripts/fuzz.sh {{ SECONDS }}
 
 # The stories with real clients and file systems.
 e2e *ARGS:

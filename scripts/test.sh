@@ -1,51 +1,72 @@
 #!/usr/bin/env bash
 # Everything that must pass, with a time table; ends with the test runner's summary line. Called by `just test`.
+#
+# Beside the builds, which now and then leave a core idle, runs what takes one core for a fixed time or waits for the
+# network: model checks, fuzzing, the laboratory. What is short here has its long form in `just soak`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 fuzz_seconds=${FUZZ_SECONDS:-10}
 # As many seeds as fit; `just soak` tells the rest.
 sim_seconds=${SIM_SECONDS:-120}
-table=""
-log=$(mktemp)
-lab_log=$(mktemp)
-trap 'rm -f "$log" "$lab_log"' EXIT
-
-# Seven minutes of downloads and unpacking where there is none yet: beside the first steps, and waited for at its own.
-tests/vm/lab.sh >"$lab_log" 2>&1 &
-lab=$!
+work=$(mktemp -d)
+beside=''
+finish() {
+    local code=$?
+    [ -z "$beside" ] || kill -- "-$beside" 2>/dev/null || true
+    rm -rf "$work"
+    exit "$code"
+}
+trap finish EXIT
 
 step() {
     local name=$1 started=$SECONDS
     shift
     echo "── $name"
     "$@"
-    table+=$(printf '%-10s %5d s' "$name" $((SECONDS - started)))$'\n'
+    printf '%-10s %5d s%s\n' "$name" $((SECONDS - started)) "${note:-}" >>"$work/table"
 }
 
-lab_is_made() {
-    wait "$lab" || {
-        cat "$lab_log" >&2
-        return 1
-    }
+run_beside() (
+    note=' (beside)'
+    step lab tests/vm/lab.sh
+    # Its clippy makes a build due.
+    step clippy tests/vm/module.sh clippy
+    step module tests/vm/module.sh
+    step deny just deny
+    step loom just loom
+    step fuzz just fuzz "$fuzz_seconds"
+)
+
+# A failure over there is told here, with what it has said.
+await_beside() {
+    local code=0
+    wait "$beside" || code=$?
+    beside=''
+    cat "$work/beside"
+    return "$code"
 }
 
 # All of them, also after a failure: a run takes long, and a second failure is worth knowing.
 stories_and_units() {
-    cargo nextest run --workspace --locked --cargo-profile ci --no-fail-fast 2>&1 | tee "$log"
+    # Places: see the profile.
+    NEXTEST_TEST_THREADS=$(($(nproc) * 3 + 2)) \
+        cargo nextest run --workspace --locked --cargo-profile ci --profile ci --no-fail-fast 2>&1 | tee "$work/log"
 }
 
+# A process group of its own, so that all of it ends with this script.
+set -m
+run_beside >"$work/beside" 2>&1 </dev/null &
+beside=$!
+set +m
+
 step check just check ci
-step loom just loom
-step fuzz just fuzz "$fuzz_seconds"
 # One build for all of it; the stories take its binary.
 step build cargo build --workspace --lib --bins --tests --locked --profile ci
+step await await_beside
 step sim target/ci/afterimage-sim --seeds 2000 --seconds "$sim_seconds"
-step lab lab_is_made
-step module tests/vm/module.sh
-step clippy tests/vm/module.sh clippy
 step tests stories_and_units
 
 echo
-echo "$table"
-grep -E '^ *Summary' "$log" | tail -n 1
+cat "$work/table"
+grep -E '^ *Summary' "$work/log" | tail -n 1

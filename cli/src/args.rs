@@ -48,8 +48,12 @@ pub enum Command {
     Rewind(RewindArgs),
     /// Let a rewound replica roll forward to the newest again
     Resume(ResumeArgs),
+    /// Overwrite a replica that others changed, by a new synchronisation; what it holds stays reachable
+    Resync(ResyncArgs),
     /// Keep a bookmark, and everything since, from being dropped by retention
     Hold(HoldArgs),
+    /// Take whichever copy of a group's source connects next, also one that was refused as a copy of another
+    Admit(AdmitArgs),
     /// Compare a group's replica with its disks while they are used; exit code 4 where something differs
     Verify(VerifyArgs),
     /// Check a group's stored segments now, and fetch from the source what rotted; `status` tells what was found
@@ -160,14 +164,17 @@ pub struct DeviceArgs {
 #[derive(Debug, Args)]
 pub struct RestoreArgs {
     /// Name of the group
-    #[arg(value_parser = parse_name)]
-    pub group: String,
-    /// Which moment: latest, lsn:N, time:RFC3339 (time:2026-01-31T12:00:00Z) or bookmark:NAME
-    #[arg(long, value_name = "POINT", value_parser = crate::restore::parse_point)]
-    pub at: String,
+    #[arg(value_parser = parse_name, required_unless_present = "cancel")]
+    pub group: Option<String>,
+    /// Which moment: latest, lsn:N, time:RFC3339 (time:2026-01-31T12:00:00Z), bookmark:NAME or found:N
+    #[arg(long, value_name = "POINT", value_parser = crate::restore::parse_point, required_unless_present = "cancel")]
+    pub at: Option<String>,
     /// Target: a file or block device for one volume, a directory for several
-    #[arg(long, value_name = "PATH")]
-    pub to: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "cancel")]
+    pub to: Option<PathBuf>,
+    /// End the restore that a daemon writes to TARGET; `status` lists those that run
+    #[arg(long, value_name = "TARGET", conflicts_with_all = ["group", "at", "to", "volume", "journal", "dry_run", "force"])]
+    pub cancel: Option<PathBuf>,
     /// Only this volume
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     pub volume: Option<String>,
@@ -210,6 +217,22 @@ pub struct ResumeArgs {
     pub place: Place,
 }
 
+/// `resync`.
+#[derive(Debug, Args)]
+pub struct ResyncArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    /// Yes: what others wrote to the replica is overwritten
+    #[arg(long, required = true)]
+    pub overwrite: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub target: Target,
+}
+
 /// `hold`.
 #[derive(Debug, Args)]
 pub struct HoldArgs {
@@ -223,6 +246,16 @@ pub struct HoldArgs {
     pub release: bool,
     #[command(flatten)]
     pub place: Place,
+}
+
+/// `admit`.
+#[derive(Debug, Args)]
+pub struct AdmitArgs {
+    /// Name of the group
+    #[arg(value_parser = parse_name)]
+    pub group: String,
+    #[command(flatten)]
+    pub target: Target,
 }
 
 /// `scrub`.

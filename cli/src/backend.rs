@@ -117,8 +117,16 @@ impl Backend for Receiver {
         Box::pin(resumed(&self.0, group))
     }
 
+    fn resync(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(async move { json(&self.0.overwrite(&group).await.map_err(Fault::from_error)?) })
+    }
+
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value> {
         Box::pin(held(&self.0, group, name, release))
+    }
+
+    fn admit(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(admitted(&self.0, group))
     }
 
     fn scrub(&self, group: String) -> Answer<'_, Value> {
@@ -127,6 +135,10 @@ impl Backend for Receiver {
 
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(restored(&self.0, order, progress))
+    }
+
+    fn cancel_restore(&self, to: PathBuf) -> Answer<'_, Value> {
+        Box::pin(restore_cancelled(&self.0, to))
     }
 }
 
@@ -165,8 +177,16 @@ impl Backend for Both {
         Box::pin(resumed(&self.receiver, group))
     }
 
+    fn resync(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(async move { json(&self.receiver.overwrite(&group).await.map_err(Fault::from_error)?) })
+    }
+
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value> {
         Box::pin(held(&self.receiver, group, name, release))
+    }
+
+    fn admit(&self, group: String) -> Answer<'_, Value> {
+        Box::pin(admitted(&self.receiver, group))
     }
 
     fn scrub(&self, group: String) -> Answer<'_, Value> {
@@ -175,6 +195,10 @@ impl Backend for Both {
 
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value> {
         Box::pin(restored(&self.receiver, order, progress))
+    }
+
+    fn cancel_restore(&self, to: PathBuf) -> Answer<'_, Value> {
+        Box::pin(restore_cancelled(&self.receiver, to))
     }
 
     fn verify(&self, group: String, order: Order) -> Answer<'_, Value> {
@@ -212,12 +236,16 @@ fn known(source: &replicator::Handle, group: &str) -> Result<(), Fault> {
 
 async fn verify(source: &replicator::Handle, group: String, order: Order) -> Result<Value, Fault> {
     known(source, &group)?;
-    json(&source.verify(order).map_err(Fault::from_error)?)
+    json(&source.verify(order).await.map_err(Fault::from_error)?)
 }
 
 async fn verification(source: &replicator::Handle, group: String, stop: bool) -> Result<Value, Fault> {
     known(source, &group)?;
-    let report = if stop { source.stop_verification() } else { source.verification() };
+    let report = if stop {
+        source.stop_verification().await.map_err(Fault::from_error)?
+    } else {
+        source.verification()
+    };
     let never =
         || Fault::not_possible(format!("{group} was never verified: `afterimage verify {group}` begins"));
     json(&report.ok_or_else(never)?)
@@ -244,6 +272,11 @@ async fn wait_at_receiver(receiver: &receiver::agent::Handle, timeout: Duration)
 
 async fn points(receiver: &receiver::agent::Handle, group: String) -> Result<Value, Fault> {
     json(&receiver.points(&group).map_err(Fault::from_error)?)
+}
+
+async fn admitted(receiver: &receiver::agent::Handle, group: String) -> Result<Value, Fault> {
+    receiver.admit(&group).await.map_err(Fault::from_error)?;
+    Ok(json!({ "group": group }))
 }
 
 fn scrubbed(receiver: &receiver::agent::Handle, group: &str) -> Result<Value, Fault> {
@@ -280,6 +313,11 @@ async fn restored(
         let _ = progress.try_send(Progress { done_bytes, total_bytes });
     };
     json(&receiver.restore(&order.group, request, tell).await.map_err(Fault::from_error)?)
+}
+
+async fn restore_cancelled(receiver: &receiver::agent::Handle, to: PathBuf) -> Result<Value, Fault> {
+    let ended = receiver.cancel_restore(&to).await.map_err(Fault::from_error)?;
+    Ok(json!({ "to": to, "ended": ended }))
 }
 
 fn json(value: &impl Serialize) -> Result<Value, Fault> {

@@ -83,7 +83,7 @@ impl Client {
             while let Some(end) = held.iter().position(|byte| *byte == b'\n') {
                 match serde_json::from_slice(&held.split_to(end + 1)).context("read the daemon's answer")? {
                     Line::Progress(progress) => on_progress(progress),
-                    Line::Result(report) => return Ok(report),
+                    Line::Result(report) => return Ok(printable(report)),
                     Line::Error(fault) => return Err(fault.into()),
                 }
             }
@@ -131,14 +131,27 @@ impl Client {
     }
 }
 
+/// What a daemon says may hold words of a peer or a file: no text of it says anything to a terminal, here and nowhere else.
+fn printable(answer: Value) -> Value {
+    match answer {
+        Value::String(text) => Value::String(machine::text::one_line(&text).into_owned()),
+        Value::Array(items) => Value::Array(items.into_iter().map(printable).collect()),
+        Value::Object(fields) => {
+            Value::Object(fields.into_iter().map(|(key, value)| (key, printable(value))).collect())
+        }
+        other => other,
+    }
+}
+
 async fn answer(response: Response<Incoming>) -> Result<Value> {
     let status = response.status();
     let body = Limited::new(response.into_body(), ANSWER_BYTES).collect().await;
     let bytes = body.map_err(|error| anyhow::anyhow!("read the daemon's answer: {error}"))?.to_bytes();
     if status.is_success() {
-        return serde_json::from_slice(&bytes).context("read the daemon's answer");
+        return serde_json::from_slice(&bytes).context("read the daemon's answer").map(printable);
     }
-    match serde_json::from_slice::<ErrorBody>(&bytes) {
+    match serde_json::from_slice::<Value>(&bytes).map(printable).and_then(serde_json::from_value::<ErrorBody>)
+    {
         Ok(body) => Err(body.error.into()),
         Err(_) => anyhow::bail!("the daemon answered {status}"),
     }
@@ -147,6 +160,13 @@ async fn answer(response: Response<Incoming>) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_answer_speaks_to_the_terminal() {
+        let hostile = serde_json::json!({"groups": [{"why": "\u{1b}[2J\nx\u{202e}", "n": 1, "k": null}]});
+        let shown = printable(hostile).to_string();
+        assert_eq!(shown, r#"{"groups":[{"k":null,"n":1,"why":"\\u{1b}[2J\\u{a}x\\u{202e}"}]}"#);
+    }
 
     #[test]
     fn dir_means_its_control_socket() {

@@ -8,16 +8,20 @@
 //! POST /v1/bookmark            {"group":G,"name":N}         → {"lsn":N}
 //! POST /v1/attach              {"device":D}                 → {"volume":V}
 //! POST /v1/detach              {"device":D}                 → {"volume":V,"lsn":N,"consistent":B}
+//! POST /v1/admit               {"group":G}                   → {"group"}, when the next copy of its source will be taken
 //! POST /v1/scrub               {"group":G}                   → {"group"}, when it has begun
 //! POST /v1/rewind              {"group":G,"at":P}           → RewindReport, when the replica stands there
 //! POST /v1/resume              {"group":G}                  → ResumeReport, when it has begun
+//! POST /v1/resync              {"group":G,"overwrite":true} → OverwriteReport, when it has begun
 //! POST /v1/hold                {"group":G,"name":N,"release":B} → HoldReport
 //! POST /v1/verify              {"group":G,"repair":B,"rate_bits_per_s":N} → VerifyReport, when it has begun
 //! GET  /v1/verify/{group}      VerifyReport of the verification that runs, or of the last one
 //! POST /v1/verify/stop         {"group":G}                  → VerifyReport
 //! POST /v1/restore             RestoreOrder                 → JSON lines: {"progress":{…}}*, then {"result":…} or {"error":…}
+//! POST /v1/restore/cancel      {"to":TARGET}                 → {"to","ended":N}, when they have ended
 //! any error                    {"error":{"kind":K,"message":M}}
 //! ```
+//! A restore ends with the connection that asked for it.
 //! Owns: the socket file while it serves. What a request does is the [`Backend`]'s: this file only carries.
 //! Invariants: a socket on which somebody listens is never taken away; nobody but the owner's user can connect, at no
 //! moment (the socket appears under its name only after its mode is set).
@@ -76,8 +80,24 @@ pub trait Backend: Send + Sync + 'static {
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value>;
     /// Lets it roll forward again.
     fn resume(&self, group: String) -> Answer<'_, Value>;
+    /// Overwrites replicas of a group that others changed, by a new synchronisation.
+    fn resync(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async {
+            Err(Fault::not_possible(
+                "whether a replica is overwritten is decided at the receiver: ask the receiver's control socket",
+            ))
+        })
+    }
     /// Puts a bookmark under hold, or releases it.
     fn hold(&self, group: String, name: String, release: bool) -> Answer<'_, Value>;
+    /// Takes whichever copy of a group's source comes next.
+    fn admit(&self, _group: String) -> Answer<'_, Value> {
+        Box::pin(async {
+            Err(Fault::not_possible(
+                "sources are admitted at the receiver: ask the receiver's control socket",
+            ))
+        })
+    }
     /// Begins to check the stored segments of a group.
     fn scrub(&self, _group: String) -> Answer<'_, Value> {
         Box::pin(async {
@@ -94,8 +114,14 @@ pub trait Backend: Send + Sync + 'static {
     fn verification(&self, _group: String, _stop: bool) -> Answer<'_, Value> {
         Box::pin(async { Err(compares_elsewhere()) })
     }
-    /// Restores; `progress` is told as it goes, and may be full.
+    /// Restores; `progress` is told as it goes, and may be full. Ends when the answer is not waited for any more.
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value>;
+    /// Ends the restores to a target.
+    fn cancel_restore(&self, _to: PathBuf) -> Answer<'_, Value> {
+        Box::pin(async {
+            Err(Fault::not_possible("restores run at the receiver: ask the receiver's control socket"))
+        })
+    }
 }
 
 fn compares_elsewhere() -> Fault {
@@ -181,6 +207,13 @@ struct ResumeBody {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct ResyncBody {
+    group: String,
+    overwrite: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct VerifyBody {
     group: String,
     #[serde(default)]
@@ -193,6 +226,12 @@ struct VerifyBody {
 #[serde(deny_unknown_fields)]
 struct VerifyStopBody {
     group: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CancelBody {
+    to: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -303,14 +342,17 @@ fn router(desk: Desk) -> Router {
         .route("/v1/bookmark", post(bookmark))
         .route("/v1/attach", post(attach))
         .route("/v1/detach", post(detach))
+        .route("/v1/admit", post(admit))
         .route("/v1/scrub", post(scrub))
         .route("/v1/rewind", post(rewind))
         .route("/v1/resume", post(resume))
+        .route("/v1/resync", post(resync))
         .route("/v1/hold", post(hold))
         .route("/v1/verify", post(verify))
         .route("/v1/verify/stop", post(verify_stop))
         .route("/v1/verify/{group}", get(verification))
         .route("/v1/restore", post(restore))
+        .route("/v1/restore/cancel", post(cancel_restore))
         .route("/v1/version", get(version))
         .fallback(unknown)
         .method_not_allowed_fallback(unknown)
@@ -350,47 +392,69 @@ async fn points(State(desk): Shared, UrlPath(group): UrlPath<String>) -> Result<
 
 async fn bookmark(State(desk): Shared, body: Body<BookmarkBody>) -> Result<Json<Value>, Fault> {
     let BookmarkBody { group, name } = parsed(body)?;
-    Ok(Json(json!({ "lsn": desk.backend.bookmark(group, name).await? })))
+    let order = format!("bookmark {group} {name}");
+    Ok(Json(json!({ "lsn": carried(order, desk.backend.bookmark(group, name)).await? })))
 }
 
 async fn attach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Value>, Fault> {
-    Ok(Json(json!({ "volume": desk.backend.attach(parsed(body)?.device).await? })))
+    let device = parsed(body)?.device;
+    let order = format!("attach {}", device.display());
+    Ok(Json(json!({ "volume": carried(order, desk.backend.attach(device)).await? })))
 }
 
 async fn detach(State(desk): Shared, body: Body<DeviceBody>) -> Result<Json<Value>, Fault> {
-    desk.backend.detach(parsed(body)?.device).await.map(Json)
+    let device = parsed(body)?.device;
+    carried(format!("detach {}", device.display()), desk.backend.detach(device)).await.map(Json)
 }
 
 /// What was begun goes on when the client goes away or the daemon stops.
 async fn rewind(State(desk): Shared, body: Body<RewindBody>) -> Result<Json<Value>, Fault> {
     let RewindBody { group, at } = parsed(body)?;
     let report = tokio::select! {
-        report = desk.backend.rewind(group, at) => report?,
+        report = carried(format!("rewind {group} --at {at}"), desk.backend.rewind(group, at)) => report?,
         () = stopped(desk.stop.clone()) => return Err(stopping()),
     };
     Ok(Json(report))
 }
 
 async fn resume(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
-    desk.backend.resume(parsed(body)?.group).await.map(Json)
+    let group = parsed(body)?.group;
+    carried(format!("resume {group}"), desk.backend.resume(group)).await.map(Json)
+}
+
+async fn resync(State(desk): Shared, body: Body<ResyncBody>) -> Result<Json<Value>, Fault> {
+    let ResyncBody { group, overwrite } = parsed(body)?;
+    if !overwrite {
+        return Err(Fault::usage("a replica that others changed is overwritten only by \"overwrite\": true"));
+    }
+    desk.backend.resync(group).await.map(Json)
+}
+
+async fn admit(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
+    desk.backend.admit(parsed(body)?.group).await.map(Json)
 }
 
 async fn scrub(State(desk): Shared, body: Body<ResumeBody>) -> Result<Json<Value>, Fault> {
-    desk.backend.scrub(parsed(body)?.group).await.map(Json)
+    let group = parsed(body)?.group;
+    carried(format!("scrub {group}"), desk.backend.scrub(group)).await.map(Json)
 }
 
 async fn hold(State(desk): Shared, body: Body<HoldBody>) -> Result<Json<Value>, Fault> {
     let HoldBody { group, name, release } = parsed(body)?;
-    desk.backend.hold(group, name, release).await.map(Json)
+    let order = format!("{} {group} {name}", if release { "hold --release" } else { "hold" });
+    carried(order, desk.backend.hold(group, name, release)).await.map(Json)
 }
 
 async fn verify(State(desk): Shared, body: Body<VerifyBody>) -> Result<Json<Value>, Fault> {
     let VerifyBody { group, repair, rate_bits_per_s } = parsed(body)?;
-    desk.backend.verify(group, replicator::verify::Order { repair, rate_bits_per_s }).await.map(Json)
+    let order = format!("verify {group}{}", if repair { " --repair" } else { "" });
+    let asked = replicator::verify::Order { repair, rate_bits_per_s };
+    carried(order, desk.backend.verify(group, asked)).await.map(Json)
 }
 
 async fn verify_stop(State(desk): Shared, body: Body<VerifyStopBody>) -> Result<Json<Value>, Fault> {
-    desk.backend.verification(parsed(body)?.group, true).await.map(Json)
+    let group = parsed(body)?.group;
+    carried(format!("verify {group} --stop"), desk.backend.verification(group, true)).await.map(Json)
 }
 
 async fn verification(State(desk): Shared, UrlPath(group): UrlPath<String>) -> Result<Json<Value>, Fault> {
@@ -411,6 +475,23 @@ async fn restore(State(desk): Shared, body: Body<RestoreOrder>) -> Result<Respon
     };
     let body = axum::body::Body::new(lines::Lines::new(first, lines));
     Ok(([(header::CONTENT_TYPE, "application/jsonl")], body).into_response())
+}
+
+/// Carries out an order of the operator's, with a line in the log for it and one for how it ended.
+async fn carried<T>(order: String, doing: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    let order = order.escape_debug();
+    tracing::info!(%order, "ordered");
+    let done = doing.await;
+    match &done {
+        Ok(_) => tracing::info!(%order, "carried out"),
+        Err(fault) => tracing::warn!(%order, why = %fault.message.escape_debug(), "not carried out"),
+    }
+    done
+}
+
+async fn cancel_restore(State(desk): Shared, body: Body<CancelBody>) -> Result<Json<Value>, Fault> {
+    let to = parsed(body)?.to;
+    carried(format!("end the restore to {}", to.display()), desk.backend.cancel_restore(to)).await.map(Json)
 }
 
 fn parsed<T>(body: Body<T>) -> Result<T, Fault> {

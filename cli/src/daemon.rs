@@ -5,14 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use sd_notify::NotifyState;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::DaemonArgs;
 use crate::backend::{Receiver, Source};
 use crate::control::{Backend, Server};
+use crate::modes;
 use crate::output::{self, Screen};
+use crate::signals::Signals;
 use crate::status;
 
 /// How often systemd hears how it goes.
@@ -20,16 +21,21 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(10);
 /// Looks after a stop whether requests have let go, for 2 s in all.
 const LET_GO: Duration = Duration::from_millis(10);
 const LET_GO_ROUNDS: u32 = 200;
+/// How long a stop waits for a start that is under way; longer than starts take on disks that answer.
+pub const START_PATIENCE: Duration = Duration::from_secs(10);
 
 /// `afterimage replicate`.
 pub async fn replicate(args: DaemonArgs) -> Result<()> {
     output::start_logging(args.log_format, Screen::plain())?;
     let settings = conf::load_replicator(&args.config)?.settings;
+    modes::tighten(&settings.dir);
     let control = settings.control.clone();
     let mut signals = Signals::new()?;
-    let handle = Arc::new(replicator::Replicator::start(settings).await?);
+    let start = async { Ok(replicator::Replicator::start(settings).await?) };
+    let handle = Arc::new(signals.or_give_up(START_PATIENCE, start).await?);
     let backend = Arc::new(Source(handle.clone()));
-    let ended = run(&control, backend, &mut signals, async { handle.failed().await.into() }).await;
+    let failed = async { handle.failed().await.into() };
+    let ended = run(&control, backend, &mut signals, handle.until_served(), failed).await;
     let stopped = signals.or_at_once(stop(handle, |handle| handle.shutdown())).await;
     ended.and(stopped)
 }
@@ -38,27 +44,33 @@ pub async fn replicate(args: DaemonArgs) -> Result<()> {
 pub async fn receive(args: DaemonArgs) -> Result<()> {
     output::start_logging(args.log_format, Screen::plain())?;
     let settings = conf::load_receiver(&args.config)?.settings;
+    modes::tighten(&settings.dir);
     let control = settings.control.clone();
     let mut signals = Signals::new()?;
-    let handle = Arc::new(receiver::agent::Receiver::start(settings).await?);
+    let start = async { Ok(receiver::agent::Receiver::start(settings).await?) };
+    let handle = Arc::new(signals.or_give_up(START_PATIENCE, start).await?);
     tracing::info!(listen = %handle.local_addr(), "receiving");
     let backend = Arc::new(Receiver(handle.clone()));
-    let ended = run(&control, backend, &mut signals, async { handle.failed().await.into() }).await;
+    let failed = async { handle.failed().await.into() };
+    let ended = run(&control, backend, &mut signals, std::future::ready(()), failed).await;
     let stopped = signals.or_at_once(stop(handle, |handle| handle.shutdown())).await;
     ended.and(stopped)
 }
 
-/// Serves until a signal (`Ok`) or until the handle fails (its reason).
+/// Serves until a signal (`Ok`) or until the handle fails (its reason). systemd hears `READY=1` when the control socket is open and
+/// `ready` says that clients are served as well.
 async fn run(
     control: &Path,
     backend: Arc<dyn Backend>,
     signals: &mut Signals,
+    ready: impl Future<Output = ()>,
     failed: impl Future<Output = anyhow::Error>,
 ) -> Result<()> {
     let server = Server::start(control, backend.clone()).await?;
-    notify(&[NotifyState::Ready]);
-    tracing::info!(control = %control.display(), "ready");
     let told = async {
+        ready.await;
+        notify(&[NotifyState::Ready]);
+        tracing::info!(control = %control.display(), "ready");
         loop {
             notify(&[NotifyState::Status(&status::summary(&backend.status()))]);
             tokio::time::sleep(STATUS_INTERVAL).await;
@@ -66,7 +78,7 @@ async fn run(
     };
     let ended = tokio::select! {
         name = signals.stop() => {
-            tracing::info!(signal = name, "stopping; a second signal stops at once");
+            tracing::info!(signal = name, "stopping; another signal, a second from now or later, stops at once");
             Ok(())
         }
         error = failed => Err(error),
@@ -102,35 +114,5 @@ pub async fn alone<T>(mut shared: Arc<T>) -> Result<T> {
 pub fn notify(state: &[NotifyState]) {
     if let Err(error) = sd_notify::notify(false, state) {
         tracing::debug!(%error, "systemd was not told");
-    }
-}
-
-/// SIGTERM and SIGINT.
-pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    /// From now on the signals are ours.
-    pub fn new() -> Result<Signals> {
-        let hear = |kind| signal(kind).context("listen for signals");
-        Ok(Signals { terminate: hear(SignalKind::terminate())?, interrupt: hear(SignalKind::interrupt())? })
-    }
-
-    /// The next one.
-    pub async fn stop(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-
-    /// Finishes a graceful stop, unless another signal says that there is no time for it.
-    pub async fn or_at_once(&mut self, graceful: impl Future<Output = Result<()>>) -> Result<()> {
-        tokio::select! {
-            done = graceful => done,
-            name = self.stop() => anyhow::bail!("{name} again: stopped at once; the next start recovers"),
-        }
     }
 }

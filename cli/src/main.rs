@@ -17,10 +17,13 @@ mod demo_disk;
 mod exit;
 mod identity;
 mod journal;
+mod journal_lines;
+mod modes;
 mod nbd_client;
 mod output;
 mod restore;
 mod rewind;
+mod signals;
 mod status;
 mod up;
 mod up_disk;
@@ -36,6 +39,7 @@ use crate::args::{Command, ConfCommand};
 use crate::client::Client;
 
 fn main() -> ExitCode {
+    modes::for_the_owner_only();
     let cli = args::parse();
     match run(cli.command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -63,8 +67,10 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Restore(args) => call(restore::run(args)),
         Command::Rewind(args) => call(rewind::rewind(args)),
         Command::Resume(args) => call(rewind::resume(args)),
+        Command::Resync(args) => call(rewind::resync(args)),
         Command::Hold(args) => call(rewind::hold(args)),
         Command::Verify(args) => call(verify::run(args)),
+        Command::Admit(args) => call(status::admit(Client::find(&args.target)?, args.group)),
         Command::Scrub(args) => call(status::scrub(Client::find(&args.target)?, args.group)),
         Command::Journal(command) => journal::run(command),
         Command::Identity(command) => identity::run(command),

@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::args::LogFormat;
+use crate::journal_lines::{Prioritised, goes_to_journal};
 
 /// How often a log sees progress; a terminal sees it all the time.
 const PLAIN_PROGRESS: Duration = Duration::from_secs(5);
@@ -62,10 +63,14 @@ pub fn start_logging(format: LogFormat, screen: Screen) -> Result<()> {
         .map_err(|error| crate::exit::Fault::usage(format!("AFTERIMAGE_LOG={filter}: {error}")))?;
     let ansi = io::stderr().is_terminal();
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(screen);
+    // The journal has its own time for each line.
+    let text = tracing_subscriber::fmt::format().with_ansi(ansi);
     // A second start in one process (tests) keeps the first.
-    let _ = match format {
-        LogFormat::Text => logs.try_init(),
-        LogFormat::Json => logs.json().try_init(),
+    let _ = match (format, goes_to_journal()) {
+        (LogFormat::Text, false) => logs.try_init(),
+        (LogFormat::Text, true) => logs.event_format(Prioritised(text.without_time())).try_init(),
+        (LogFormat::Json, false) => logs.json().try_init(),
+        (LogFormat::Json, true) => logs.json().event_format(Prioritised(text.json())).try_init(),
     };
     Ok(())
 }

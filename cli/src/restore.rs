@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use receiver::point::At;
 use receiver::restore::{RestoreReport, RestoreRequest};
+use receiver::restoring::Restoring;
+use receiver::target::Guarded;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::RestoreArgs;
 use crate::client::Client;
@@ -14,17 +17,21 @@ use crate::output::{self, size};
 
 /// `afterimage restore`.
 pub async fn run(args: RestoreArgs) -> Result<()> {
+    if let Some(target) = &args.cancel {
+        return cancel(&args, target).await;
+    }
+    let missing = || Fault::usage("restore needs GROUP, --at POINT and --to PATH");
     let order = RestoreOrder {
-        group: args.group,
-        at: args.at,
-        to: std::path::absolute(&args.to).context("find the current directory")?,
+        group: args.group.ok_or_else(missing)?,
+        at: args.at.ok_or_else(missing)?,
+        to: std::path::absolute(args.to.ok_or_else(missing)?).context("find the current directory")?,
         volume: args.volume,
         force: args.force,
         dry_run: args.dry_run,
     };
     let mut bar = output::Progress::new("restore");
     let report = match &args.journal {
-        Some(dir) => bare(dir, &order, |done, total| bar.set(done, total)),
+        Some(dir) => bare(dir, &order, &mut bar).await,
         None => {
             let client = Client::find(&args.target)?;
             let body = serde_json::to_value(&order).context("ask for the restore")?;
@@ -38,12 +45,46 @@ pub async fn run(args: RestoreArgs) -> Result<()> {
     if args.json { output::json(&report) } else { output::line(told(&report)) }
 }
 
-/// Restores from a directory whose daemon does not run, under the directory's lock.
-fn bare(dir: &Path, order: &RestoreOrder, mut progress: impl FnMut(u64, u64)) -> Result<RestoreReport> {
+/// `afterimage restore --cancel`.
+async fn cancel(args: &RestoreArgs, target: &Path) -> Result<()> {
+    let target = std::path::absolute(target).context("find the current directory")?;
+    let client = Client::find(&args.target)?;
+    let answer = client.post("/v1/restore/cancel", &serde_json::json!({ "to": target })).await?;
+    if args.json {
+        return output::json(&answer);
+    }
+    output::line(format!("the restore to {} is ended; a file has no part of it", target.display()))
+}
+
+/// Restores from a directory whose daemon does not run, under the directory's lock. A signal ends it in good order, so
+/// that no temporary file stays.
+async fn bare(dir: &Path, order: &RestoreOrder, bar: &mut output::Progress) -> Result<RestoreReport> {
     let home = group_dir(dir, &order.group)?;
-    let disk = std::sync::Arc::new(journal::io::RealDisk);
-    let (_lock, history) = receiver::restore::open_bare(disk, &home).map_err(of_bare)?;
-    Ok(receiver::restore::restore(&history, &request(order)?, &mut progress)?)
+    let request = request(order)?;
+    let mut guarded = Guarded::default();
+    guarded.dir(dir);
+    let restoring = Restoring::alone(&request.at, &request.to);
+    let canceller = restoring.canceller();
+    let hear = |kind| signal(kind).context("listen for signals");
+    let mut interrupt = hear(SignalKind::interrupt())?;
+    let mut terminate = hear(SignalKind::terminate())?;
+    let mut hangup = hear(SignalKind::hangup())?;
+    let (tell, mut told) = tokio::sync::mpsc::channel(1);
+    let mut work = tokio::task::spawn_blocking(move || {
+        let disk = std::sync::Arc::new(journal::io::RealDisk);
+        let (_lock, history) = receiver::restore::open_bare(disk, &home).map_err(of_bare)?;
+        let mut progress = |done, total| _ = tell.try_send((done, total));
+        Ok(receiver::restore::restore_as(&history, &request, &guarded, &restoring, &mut progress)?)
+    });
+    loop {
+        tokio::select! {
+            done = &mut work => return done.context("restore")?,
+            _ = interrupt.recv() => canceller.cancel(),
+            _ = terminate.recv() => canceller.cancel(),
+            _ = hangup.recv() => canceller.cancel(),
+            Some((done, total)) = told.recv() => bar.set(done, total),
+        }
+    }
 }
 
 /// What it means that a bare directory cannot be opened.

@@ -1,18 +1,18 @@
-//! `rewind`, `resume`, `hold`: orders about a group's replica and history; through the daemon, or on a bare directory.
+//! `rewind`, `resume`, `resync`, `hold`: orders about a group's replica and history; through the daemon, or on a bare directory.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use journal::io::{Disk, RealDisk};
-use receiver::apply::{HoldReport, ResumeReport, RewindReport};
+use receiver::apply::{HoldReport, OverwriteReport, ResumeReport, RewindReport};
 use receiver::bare::Bare;
 use receiver::point::At;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::args::{HoldArgs, Place, ResumeArgs, RewindArgs};
+use crate::args::{HoldArgs, Place, ResumeArgs, ResyncArgs, RewindArgs};
 use crate::client::Client;
 use crate::exit::Fault;
 use crate::output::{self, size};
@@ -57,6 +57,30 @@ pub async fn resume(args: ResumeArgs) -> Result<()> {
             ),
         }
     })
+}
+
+/// `afterimage resync --overwrite`.
+pub async fn resync(args: ResyncArgs) -> Result<()> {
+    let ResyncArgs { group, overwrite, json, target } = args;
+    let body = json!({ "group": group, "overwrite": overwrite });
+    let answer = Client::find(&target)?.post("/v1/resync", &body).await?;
+    let report: OverwriteReport = serde_json::from_value(answer).context("read the daemon's report")?;
+    if json {
+        return output::json(&report);
+    }
+    let OverwriteReport { group, why, found, holds } = &report;
+    output::line(format!(
+        "{group}: {why}\nit is overwritten by a new synchronisation as soon as its source is connected"
+    ))?;
+    if let Some(found) = found {
+        output::line(format!(
+            "what it holds now stays reachable: `afterimage restore {group} --at {found} --to PATH`"
+        ))?;
+    }
+    if !holds.is_empty() {
+        output::line(format!("the history up to now ended, and with it the holds of: {}", holds.join(", ")))?;
+    }
+    Ok(())
 }
 
 /// `afterimage hold`.

@@ -14,6 +14,8 @@ use serde_json::{Map, Value, json};
 use crate::client::Client;
 use crate::output::{self, size};
 
+/// Clocks that differ by more are told.
+const SKEW_MS: i64 = 5000;
 /// How often `--watch` looks.
 const WATCH: Duration = Duration::from_secs(1);
 
@@ -158,6 +160,14 @@ pub async fn points(client: Client, group: String, json: bool) -> Result<()> {
     if json { output::json(&answer) } else { output::line(render_points(&answer)) }
 }
 
+/// `afterimage admit`.
+pub async fn admit(client: Client, group: String) -> Result<()> {
+    client.post("/v1/admit", &json!({ "group": group })).await?;
+    output::line(format!(
+        "the source of {group} that connects next is taken; other copies of it are refused from then on"
+    ))
+}
+
 /// `afterimage scrub`.
 pub async fn scrub(client: Client, group: String) -> Result<()> {
     client.post("/v1/scrub", &serde_json::json!({ "group": group })).await?;
@@ -203,14 +213,41 @@ fn render_group(group: &Group) -> String {
             format!("\n  {count} rotten places of the journal were fetched from the source again (--json)")
         }
     };
+    let restores = group.more.get("restores").and_then(Value::as_array).into_iter().flatten();
+    let restores: String = restores.map(render_restore).collect();
+    let skew = group.more.get("clock_skew_ms").and_then(Value::as_i64).filter(|ms| ms.abs() > SKEW_MS);
+    let skew = skew.map_or(String::new(), |ms| {
+        let direction = if ms > 0 { "ahead of" } else { "behind" };
+        format!("\n  the source's clock is {} s {direction} the receiver's", ms.abs() / 1000)
+    });
     format!(
-        "{}: {}{why}{repaired}\n  epoch {}, lsn {}\n  RPO {rpo}, backlog {}\n{}",
+        "{}: {}{why}{repaired}{restores}{skew}\n  epoch {}, lsn {}\n  RPO {rpo}, backlog {}\n{}",
         group.name,
         group.state,
         group.epoch,
         lsns.join(", "),
         size(group.backlog_bytes),
         output::table(&["  VOLUME", "STATE", "SIZE", "WHERE"], &rows)
+    )
+}
+
+/// A restore that runs.
+fn render_restore(restore: &Value) -> String {
+    let number = |key: &str| restore[key].as_u64();
+    let text = |key: &str| restore[key].as_str().unwrap_or_default();
+    let (done, total) = (number("done_bytes").unwrap_or(0), number("total_bytes").unwrap_or(0));
+    let left = number("left_ms").map(|ms| {
+        let left = Duration::from_secs(ms.div_ceil(1000));
+        format!(", {} left", humantime::format_duration(left))
+    });
+    let ends = if restore["cancelled"] == true { ", being ended" } else { "" };
+    format!(
+        "\n  restores {} to {}: {} of {}{}{ends}",
+        text("at"),
+        text("to"),
+        size(done),
+        size(total),
+        left.unwrap_or_default()
     )
 }
 
@@ -271,6 +308,28 @@ fn render_points(points: &Value) -> String {
             gap["from_lsn"],
             gap["to_lsn"],
             text(&gap["reason"])
+        )
+    }));
+    lines.extend(list("ended").iter().map(|end| {
+        let what = if end["is_over"] == true { "history ended" } else { "history cannot be used since" };
+        let holds = match end["holds"].as_u64() {
+            None | Some(0) => String::new(),
+            Some(holds) => format!(", {holds} bookmarks under hold among them"),
+        };
+        format!(
+            "{what} {}: lsn {} to {}{holds}: {}",
+            text(&end["at"]),
+            end["from_lsn"],
+            end["to_lsn"],
+            text(&end["why"])
+        )
+    }));
+    lines.extend(list("found").iter().map(|found| {
+        format!(
+            "{}: what others had left, overwritten by order {}: {}",
+            text(&found["point"]),
+            text(&found["at"]),
+            text(&found["why"])
         )
     }));
     lines.extend(list("warnings").iter().map(|warning| format!("warning: {}", text(warning))));

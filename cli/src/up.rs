@@ -12,15 +12,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use receiver::target::Guarded;
 use rustix::fs::FlockOperation;
 use wire::Identity;
 
 use crate::args::UpArgs;
 use crate::backend::Both;
 use crate::control::{Backend, Server};
-use crate::daemon::{self, Signals};
+use crate::daemon::{self, START_PATIENCE};
 use crate::exit::{Fault, Kind};
 use crate::output::{self, Screen};
+use crate::signals::Signals;
 use crate::status::{self, Status};
 use crate::up_plan::{self, Plan};
 
@@ -35,9 +37,11 @@ pub async fn run(args: UpArgs) -> Result<()> {
     output::start_logging(args.log_format, screen.clone())?;
     let dir = open_dir(&args.dir)?;
     let _lock = lock(&dir)?;
+    crate::modes::tighten(&up_plan::source_dir(&dir));
+    crate::modes::tighten(&up_plan::receiver_dir(&dir));
     let plan = Plan::resolve(&args, &dir)?;
     let mut signals = Signals::new()?;
-    let (backend, plan) = start(plan, &dir).await?;
+    let (backend, plan) = signals.or_give_up(START_PATIENCE, start(plan, &dir)).await?;
     let backend = Arc::new(backend);
     let ended = serve(&backend, plan, &dir, &screen, &mut signals).await;
     screen.end();
@@ -88,6 +92,7 @@ async fn start(mut plan: Plan, dir: &Path) -> Result<(Both, Plan)> {
     let address = receiver.local_addr();
     plan.receiver_port = address.port();
     let settings = plan.source(dir, address, theirs)?;
+    receiver.guard(&guarded(dir, &settings));
     match replicator::Replicator::start(settings).await {
         Ok(source) => Ok((Both { source: Arc::new(source), receiver: Arc::new(receiver) }, plan)),
         Err(error) => {
@@ -98,6 +103,16 @@ async fn start(mut plan: Plan, dir: &Path) -> Result<(Both, Plan)> {
             Err(error.into())
         }
     }
+}
+
+/// What no restore of this process may write to, beside what the receiver knows.
+fn guarded(dir: &Path, settings: &conf::Replicator) -> Guarded {
+    let mut guarded = Guarded::default();
+    for own in [dir, &settings.dir, &settings.ring_dir, &settings.identity_dir] {
+        guarded.dir(own);
+    }
+    settings.volume.iter().for_each(|volume| guarded.file(&volume.path));
+    guarded
 }
 
 /// On the port that it had last, or on any other: only our own replicator asks for it.
@@ -119,7 +134,7 @@ async fn serve(
     let server = Server::start(&up_plan::control_path(dir), backend.clone()).await?;
     let ended = tokio::select! {
         name = signals.stop() => {
-            tracing::info!(signal = name, "stopping; a second signal stops at once");
+            tracing::info!(signal = name, "stopping; another signal, a second from now or later, stops at once");
             Ok(())
         }
         error = backend.source.failed() => Err(error.into()),
@@ -134,6 +149,7 @@ async fn serve(
 /// Prints URIs as volumes are served, and how it goes.
 async fn tell(backend: &Both, plan: Plan, dir: &Path, screen: &Screen) -> Result<()> {
     plan.store(dir)?;
+    backend.source.until_served().await;
     daemon::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(control = %up_plan::control_path(dir).display(), "ready");
     let mut printed = BTreeSet::new();

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use rustix::fs::{Mode, OFlags, major, minor};
+use machine::disk::container::Container;
+use rustix::fs::{Mode, OFlags};
 
 use crate::exit::{Fault, Kind};
 
@@ -35,11 +36,12 @@ pub fn check(path: &Path) -> Result<()> {
     if !kind.is_file() && !kind.is_block_device() {
         anyhow::bail!(Fault::usage(format!("disk {at}: neither a file nor a block device")));
     }
-    let users = if kind.is_block_device() { device_users(found.rdev()) } else { file_users(path) };
-    if let Some(user) = users.first() {
+    let users = fs::File::open(path).and_then(|file| machine::disk::users_of(&file)).unwrap_or_default();
+    if !users.is_empty() {
+        let users = machine::disk::users::told(&users);
         anyhow::bail!(Fault::new(
             Kind::Busy,
-            format!("disk {at} is in use ({user}): unmount or stop that first")
+            format!("disk {at} is in use ({users}): unmount or stop that first")
         ));
     }
     // O_EXCL on a block device fails while the kernel uses it in any way, also where nobody above names the user.
@@ -57,61 +59,30 @@ pub fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Mounts of a device and of its partitions, and what the kernel has stacked upon it.
-fn device_users(device: u64) -> Vec<String> {
-    let home = PathBuf::from(format!("/sys/dev/block/{}:{}", major(device), minor(device)));
-    let mut users = users_of(&home);
-    for entry in fs::read_dir(&home).into_iter().flatten().flatten() {
-        if entry.path().join("partition").exists() {
-            users.extend(users_of(&entry.path()));
-        }
+/// Refuses, for a disk that is not protected yet, what is no disk: a container with one in it, or what `up` keeps in DIR.
+///
+/// # Errors
+/// What it is, and what to do.
+pub fn check_new(path: &Path, dir: &Path) -> Result<()> {
+    let found = fs::File::open(path).ok().and_then(|file| Container::of(&file));
+    if let Some(container) = found {
+        anyhow::bail!(Fault::usage(format!("--disk: {}", container.advice(path))));
     }
-    users
-}
-
-fn users_of(home: &Path) -> Vec<String> {
-    let number = fs::read_to_string(home.join("dev")).unwrap_or_default();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut users = mounts_of(&mounts, number.trim());
-    let holders = fs::read_dir(home.join("holders")).into_iter().flatten().flatten();
-    users.extend(holders.map(|holder| format!("used by {}", holder.file_name().to_string_lossy())));
-    users
-}
-
-/// Mount points of device `MAJOR:MINOR` in the text of a mountinfo file: fields 3 and 5.
-fn mounts_of(mountinfo: &str, number: &str) -> Vec<String> {
-    let mounted = |line: &str| {
-        let mut fields = line.split(' ');
-        let device = fields.nth(2)?;
-        let place = fields.nth(1)?;
-        (device == number).then(|| format!("mounted at {place}"))
-    };
-    mountinfo.lines().filter_map(mounted).collect()
-}
-
-/// Loop devices over a file.
-fn file_users(path: &Path) -> Vec<String> {
-    let blocks = fs::read_dir("/sys/block").into_iter().flatten().flatten();
-    blocks
-        .filter(|block| {
-            let backing = fs::read_to_string(block.path().join("loop/backing_file")).unwrap_or_default();
-            Path::new(backing.trim_end_matches('\n')) == path
-        })
-        .map(|block| format!("behind /dev/{}", block.file_name().to_string_lossy()))
-        .collect()
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    if path.starts_with(crate::up_plan::receiver_dir(&dir))
+        || path.starts_with(crate::up_plan::source_dir(&dir))
+    {
+        let at = path.display();
+        anyhow::bail!(Fault::usage(format!(
+            "--disk {at} lies among what `up` itself keeps in --dir: move it"
+        )));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mount_points_are_found_by_device_number() {
-        let text = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 22 8:2 / /home rw,relatime shared:1 - xfs /dev/sda2 rw\n";
-        assert_eq!(mounts_of(text, "8:2"), ["mounted at /home"]);
-        assert!(mounts_of(text, "8:3").is_empty());
-        assert!(mounts_of("garbage\n\n", "8:3").is_empty());
-    }
 
     #[test]
     fn mistakes_say_what_to_do() {
@@ -123,5 +94,12 @@ mod tests {
         let image = dir.path().join("image");
         std::fs::write(&image, [0; 4096]).unwrap();
         check(&image).unwrap();
+        check_new(&image, dir.path()).unwrap();
+        std::fs::write(&image, [&b"vhdxfile"[..], &[0; 4088]].concat()).unwrap();
+        let container = check_new(&image, dir.path()).unwrap_err();
+        assert!(container.to_string().contains("qemu-img convert -f vhdx"), "{container}");
+        let dir = dir.path().canonicalize().unwrap();
+        let ours = check_new(&dir.join("receiver/replica/default/disk.img"), &dir).unwrap_err();
+        assert!(ours.to_string().contains("move it"), "{ours}");
     }
 }

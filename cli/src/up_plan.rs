@@ -91,7 +91,7 @@ impl Plan {
         let volume = names
             .into_iter()
             .zip(&args.disks)
-            .map(|(name, disk)| planned(name, disk))
+            .map(|(name, disk)| planned(name, disk, &args.dir))
             .collect::<Result<_>>()?;
         let group = args.group.clone().unwrap_or_else(|| DEFAULT_GROUP.into());
         Ok(Plan { group, receiver_port: 0, nbd_tcp: None, sync: args.sync.unwrap_or_default(), volume })
@@ -121,10 +121,12 @@ impl Plan {
         });
         let mut settings = conf::Replicator::embedded(&home, &self.group, volumes, receiver, identity)?;
         settings.control = control_path(dir);
-        // The default directory belongs to whoever came first, usually root.
-        let user = rustix::process::getuid();
+        // The default directory is root's.
+        let user = rustix::process::geteuid();
         if !user.is_root() {
-            settings.ring_dir.set_file_name(format!("afterimage-{}", user.as_raw()));
+            let at_run_time =
+                std::env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join("afterimage"));
+            settings.ring_dir = user_ring_dir(at_run_time, user.as_raw());
         }
         for (volume, index) in settings.volume.iter_mut().zip(0u16..) {
             volume.sync = self.sync;
@@ -139,6 +141,18 @@ impl Plan {
         settings.control = control_path(dir);
         Ok(settings)
     }
+}
+
+fn is_tmpfs(dir: &Path) -> bool {
+    const TMPFS_MAGIC: i128 = 0x0102_1994;
+    rustix::fs::statfs(dir).is_ok_and(|found| i128::from(found.f_type) == TMPFS_MAGIC)
+}
+
+/// Where an ordinary user's rings live: below `XDG_RUNTIME_DIR`, unless that is missing or not in memory.
+fn user_ring_dir(at_run_time: Option<PathBuf>, user: u32) -> PathBuf {
+    at_run_time
+        .filter(|dir| dir.is_absolute() && dir.parent().is_some_and(is_tmpfs))
+        .unwrap_or_else(|| format!("/dev/shm/afterimage-{user}").into())
 }
 
 /// Where the source keeps its state.
@@ -177,10 +191,14 @@ fn names(given: &[String], volumes: usize) -> Result<Vec<String>> {
     }
 }
 
-fn planned(name: String, disk: &DiskArg) -> Result<PlannedVolume> {
+fn planned(name: String, disk: &DiskArg, dir: &Path) -> Result<PlannedVolume> {
     Ok(match disk {
         DiskArg::Size(bytes) => PlannedVolume { name, size_bytes: Some(*bytes), disk: None },
-        DiskArg::Disk(path) => PlannedVolume { name, size_bytes: None, disk: Some(up_disk::find(path)?) },
+        DiskArg::Disk(path) => {
+            let path = up_disk::find(path)?;
+            up_disk::check_new(&path, dir)?;
+            PlannedVolume { name, size_bytes: None, disk: Some(path) }
+        }
     })
 }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const COMMANDS: [&[&str]; 26] = [
+const COMMANDS: [&[&str]; 28] = [
     &[],
     &["up"],
     &["replicate"],
@@ -18,8 +18,10 @@ const COMMANDS: [&[&str]; 26] = [
     &["restore"],
     &["rewind"],
     &["resume"],
+    &["resync"],
     &["hold"],
     &["verify"],
+    &["admit"],
     &["scrub"],
     &["journal"],
     &["journal", "ls"],

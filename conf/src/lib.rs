@@ -31,7 +31,7 @@ pub use names::check_name;
 pub use quic::Quic;
 pub use receiver::{Apply, History, Receiver, Replica, Segments, Source};
 pub use replicator::{
-    Capture, Journal, Kfilter, Nbd, OnStop, Peer, Replicator, Resync, Ring, SyncMode, Volume,
+    Capture, Journal, Kfilter, Nbd, OnStop, Peer, RING_DIR, Replicator, Resync, Ring, SyncMode, Volume,
 };
 pub use source::{Checked, Daemon, Effective, Loaded, check, load_receiver, load_replicator};
 

@@ -101,6 +101,9 @@ pub struct Source {
     pub identity: [u8; 32],
     /// Groups that it may send, at least one, and nobody else.
     pub groups: Vec<String>,
+    /// What each of them may take here at most: replica images, journal and history. Absent: no such limit.
+    #[serde(with = "units::bytes_option")]
+    pub max_bytes: Option<u64>,
 }
 
 /// One `[[replica]]`.
@@ -170,6 +173,8 @@ pub(crate) struct Raw {
 struct RawSource {
     identity: Option<String>,
     groups: Vec<String>,
+    #[serde(with = "units::bytes_option")]
+    max_bytes: Option<u64>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -240,7 +245,9 @@ fn sources(raw: Vec<RawSource>) -> Result<Vec<Source>, Refused> {
             require(names::check_name(group), &key, &format!("each name is {}", names::NAME_RULE))?;
             require(bound.insert(group.clone()), &key, "a group may belong to one source only")?;
         }
-        sources.push(Source { identity, groups: raw.groups });
+        let enough = raw.max_bytes.is_none_or(|max_bytes| max_bytes >= 64 << 20);
+        require(enough, &format!("source[{i}].max_bytes"), "at least 64MiB is allowed")?;
+        sources.push(Source { identity, groups: raw.groups, max_bytes: raw.max_bytes });
     }
     Ok(sources)
 }
@@ -310,6 +317,7 @@ impl Receiver {
             source: vec![RawSource {
                 identity: Some(units::format_hex32(&source)),
                 groups: vec![group.to_owned()],
+                max_bytes: None,
             }],
             ..Raw::default()
         };
@@ -324,6 +332,16 @@ impl Receiver {
         own.map_or_else(|| default_replica(&self.dir, group, volume), |r| r.path.clone())
     }
 
+    /// What a group may take here at most, if its source has such a limit.
+    pub fn max_bytes(&self, group: &str) -> Option<u64> {
+        self.source.iter().find(|s| s.groups.iter().any(|g| g == group)).and_then(|s| s.max_bytes)
+    }
+
+    /// Groups that the sources may send.
+    pub fn groups(&self) -> usize {
+        self.source.iter().map(|s| s.groups.len()).sum()
+    }
+
     /// Whether this identity may send this group.
     pub fn owns(&self, identity: &[u8; 32], group: &str) -> bool {
         self.source.iter().any(|s| s.identity == *identity && s.groups.iter().any(|g| g == group))
@@ -336,7 +354,7 @@ mod tests {
 
     fn source(identity: u8, groups: &[&str]) -> RawSource {
         let groups = groups.iter().map(|g| g.to_string()).collect();
-        RawSource { identity: Some(units::format_hex32(&[identity; 32])), groups }
+        RawSource { identity: Some(units::format_hex32(&[identity; 32])), groups, max_bytes: None }
     }
 
     #[test]
@@ -353,6 +371,8 @@ mod tests {
             "source[1].identity"
         );
         assert_eq!(sources(vec![source(1, &[])]).unwrap_err().key, "source[0].groups");
+        let small = RawSource { max_bytes: Some(1 << 20), ..source(1, &["a"]) };
+        assert_eq!(sources(vec![small]).unwrap_err().key, "source[0].max_bytes");
         assert_eq!(sources(vec![source(1, &["../x"])]).unwrap_err().key, "source[0].groups");
     }
 

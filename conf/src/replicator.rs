@@ -252,8 +252,9 @@ impl Default for Journal {
     }
 }
 
-/// Where rings live unless told otherwise: a tmpfs on every Linux.
-const RING_DIR: &str = "/dev/shm/afterimage";
+/// Where rings live unless told otherwise. Where it is not in memory, as in most containers, the agent takes
+/// /dev/shm/afterimage.
+pub const RING_DIR: &str = "/run/afterimage";
 
 /// What serde reads: as in the file, nothing checked yet.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -444,9 +445,11 @@ impl Nbd {
 }
 
 impl Ring {
+    /// The smallest: sixteen records of the longest payload, 128 KiB, twice. Below, every burst would overflow.
+    pub const LEAST_BYTES: u64 = 4 << 20;
+
     fn check(&self) -> Result<(), Refused> {
-        // 4 MiB is sixteen records of the longest payload, 128 KiB, twice: below, every burst would overflow.
-        let good = self.bytes.is_power_of_two() && (4 << 20..=4 << 30).contains(&self.bytes);
+        let good = self.bytes.is_power_of_two() && (Ring::LEAST_BYTES..=4 << 30).contains(&self.bytes);
         require(good, "ring.bytes", "a power of two from 4MiB to 4GiB is allowed")
     }
 }

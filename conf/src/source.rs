@@ -364,6 +364,7 @@ mod tests {
         let path = settings.replica.remove(0).path;
         assert_eq!(path, settings.replica_path("web", "root"));
         assert_eq!(settings.history.quota.take(), Some(500 << 30));
+        assert_eq!(settings.source[0].max_bytes.take(), Some(2 << 40));
         let listen = ([0, 0, 0, 0], 7878).into();
         let defaults =
             Receiver::embedded(Path::new("/var/lib/afterimage"), listen, [0xab; 32], "web").unwrap();

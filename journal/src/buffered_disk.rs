@@ -44,12 +44,20 @@ impl Disk for BufferedDisk {
         Ok(Arc::new(BufferedFile(self.0.create(path)?)))
     }
 
+    fn create_in_place(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(BufferedFile(self.0.create_in_place(path)?)))
+    }
+
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         Ok(Arc::new(BufferedFile(self.0.open(path)?)))
     }
 
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         self.0.open_read(path)
+    }
+
+    fn open_read_own(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.0.open_read_own(path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -78,6 +86,10 @@ impl Disk for BufferedDisk {
 
     fn waits(&self) -> bool {
         false
+    }
+
+    fn is_machine(&self) -> bool {
+        self.0.is_machine()
     }
 }
 

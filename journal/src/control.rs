@@ -15,7 +15,12 @@
 //! have after a crash, at the price of a write to the page cache. The slot of the last store is never touched by it, and
 //! the next store goes over the note.
 //!
-//! The file is born under another name and renamed, so a control file that exists has held a whole slot.
+//! The file is born under another name and renamed, so a control file that exists has held a whole slot. Both slots are
+//! written then, in a file that is not copied on write where that can be had: a full disk has room for what comes later.
+//!
+//! A slot that is neither whole nor empty held a store that was cut, or one that rotted: which of the two, it cannot say. The
+//! other slot is the answer then, [`TwoSlot::was_damaged`] says so to owners for which an older answer is dangerous, and their
+//! next store goes over the damaged slot, so it can say in one step what is in doubt.
 
 use crate::io::{Disk, File};
 use crate::{Error, ErrorKind, Result};
@@ -34,6 +39,8 @@ const TRAILER_BYTES: usize = 72;
 const CRC_BYTES: usize = 4;
 const MAGIC: [u8; 8] = *b"AFTRCTL1";
 const VERSION: u16 = 1;
+/// No file is stored so often; a larger number is a stranger's, and the next store could not go above it.
+const MAX_SEQUENCE: u64 = u64::MAX >> 1;
 const READ_ATTEMPTS: usize = 4;
 
 /// Largest payload of a control file whose slots have this size.
@@ -50,6 +57,7 @@ pub struct TwoSlot {
     /// The slot that the next store writes.
     next: u64,
     poisoned: bool,
+    was_damaged: bool,
 }
 
 /// What a read of both slots found.
@@ -95,12 +103,59 @@ impl TwoSlot {
         if names.contains(&format!("{name}.new")) {
             disk.remove(&unfinished).map_err(failed)?;
         }
-        let file = disk.create(&unfinished).map_err(failed)?;
+        TwoSlot::make(disk, path, &unfinished, payload, slot_bytes, 0)
+    }
+
+    /// The same file with larger slots, where it has smaller ones; `payload` is the one in force. A full disk leaves it as it
+    /// is. Crash order: the new file is whole and durable before it takes the name, and holds the same payload.
+    ///
+    /// # Errors
+    /// The disk's, but for a full one; [`ErrorKind::Sync`] is final.
+    pub fn grown(self, disk: &Arc<dyn Disk>, payload: &[u8], slot_bytes: usize) -> Result<TwoSlot> {
+        assert!(is_slot_size(slot_bytes as u64), "a slot is a power of two from 4 to 64 KiB");
+        if self.slot_bytes >= slot_bytes {
+            return Ok(self);
+        }
+        let mut unfinished = self.path.clone().into_os_string();
+        unfinished.push(".new");
+        let unfinished = PathBuf::from(unfinished);
+        match disk.remove(&unfinished) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io(format!("remove {}", unfinished.display()), error));
+            }
+            _ => {}
+        }
+        match TwoSlot::make(disk, &self.path, &unfinished, payload, slot_bytes, self.sequence) {
+            Ok(grown) => Ok(TwoSlot { was_damaged: self.was_damaged, ..grown }),
+            Err(error) if error.kind == ErrorKind::NoSpace => {
+                // It may stay where it is: the next try removes it.
+                let _ = disk.remove(&unfinished);
+                tracing::warn!(path = %self.path.display(), %error, "no room to enlarge a control file");
+                Ok(self)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the file under a name of its own, and then gives it its name; both slots are written.
+    fn make(
+        disk: &Arc<dyn Disk>,
+        path: &Path,
+        unfinished: &Path,
+        payload: &[u8],
+        slot_bytes: usize,
+        sequence: u64,
+    ) -> Result<TwoSlot> {
+        let failed = |error| Error::io(format!("create control file {}", path.display()), error);
+        let dir = path.parent().ok_or_else(|| failed(std::io::ErrorKind::InvalidInput.into()))?;
+        let file = disk.create_in_place(unfinished).map_err(failed)?;
         file.set_size(2 * slot_bytes as u64).map_err(failed)?;
+        file.write_at(&vec![0; slot_bytes], slot_bytes as u64).map_err(failed)?;
+        let (next, poisoned, was_damaged) = (0, false, false);
         let mut control =
-            TwoSlot { file, path: path.into(), slot_bytes, sequence: 0, next: 0, poisoned: false };
+            TwoSlot { file, path: path.into(), slot_bytes, sequence, next, poisoned, was_damaged };
         control.store(payload)?;
-        disk.rename(&unfinished, path).map_err(failed)?;
+        disk.rename(unfinished, path).map_err(failed)?;
         disk.sync_dir(dir).map_err(|error| Error::sync(format!("sync {}", dir.display()), error))?;
         Ok(control)
     }
@@ -117,10 +172,21 @@ impl TwoSlot {
             .and_then(|()| path.parent().map_or(Ok(()), |dir| disk.sync_dir(dir)))
             .map_err(|error| Error::sync(format!("sync control file {}", path.display()), error))?;
         let slot_bytes = slot_size(&*file, path)?;
-        let (newest, _) = read_slots(&*file, path, slot_bytes)?;
+        let (newest, torn_at) = read_slots(&*file, path, slot_bytes)?;
         let (slot, sequence, payload) = newest.ok_or_else(|| both_bad(path))?;
-        let path = path.into();
-        Ok((TwoSlot { file, path, slot_bytes, sequence, next: 1 - slot, poisoned: false }, payload))
+        let (was_damaged, next, poisoned) = (torn_at.is_some(), 1 - slot, false);
+        let path = PathBuf::from(path);
+        let slots = TwoSlot { file, path, slot_bytes, sequence, next, poisoned, was_damaged };
+        if was_damaged {
+            tracing::warn!(path = %slots.path.display(), offset = torn_at, "a slot of a control file is damaged");
+        }
+        Ok((slots, payload))
+    }
+
+    /// Whether the other slot was neither whole nor empty when the file was opened: then what was read may be older than
+    /// the last store.
+    pub fn was_damaged(&self) -> bool {
+        self.was_damaged
     }
 
     /// Reads the newest whole payload without touching the file.
@@ -128,7 +194,7 @@ impl TwoSlot {
     /// # Errors
     /// As [`TwoSlot::open`].
     pub fn read(disk: &dyn Disk, path: &Path) -> Result<Slots> {
-        let file = disk.open_read(path).map_err(|error| open_failed(path, error))?;
+        let file = disk.open_read_own(path).map_err(|error| open_failed(path, error))?;
         let slot_bytes = slot_size(&*file, path)?;
         // A writer at work may be met in the middle of each slot in turn, though hardly twice.
         for _ in 0..READ_ATTEMPTS {
@@ -148,7 +214,7 @@ impl TwoSlot {
     /// is still in force and another store may be tried.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`] is final.
+    /// [`ErrorKind::Sync`] is final; [`ErrorKind::TooLarge`] for more than a slot holds.
     pub fn store(&mut self, payload: &[u8]) -> Result<()> {
         if self.poisoned {
             let at = format!("{}: an earlier sync failed", self.path.display());
@@ -170,10 +236,11 @@ impl TwoSlot {
     /// # Errors
     /// The disk's; the stored payload stays in force.
     pub fn note(&mut self, payload: &[u8]) -> Result<()> {
-        assert!(
-            payload.len() <= self.max_payload_bytes(),
-            "a control payload has a bound known to its owner"
-        );
+        let most = self.max_payload_bytes();
+        if payload.len() > most {
+            let at = format!("control file {}: {} bytes, {most} fit", self.path.display(), payload.len());
+            return Err(Error::new(ErrorKind::TooLarge, at));
+        }
         let slot = encode_slot(self.sequence + 1, payload, self.slot_bytes);
         self.file
             .write_at(&slot, self.next * self.slot_bytes as u64)
@@ -236,10 +303,11 @@ fn decode_slot(slot: &[u8]) -> Result<Option<(u64, &[u8])>> {
         return Err(Error::new(ErrorKind::Unsupported, format!("control file: version {}", number(20..22))));
     }
     let length = usize::try_from(number(16..20)).unwrap_or(usize::MAX);
-    if length > payload_bytes(slot.len()) {
+    let sequence = number(8..16);
+    if length > payload_bytes(slot.len()) || sequence > MAX_SEQUENCE {
         return Ok(None);
     }
-    Ok(Some((number(8..16), &slot[HEADER_BYTES..HEADER_BYTES + length])))
+    Ok(Some((sequence, &slot[HEADER_BYTES..HEADER_BYTES + length])))
 }
 
 /// Slot number, sequence and payload of the newest intact slot; offset of a torn one.
@@ -368,6 +436,69 @@ mod tests {
         assert_eq!(TwoSlot::read(&*disk, &path).unwrap().payload, vec![2; most]);
         disk.open(&path).unwrap().set_size(3 << 12).unwrap();
         assert_eq!(TwoSlot::read(&*disk, &path).unwrap_err().kind, ErrorKind::Corrupt);
+    }
+
+    #[test]
+    fn more_than_a_slot_holds_is_refused_and_changes_nothing() {
+        let (_, disk, path) = fresh();
+        let mut control = TwoSlot::create(&disk, &path, b"one").unwrap();
+        let refused = control.store(&vec![1; MAX_PAYLOAD_BYTES + 1]).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::TooLarge);
+        control.store(&vec![2; MAX_PAYLOAD_BYTES]).unwrap();
+        assert_eq!(TwoSlot::read(&*disk, &path).unwrap().payload, vec![2; MAX_PAYLOAD_BYTES]);
+    }
+
+    #[test]
+    fn slots_grow_and_a_cut_at_any_operation_loses_nothing() {
+        for cut in 0..24 {
+            let (sim, disk, path) = fresh();
+            drop(TwoSlot::create(&disk, &path, b"old").unwrap());
+            let (control, payload) = TwoSlot::open(&disk, &path).unwrap();
+            sim.cut_at(sim.ops() + cut);
+            let grown = control.grown(&disk, &payload, 64 << 10);
+            for seed in 0..8 {
+                let after: Arc<dyn Disk> = Arc::new(sim.crash(seed));
+                let (control, payload) = TwoSlot::open(&after, &path).unwrap();
+                assert_eq!(payload, b"old", "cut {cut} seed {seed}");
+                let mut control = control.grown(&after, &payload, 64 << 10).unwrap();
+                assert!(!control.was_damaged());
+                control.store(&[3; 60_000]).unwrap();
+                assert_eq!(TwoSlot::open(&after, &path).unwrap().1, [3; 60_000]);
+            }
+            assert!(grown.is_ok() || cut < 20, "the cuts cover a whole growth");
+        }
+    }
+
+    #[test]
+    fn a_damaged_slot_is_said_and_the_next_store_repairs_it() {
+        let (sim, disk, path) = fresh();
+        let mut control = TwoSlot::create(&disk, &path, b"one").unwrap();
+        control.store(b"two").unwrap();
+        drop(control);
+        sim.corrupt(&path, 4096 + 30, |byte| byte ^ 1);
+        let (mut control, payload) = TwoSlot::open(&disk, &path).unwrap();
+        assert!(control.was_damaged() && payload == b"one");
+        control.store(b"doubted").unwrap();
+        drop(control);
+        let (control, payload) = TwoSlot::open(&disk, &path).unwrap();
+        assert!(!control.was_damaged() && payload == b"doubted");
+        drop(control);
+        // Now the other one rots, too: the repaired slot answers.
+        sim.corrupt(&path, 30, |byte| byte ^ 1);
+        assert_eq!(TwoSlot::open(&disk, &path).unwrap().1, b"doubted");
+    }
+
+    /// A store above it would wrap, and be older than what it replaces.
+    #[test]
+    fn a_sequence_that_nothing_goes_above_is_no_slot_although_the_crc_holds() {
+        let (sim, disk, path) = fresh();
+        for (far, found) in [(u64::MAX, &b"near"[..]), (MAX_SEQUENCE + 1, b"near"), (MAX_SEQUENCE, b"far")] {
+            let slots = [encode_slot(3, b"near", SLOT_BYTES), encode_slot(far, b"far", SLOT_BYTES)].concat();
+            sim.put(&path, slots);
+            let (mut slots, payload) = TwoSlot::open(&disk, &path).unwrap();
+            assert_eq!(payload, found, "sequence {far}");
+            slots.store(b"next").unwrap();
+        }
     }
 
     #[test]

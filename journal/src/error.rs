@@ -28,6 +28,8 @@ pub enum ErrorKind {
     NotHeld,
     /// Somebody else holds it: stop the other process first.
     Busy,
+    /// A control file has no place for so much: what decides its size (names, volumes) must become less.
+    TooLarge,
 }
 
 /// An error with its place: path, segment, offset or lsn in words.
@@ -49,8 +51,7 @@ impl Error {
 
     /// A refused disk operation; a full disk becomes [`ErrorKind::NoSpace`].
     pub fn io(at: impl Into<String>, source: io::Error) -> Error {
-        let full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
-        let kind = if full { ErrorKind::NoSpace } else { ErrorKind::Io };
+        let kind = if is_full(&source) { ErrorKind::NoSpace } else { ErrorKind::Io };
         Error { kind, at: at.into(), source: Some(source) }
     }
 
@@ -58,6 +59,11 @@ impl Error {
     pub fn sync(at: impl Into<String>, source: io::Error) -> Error {
         Error { kind: ErrorKind::Sync, at: at.into(), source: Some(source) }
     }
+}
+
+/// Whether the disk refused for want of room.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl fmt::Display for Error {

@@ -152,7 +152,7 @@ pub fn chain_seed(lineage: Lineage, epoch: Epoch) -> u64 {
     xxhash_rust::xxh3::xxh3_64(&bytes)
 }
 
-fn chain_of(header: &[u8]) -> u64 {
+pub(crate) fn chain_of(header: &[u8]) -> u64 {
     let mut bytes = [0; 180];
     bytes[..136].copy_from_slice(&header[..136]);
     bytes[136..].copy_from_slice(&header[144..188]);
@@ -223,6 +223,9 @@ impl FrameHeader {
         }
         if header.records == 0 || header.first_lsn > header.last_lsn {
             return Err(malformed("empty, or its lsns run backwards"));
+        }
+        if !header.position().is_possible() || header.batch > crate::segment::MAX_NUMBER {
+            return Err(malformed("no history reaches such an lsn, epoch or batch"));
         }
         if header.first_time_ns > header.last_time_ns {
             return Err(malformed("its times run backwards"));
@@ -550,7 +553,10 @@ mod tests {
         };
         remade(&|_| {}).unwrap();
         let too_large = u32::try_from(MAX_RAW_BYTES + 1).unwrap();
-        let malformed: [&dyn Fn(&mut Raw); 8] = [
+        let malformed: [&dyn Fn(&mut Raw); 11] = [
+            &|raw| raw.last_lsn = u64::MAX.into(),
+            &|raw| raw.epoch = u64::MAX.into(),
+            &|raw| raw.batch = u64::MAX.into(),
             &|raw| raw.raw_bytes = too_large.into(),
             &|raw| (raw.codec, raw.stored_bytes) = (1, too_large.into()),
             &|raw| raw.stored_bytes = 1.into(),

@@ -1,5 +1,10 @@
 //! Entry points for the fuzzers: each feeds foreign bytes to one decoder. They must return, never panic.
 
+pub mod directory;
+pub mod steer;
+
+pub use directory::directory;
+
 use crate::compress::Decoder;
 use crate::control::TwoSlot;
 use crate::frame::FrameHeader;

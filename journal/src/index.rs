@@ -55,6 +55,8 @@ const FLAG_NO_EXTENTS: u16 = 1;
 const HEAD_BYTES: usize = 128;
 const TRAILER_BYTES: usize = 64;
 const FRAME_BYTES: usize = 48;
+/// The largest footer that is read: it is held in memory as a whole. 30 million extents.
+const MAX_FOOTER_BYTES: u64 = 1 << 30;
 const EXTENT_BYTES: usize = 32;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -429,7 +431,41 @@ impl SegmentIndex {
         if footer_bytes(head.frames.get() as usize, extents) != Some(footer.len() + TRAILER_BYTES) {
             return Err("footer: its length does not match its counts");
         }
-        Ok(SegmentIndex { footer, head, offset })
+        if !Position::from(head.end).is_possible() {
+            return Err("footer: no history reaches such an lsn");
+        }
+        let index = SegmentIndex { footer, head, offset };
+        index.check_entries()?;
+        Ok(index)
+    }
+
+    /// What the searches rest on, also of a footer that somebody else made: frames in the order of their places, and inside the
+    /// file; extents in the order of their addresses, disjoint, and of frames that there are.
+    fn check_entries(&self) -> std::result::Result<(), &'static str> {
+        let mut behind = SECTOR_BYTES as u64;
+        let mut last = Lsn::ZERO;
+        for frame in self.frames() {
+            let end = frame.offset.checked_add(u64::from(frame.bytes));
+            let end = end.filter(|end| *end <= self.offset).ok_or("footer: a frame lies outside the file")?;
+            if frame.offset < behind || frame.bytes == 0 {
+                return Err("footer: its frames are not in order");
+            }
+            // Undo stands in the order of its addresses.
+            let rising = frame.first_lsn <= frame.last_lsn && (self.has_extents() || last <= frame.first_lsn);
+            if !rising || frame.last_lsn > Lsn::MAX {
+                return Err("footer: the lsns of its frames are not in order");
+            }
+            (behind, last) = (end, frame.last_lsn);
+        }
+        let mut behind = (0, 0);
+        for extent in self.extents() {
+            let end = extent.offset.checked_add(extent.length).ok_or("footer: an extent has no end")?;
+            if (extent.volume.0, extent.offset) < behind || extent.frame >= self.head.frames.get() {
+                return Err("footer: its extents are not in order");
+            }
+            behind = (extent.volume.0, end);
+        }
+        Ok(())
     }
 
     fn raw_frames(&self) -> &[RawFrame] {
@@ -539,8 +575,14 @@ fn read_footer(segment: &SegmentFile, range: Range<u64>) -> Result<Vec<u8>> {
     let failed = |error| {
         Error::io(format!("read footer of {}: offset {}", segment.path.display(), range.start), error)
     };
-    let bytes = usize::try_from(range.end - range.start).map_err(|e| failed(std::io::Error::other(e)))?;
-    let mut footer = vec![0; bytes];
+    let bytes = range.end.saturating_sub(range.start);
+    if bytes > MAX_FOOTER_BYTES {
+        return Err(segment.error(ErrorKind::Corrupt, range.start, "footer: no segment has such a long one"));
+    }
+    let bytes = usize::try_from(bytes).map_err(|e| failed(std::io::Error::other(e)))?;
+    let mut footer = Vec::new();
+    footer.try_reserve_exact(bytes).map_err(|e| failed(std::io::Error::other(e)))?;
+    footer.resize(bytes, 0);
     read_exact_at(&*segment.file, &mut footer, range.start).map_err(failed)?;
     Ok(footer)
 }

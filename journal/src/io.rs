@@ -9,13 +9,15 @@
 //! * a name (create, rename, remove): after [`Disk::sync_dir`] of its directory, independent of the content;
 //! * nothing else. A failed sync is final: the caller stops acknowledging and exits.
 
-use rustix::fs::{FallocateFlags, SeekFrom};
+use machine::disk::continuity::Ends;
+use machine::disk::{Continuity, DiskIdentity, User, leads_to, users_of};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,10 +25,19 @@ use std::sync::Arc;
 pub trait Disk: Send + Sync + 'static {
     /// Creates a file that must not exist; readable and writable.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// As [`Disk::create`], for a file that is written over in place and must be writable on a full disk: where a file
+    /// system copies on write, this file is kept out of that, as far as the file system offers it.
+    fn create_in_place(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.create(path)
+    }
     /// Opens an existing file for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
     /// Opens an existing file for reading.
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+    /// As [`open_read`](Self::open_read), for a file that only this program makes: never through a symbolic link.
+    fn open_read_own(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        self.open_read(path)
+    }
     /// Renames within one directory, replacing the target.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Renames a directory with all that it holds, durably; the new name must not exist.
@@ -44,6 +55,10 @@ pub trait Disk: Send + Sync + 'static {
     /// Whether a sync here waits until bytes are durable, as everybody but [`crate::buffered_disk::BufferedDisk`] does.
     fn waits(&self) -> bool {
         true
+    }
+    /// Whether these are the machine's files: then a path means to others what it means to us, and they may use it too.
+    fn is_machine(&self) -> bool {
+        false
     }
     /// Room on the file system that holds `path`; `None` where it cannot be known.
     fn room(&self, _path: &Path) -> io::Result<Option<Room>> {
@@ -80,6 +95,26 @@ pub trait File: Send + Sync + 'static {
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
     /// Asks the kernel to start writing a range back, without waiting for it; a hint that may do nothing.
     fn start_writeback(&self, range: Range<u64>) -> io::Result<()>;
+    /// fsync: as [`File::sync`], and its times are durable, too.
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync()
+    }
+    /// Who it is, whatever is written to it; `None` where the disk cannot tell one from another.
+    fn identity(&self) -> io::Result<Option<DiskIdentity>> {
+        Ok(None)
+    }
+    /// A mark that tells later whether others wrote to it; `None` where there are no others.
+    fn continuity(&self, _ends: Ends) -> io::Result<Option<Continuity>> {
+        Ok(None)
+    }
+    /// Whether a path still leads to it.
+    fn is_at(&self, _path: &Path) -> io::Result<bool> {
+        Ok(true)
+    }
+    /// Who else has it mounted, under a loop device or open for writing; not this process.
+    fn users(&self) -> io::Result<Vec<User>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Reads exactly `buffer.len()` bytes; fewer is an error.
@@ -90,28 +125,68 @@ pub fn read_exact_at(file: &dyn File, buffer: &mut [u8], offset: u64) -> io::Res
     Ok(())
 }
 
+/// Files that are made.
+const FILE_MODE: u32 = 0o600;
+/// Directories that are made.
+const DIR_MODE: u32 = 0o700;
+
 /// The operating system's files and block devices.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RealDisk;
 
 impl RealDisk {
-    fn wrap(file: fs::File) -> io::Result<Arc<dyn File>> {
+    /// A file or block device that is open already, by the descriptor that it was opened with.
+    pub fn wrap(file: fs::File) -> io::Result<Arc<dyn File>> {
         let block_device = file.metadata()?.file_type().is_block_device();
         Ok(Arc::new(RealFile { file, block_device }))
+    }
+
+    /// Opens what exists, if it is a regular file or a block device. The look before keeps the side effects away that opening
+    /// a device may have; the one behind is what counts; a pipe that comes in between does not make the open wait.
+    fn open_existing(options: &mut fs::OpenOptions, path: &Path, flags: OFlags) -> io::Result<Arc<dyn File>> {
+        let can_hold = |kind: fs::FileType| match kind.is_file() || kind.is_block_device() {
+            true => Ok(()),
+            false => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "neither a regular file nor a block device"))
+            }
+        };
+        let found =
+            if flags.contains(OFlags::NOFOLLOW) { fs::symlink_metadata(path) } else { fs::metadata(path) };
+        can_hold(found?.file_type())?;
+        let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
+        let file = options.custom_flags(flags).open(path)?;
+        can_hold(file.metadata()?.file_type())?;
+        RealDisk::wrap(file)
     }
 }
 
 impl Disk for RealDisk {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        RealDisk::wrap(fs::File::options().read(true).write(true).create_new(true).open(path)?)
+        // What we store is what disks hold: for its owner only, whatever the umask is.
+        let mut options = fs::File::options();
+        RealDisk::wrap(options.read(true).write(true).create_new(true).mode(FILE_MODE).open(path)?)
+    }
+
+    fn create_in_place(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        let file = fs::File::options().read(true).write(true).create_new(true).open(path)?;
+        // Only an empty file takes the flag, and only file systems that copy on write know it. Content is under our own
+        // checksums, so the file system's are not missed.
+        if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {
+            let _ = rustix::fs::ioctl_setflags(&file, flags | rustix::fs::IFlags::NOCOW);
+        }
+        RealDisk::wrap(file)
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        RealDisk::wrap(fs::File::options().read(true).write(true).open(path)?)
+        RealDisk::open_existing(fs::File::options().read(true).write(true), path, OFlags::empty())
     }
 
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        RealDisk::wrap(fs::File::open(path)?)
+        RealDisk::open_existing(fs::File::options().read(true), path, OFlags::empty())
+    }
+
+    fn open_read_own(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        RealDisk::open_existing(fs::File::options().read(true), path, OFlags::NOFOLLOW)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -151,12 +226,16 @@ impl Disk for RealDisk {
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             self.create_dir(parent)?;
         }
-        match fs::create_dir(dir) {
+        match fs::DirBuilder::new().mode(DIR_MODE).create(dir) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => other?,
         }
         let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
         self.sync_dir(parent.unwrap_or(Path::new(".")))
+    }
+
+    fn is_machine(&self) -> bool {
+        true
     }
 
     fn room(&self, path: &Path) -> io::Result<Option<Room>> {
@@ -171,11 +250,49 @@ struct RealFile {
     block_device: bool,
 }
 
+/// What the edges of a device's zeros are aligned to: no smaller than a page of the cache.
+const PAGE_BYTES: u64 = 64 * 1024;
+
 /// Zeros for file systems that cannot punch holes.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 fn not_offered(error: Errno) -> bool {
     matches!(error, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV | Errno::INVAL)
+}
+
+impl RealFile {
+    fn fallocate_zeros(&self, range: &Range<u64>) -> std::result::Result<(), Errno> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start)
+    }
+
+    /// Zeros through the page cache, up to the end of the file.
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        let end = range.end.min(self.size()?);
+        let mut at = range.start;
+        while at < end {
+            let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROS.len());
+            self.file.write_all_at(&ZEROS[..bytes], at)?;
+            at += bytes as u64;
+        }
+        Ok(())
+    }
+
+    /// ⚠ A device's zeros go around the page cache, and the kernel first drops the cache's pages of the range. A page that is
+    /// half in the range may hold what was written next to it and is not on the device yet: so edges are written through the
+    /// cache. Pages that cannot be dropped (EBUSY: dirty, on a descriptor that is not the exclusive one) are, too.
+    fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
+        let middle = range.start.next_multiple_of(PAGE_BYTES)..range.end / PAGE_BYTES * PAGE_BYTES;
+        if middle.is_empty() {
+            return self.write_zeros(range);
+        }
+        self.write_zeros(range.start..middle.start)?;
+        match self.fallocate_zeros(&middle) {
+            Err(error) if not_offered(error) || error == Errno::BUSY => self.write_zeros(middle.clone())?,
+            other => other?,
+        }
+        self.write_zeros(middle.end..range.end)
+    }
 }
 
 impl File for RealFile {
@@ -198,6 +315,26 @@ impl File for RealFile {
 
     fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    fn identity(&self) -> io::Result<Option<DiskIdentity>> {
+        DiskIdentity::of(&self.file).map(Some)
+    }
+
+    fn continuity(&self, ends: Ends) -> io::Result<Option<Continuity>> {
+        Continuity::of(&self.file, ends).map(Some)
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        leads_to(path, &self.file)
+    }
+
+    fn users(&self) -> io::Result<Vec<User>> {
+        users_of(&self.file)
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -228,18 +365,11 @@ impl File for RealFile {
         if range.is_empty() {
             return Ok(());
         }
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match rustix::fs::fallocate(&self.file, flags, range.start, range.end - range.start) {
-            Err(error) if not_offered(error) => {
-                let end = range.end.min(self.size()?);
-                let mut at = range.start;
-                while at < end {
-                    let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(ZEROS.len());
-                    self.file.write_all_at(&ZEROS[..bytes], at)?;
-                    at += bytes as u64;
-                }
-                Ok(())
-            }
+        if self.block_device {
+            return self.zero_device(range);
+        }
+        match self.fallocate_zeros(&range) {
+            Err(error) if not_offered(error) => self.write_zeros(range),
             other => Ok(other?),
         }
     }
@@ -286,6 +416,29 @@ pub fn random_u64() -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A pipe would make the open wait for a writer that never comes; a terminal or `/dev/zero` never ends.
+    #[test]
+    fn what_is_no_file_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), b"x").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, at("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        for (name, target) in [("link", at("file")), ("zero", "/dev/zero".into()), ("piped", at("pipe"))] {
+            std::os::unix::fs::symlink(target, at(name)).unwrap();
+        }
+        for name in ["pipe", "socket", "zero", "piped", "."] {
+            for opened in [RealDisk.open_read(&at(name)), RealDisk.open(&at(name))] {
+                assert_eq!(opened.err().unwrap().kind(), io::ErrorKind::InvalidInput, "{name}");
+            }
+        }
+        assert!(RealDisk.open_read(&at("link")).is_ok());
+        assert_eq!(RealDisk.open_read_own(&at("link")).err().unwrap().kind(), io::ErrorKind::InvalidInput);
+        assert!(RealDisk.open_read_own(&at("file")).is_ok());
+        assert_eq!(RealDisk.open_read(&at("none")).err().unwrap().kind(), io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn real_files_behave_as_the_trait_says() {

@@ -13,6 +13,7 @@
 //! [`Positions::assert_order`] is the one place that asserts it; status and metrics show the same names.
 
 pub mod buffered_disk;
+pub mod clock_step;
 pub mod compress;
 pub mod control;
 pub mod error;
@@ -42,7 +43,7 @@ pub mod writer;
 #[doc(hidden)]
 pub mod fuzz;
 
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Result, is_full};
 
 use std::fmt;
 use std::str::FromStr;
@@ -54,15 +55,32 @@ use std::str::FromStr;
 pub const SECTOR_BYTES: usize = 512;
 
 /// Position in a group's write order. Starts at 1, dense within an epoch; 0 means "before everything".
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 #[serde(transparent)]
 pub struct Lsn(pub u64);
+
+impl<'de> serde::Deserialize<'de> for Lsn {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        bounded(deserializer).map(Lsn)
+    }
+}
+
+/// A number of a position from disk or network; [`Lsn::MAX`] says why it has a bound.
+fn bounded<'de, D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<u64, D::Error> {
+    let number = <u64 as serde::Deserialize>::deserialize(deserializer)?;
+    if number > Lsn::MAX.0 {
+        return Err(serde::de::Error::custom(format!("{number} is beyond what a position can be")));
+    }
+    Ok(number)
+}
 
 impl Lsn {
     /// Before the first record.
     pub const ZERO: Lsn = Lsn(0);
+
+    /// The largest lsn, and number of an epoch, that is taken from a disk or a peer. No history gets there; what is
+    /// added to such a number later (a successor, a lease) therefore never overflows, whoever wrote it.
+    pub const MAX: Lsn = Lsn(u64::MAX >> 1);
 
     /// The lsn that follows. 2^64 records are out of reach; wrapping would be a broken invariant.
     pub fn next(self) -> Lsn {
@@ -147,6 +165,7 @@ fn parse_hex16(text: &str) -> Option<[u8; 16]> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Epoch {
     /// Rises with every new epoch of a lineage.
+    #[serde(deserialize_with = "bounded")]
     pub number: u64,
     /// Random, drawn at the epoch's start.
     pub id: EpochId,
@@ -198,6 +217,11 @@ impl Position {
     /// The position before the first frame of an epoch, `last` being the lsn before its first.
     pub fn epoch_start(lineage: Lineage, epoch: Epoch, last: Lsn) -> Position {
         Position { lineage, epoch, lsn: last, chain: frame::chain_seed(lineage, epoch) }
+    }
+
+    /// Whether its numbers are ones that a history can reach; checked of each that comes from a disk or a peer.
+    pub fn is_possible(&self) -> bool {
+        self.lsn <= Lsn::MAX && self.epoch.number <= Lsn::MAX.0
     }
 
     /// Order within one lineage: epoch number, then lsn.

@@ -97,12 +97,16 @@ impl Mark {
         if raw.version.get() != VERSION {
             return Err(Error::new(ErrorKind::Unsupported, format!("durable mark: version {}", raw.version)));
         }
+        let durable = Position::from(raw.durable);
+        if !durable.is_possible() {
+            return Err(malformed("no history reaches such an lsn"));
+        }
         Ok(Mark {
             segment: raw.segment.get(),
             offset: raw.offset.get(),
             nonce: raw.nonce.get(),
             received_ns: raw.received_ns.get(),
-            durable: raw.durable.into(),
+            durable,
         })
     }
 

@@ -8,9 +8,10 @@
 
 use crate::compress::{Compression, Encoder};
 use crate::frame::{Batch, EncodedFrame, Stamp};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -226,11 +227,18 @@ fn work(mut encoder: Encoder, jobs: &Receiver<Job>, done: &Sender<Done>, in_hast
         if !in_haste.load(Ordering::Relaxed) {
             machine::give_way();
         }
-        let frame = encoder.encode(&batch, &stamp, None, compression, buffer);
+        // ⚠ A thread that ended here would keep its frame, and with it the journal, waiting for ever.
+        let encode = AssertUnwindSafe(|| encoder.encode(&batch, &stamp, None, compression, buffer));
+        let frame = catch_unwind(encode).unwrap_or_else(|panic| Err(panicked(&machine::said(&*panic))));
         if done.send(Done { sequence, batch, frame }).is_err() {
             return;
         }
     }
+}
+
+fn panicked(said: &str) -> Error {
+    let at = format!("an encoder thread panicked ({said}): a fault of this program; its log says where");
+    Error::new(ErrorKind::Io, at)
 }
 
 #[cfg(test)]
@@ -278,6 +286,19 @@ mod tests {
         for threads in [0, 1, 3] {
             run(threads);
         }
+    }
+
+    #[test]
+    fn an_encoder_that_panics_is_an_error_and_holds_up_nothing() {
+        let mut pool = EncodePool::new("encode", 2, 300_000).unwrap();
+        for _ in 0..3 {
+            pool.submit(Batch::default(), stamp(), Compression::Off)
+                .expect("an empty batch breaks the contract");
+            let error = pool.recv().unwrap().err().unwrap();
+            assert!(error.to_string().contains("panicked"), "{error}");
+        }
+        pool.submit(batch_of(1, &[1; 4096]), stamp(), Compression::Off).unwrap();
+        pool.recv().unwrap().unwrap();
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! A reader owns nothing on disk and writes nothing. Below its [`Limit`] every byte was written whole, so a failing
 //! check there is corruption – unless the segment was dropped, and its file perhaps recycled, under the reader: then
 //! it is [`ErrorKind::NotHeld`]. Without a writer the journal ends where [`crate::recovery`] says.
+//!
+//! ⚠ A seek never goes over what it did not see. Where a segment has lost its footer, frames may be missing behind the last
+//! one that holds: only the footer, and a start of the next segment that joins it, prove that none is.
 
 use crate::frame::FrameHeader;
 use crate::index::{FrameEntry, SegmentIndex};
@@ -85,6 +88,7 @@ impl Reader {
                 format!("epoch {epoch} lsn {lsn} is not in this history: {what}"),
             )
         };
+        let floor = self.durable()?;
         let (segment, last) = self
             .find(|header| header.start.order() <= after.order())?
             .ok_or_else(|| self.not_held(after.lsn, "older than the oldest"))?;
@@ -96,22 +100,19 @@ impl Reader {
             self.go_to(segment, segment::HEADER_BYTES as u64, start);
             return Ok(());
         }
-        let found = match start.epoch.number == after.epoch.number {
-            true => locate(&segment, |header| header.last_lsn < after.lsn)?,
-            false => None,
-        };
-        match found {
-            Some((offset, header)) if header.position() == *after => {
+        let of_this_epoch = start.epoch.number == after.epoch.number;
+        match self.search(&segment, last, floor, |frame| !of_this_epoch || frame.last_lsn < after.lsn)? {
+            Located::Frame(offset, header) if header.position() == *after => {
                 let offset = offset + header.frame_bytes() as u64;
                 self.go_to(segment, offset, *after);
                 Ok(())
             }
-            Some((_, header)) if header.last_lsn == after.lsn => {
+            Located::Frame(_, header) if header.last_lsn == after.lsn => {
                 Err(foreign("its epoch id, lineage or chain differs"))
             }
-            Some(_) => Err(foreign("no frame ends there")),
-            None if last => Err(self.not_held(after.lsn, "beyond the newest")),
-            None => Err(foreign("the epoch ended before")),
+            Located::Frame(..) => Err(foreign("no frame ends there")),
+            _ if last => Err(self.not_held(after.lsn, "beyond the newest")),
+            _ => Err(foreign("the epoch ended before")),
         }
     }
 
@@ -120,17 +121,19 @@ impl Reader {
     /// # Errors
     /// [`ErrorKind::NotHeld`] before the oldest and beyond the newest.
     pub fn seek_lsn(&mut self, lsn: Lsn) -> Result<()> {
+        let floor = self.durable()?;
         let (segment, last) = self
             .find(|header| header.start.lsn < lsn)?
             .ok_or_else(|| self.not_held(lsn, "older than the oldest"))?;
-        match locate(&segment, |header| header.last_lsn < lsn)? {
-            Some((offset, header)) => {
-                self.go_to(segment, offset, before(&header));
-                Ok(())
+        match self.search(&segment, last, floor, |frame| frame.last_lsn < lsn)? {
+            Located::Frame(offset, header) => self.go_to(segment, offset, before(&header)),
+            _ if last => return Err(self.not_held(lsn, "beyond the newest")),
+            Located::Sealed(offset, position) | Located::Unsealed(offset, position) => {
+                self.go_to(segment, offset, position);
+                self.cross()?;
             }
-            None if last => Err(self.not_held(lsn, "beyond the newest")),
-            None => self.enter(segment.header.number + 1),
         }
+        Ok(())
     }
 
     /// Goes to the first frame of an epoch above `number`, whatever is damaged below; false where there is no such segment.
@@ -151,26 +154,33 @@ impl Reader {
     /// # Errors
     /// The disk's, and damage met on the way.
     pub fn seek_time(&mut self, time_ns: u64) -> Result<()> {
+        let floor = self.durable()?;
         let segments = self.reload()?;
         for (at, (number, path)) in segments.iter().enumerate().rev() {
             let segment = match SegmentFile::open(&*self.disk, path, *number) {
                 Err(error) if error.kind == ErrorKind::NotHeld => break,
                 other => other?,
             };
-            let first = locate(&segment, |_| false)?;
-            let begins_before = first.is_some_and(|(_, header)| header.first_time_ns < time_ns);
+            let begins_before = match locate(&segment, |_| false) {
+                Ok(Located::Frame(_, header)) => header.first_time_ns < time_ns,
+                Ok(_) => false,
+                // In the way only of those who look for what is in it.
+                Err(error) if is_damage(&error) => false,
+                Err(error) => return Err(error),
+            };
             if !begins_before && at > 0 {
                 continue;
             }
-            if let Some((offset, header)) = locate(&segment, |header| header.last_time_ns < time_ns)? {
-                self.go_to(segment, offset, before(&header));
-                return Ok(());
+            let last = at + 1 == segments.len();
+            match self.search(&segment, last, floor, |frame| frame.last_time_ns < time_ns)? {
+                Located::Frame(offset, header) => self.go_to(segment, offset, before(&header)),
+                Located::Sealed(offset, position) | Located::Unsealed(offset, position) => {
+                    self.go_to(segment, offset, position);
+                    if !last {
+                        self.cross()?;
+                    }
+                }
             }
-            if at + 1 < segments.len() {
-                return self.enter(number + 1);
-            }
-            let (offset, position) = end_of(&segment)?;
-            self.go_to(segment, offset, position);
             return Ok(());
         }
         Err(Error::new(
@@ -217,7 +227,7 @@ impl Reader {
         if let Some(error) = error.as_ref().filter(|error| !is_damage(error)) {
             return Err(Error::new(error.kind, error.at.clone()));
         }
-        if self.dropped()? {
+        if self.dropped(&self.segment)? {
             return Err(self.not_held(self.position.lsn.next(), "its segment was dropped"));
         }
         let what = error.map_or_else(|| "nothing is there".to_owned(), |error| error.at);
@@ -238,12 +248,12 @@ impl Reader {
     }
 
     /// Whether the segment lost its name, or the name belongs to another by now.
-    fn dropped(&self) -> Result<bool> {
-        let header = &self.segment.header;
+    fn dropped(&self, segment: &SegmentFile) -> Result<bool> {
+        let header = &segment.header;
         if read_state(&*self.disk, &self.dir)?.is_some_and(|state| header.number < state.oldest_segment) {
             return Ok(true);
         }
-        match SegmentFile::open(&*self.disk, &self.segment.path, header.number) {
+        match SegmentFile::open(&*self.disk, &segment.path, header.number) {
             Ok(now) => Ok(now.header != *header),
             Err(error) if error.kind == ErrorKind::NotHeld => Ok(true),
             Err(error) => Err(error),
@@ -272,6 +282,31 @@ impl Reader {
         let start = segment.header.start;
         self.go_to(segment, segment::HEADER_BYTES as u64, start);
         Ok(())
+    }
+
+    /// The first frame for which `skip` is false. Where none is, it is certain that the segment holds no more frames.
+    fn search(
+        &self,
+        segment: &SegmentFile,
+        last: bool,
+        floor: Option<Position>,
+        skip: impl Fn(&FrameEntry) -> bool,
+    ) -> Result<Located> {
+        let found = locate(segment, skip).and_then(|located| {
+            located.refuse_damage(segment, last, floor.as_ref())?;
+            Ok(located)
+        });
+        match found {
+            Err(error) if is_damage(&error) && self.dropped(segment)? => {
+                Err(self.not_held(segment.header.start.lsn.next(), "its segment was dropped"))
+            }
+            found => found,
+        }
+    }
+
+    /// What the control file calls durable now: whoever walks afterwards must see as much.
+    fn durable(&self) -> Result<Option<Position>> {
+        Ok(read_state(&*self.disk, &self.dir)?.map(|state| state.durable))
     }
 
     fn go_to(&mut self, segment: SegmentFile, offset: u64, position: Position) {
@@ -337,49 +372,84 @@ fn held(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(segments)
 }
 
-/// The first frame for which `skip` is false, and its offset. Where sealed the footer alone says which: damage in any other
-/// frame is not in the way.
-fn locate(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Option<(u64, FrameHeader)>> {
-    let Ok(index) = SegmentIndex::of(segment) else {
-        return Ok(walk_headers(segment, skip)?.2);
+/// Where a search in one segment ended.
+enum Located {
+    /// At this frame, and its offset.
+    Frame(u64, FrameHeader),
+    /// Behind its last frame, where a footer begins; and the position there.
+    Sealed(u64, Position),
+    /// Behind the last frame that holds: no frame follows, and no footer.
+    Unsealed(u64, Position),
+}
+
+impl Located {
+    /// Fails where frames are missing behind the last one that holds. All but the journal's last segment were sealed; in the
+    /// last one, `floor` (read before the search) and marks say what was durable.
+    fn refuse_damage(&self, segment: &SegmentFile, last: bool, floor: Option<&Position>) -> Result<()> {
+        let (Located::Sealed(offset, position) | Located::Unsealed(offset, position)) = self else {
+            return Ok(());
+        };
+        let corrupt = |what: &str| Err(segment.error(ErrorKind::Corrupt, *offset, what));
+        if !last {
+            return match self {
+                Located::Unsealed(..) => corrupt("neither a frame that follows nor the footer stands here"),
+                _ => Ok(()),
+            };
+        }
+        if floor.is_some_and(|floor| floor.order() > position.order()) {
+            return corrupt("nothing that follows stands here; the control file says that more was durable");
+        }
+        // A writer may have gone on since the search: only a second one that stops below the mark proves damage.
+        let Some(mark) = recovery::highest_mark(segment, *offset)? else { return Ok(()) };
+        match walk_headers(segment, |_| true)? {
+            Located::Sealed(again, _) | Located::Unsealed(again, _) if again <= mark.offset => {
+                corrupt("nothing that follows stands here; a mark says that more was durable")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The first frame for which `skip` is false. Where sealed the footer alone says which: damage in any other frame is not in
+/// the way.
+fn locate(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Located> {
+    let index = match SegmentIndex::of(segment) {
+        Ok(index) => index,
+        Err(error) if is_damage(&error) => return walk_headers(segment, skip),
+        Err(error) => return Err(error),
     };
-    let Some(entry) = index.frames().nth(index.partition(skip)) else { return Ok(None) };
+    let Some(entry) = index.frames().nth(index.partition(skip)) else {
+        return Ok(Located::Sealed(index.offset(), index.closing().end));
+    };
     let corrupt = |what: &str| segment.error(ErrorKind::Corrupt, entry.offset, what);
     match segment.peek(entry.offset) {
-        Ok(Item::Frame(header)) if header.last_lsn == entry.last_lsn => Ok(Some((entry.offset, header))),
+        Ok(Item::Frame(header)) if header.last_lsn == entry.last_lsn => {
+            Ok(Located::Frame(entry.offset, header))
+        }
         Ok(_) => Err(corrupt("not the frame that the footer says is there")),
         Err(error) if is_damage(&error) => Err(Error::new(ErrorKind::Corrupt, error.at)),
         Err(error) => Err(error),
     }
 }
 
-/// Where a walk over headers ended, the position there, and the frame that stopped it.
-type Stopped = (u64, Position, Option<(u64, FrameHeader)>);
-
-fn walk_headers(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Stopped> {
+/// As [`locate`], frame by frame, where there is no footer, or none that holds.
+fn walk_headers(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Located> {
     let mut offset = segment::HEADER_BYTES as u64;
     let mut position = segment.header.start;
     loop {
         match segment.peek(offset) {
             Ok(Item::Frame(header)) if header.check_follows(&position).is_ok() => {
                 if !skip(&FrameEntry::of(offset, &header)?) {
-                    return Ok((offset, position, Some((offset, header))));
+                    return Ok(Located::Frame(offset, header));
                 }
                 offset += header.frame_bytes() as u64;
                 position = header.position();
             }
             Ok(Item::Mark(_)) => offset += SECTOR_BYTES as u64,
-            Ok(_) => return Ok((offset, position, None)),
-            Err(error) if is_damage(&error) => return Ok((offset, position, None)),
+            Ok(Item::Footer) => return Ok(Located::Sealed(offset, position)),
+            Ok(Item::Frame(_) | Item::End) => return Ok(Located::Unsealed(offset, position)),
+            Err(error) if is_damage(&error) => return Ok(Located::Unsealed(offset, position)),
             Err(error) => return Err(error),
         }
-    }
-}
-
-/// Offset and position behind the last frame of a segment.
-fn end_of(segment: &SegmentFile) -> Result<(u64, Position)> {
-    match SegmentIndex::of(segment) {
-        Ok(index) => Ok((index.offset(), index.closing().end)),
-        Err(_) => walk_headers(segment, |_| true).map(|(offset, position, _)| (offset, position)),
     }
 }

@@ -163,6 +163,9 @@ impl Record {
         let lsn = Lsn(raw.lsn.get());
         let op = Op::from_u8(raw.op)
             .ok_or_else(|| malformed(format!("lsn {lsn}: unknown record op {}", raw.op)))?;
+        if lsn > Lsn::MAX {
+            return Err(malformed(format!("no history reaches lsn {lsn}")));
+        }
         if raw.reserved0 != U16::ZERO || raw.reserved1 != U32::ZERO {
             return Err(malformed(format!("lsn {lsn}: reserved bytes are not zero")));
         }
@@ -314,6 +317,30 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
+/// What a `ResyncBegin` says of earlier points: after this lsn, disks that the source could not prove to be unchanged were in
+/// doubt. It stands in the record where a write has its extent; all zeros where nothing was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct InDoubt {
+    /// The last lsn that is in no doubt.
+    pub after: Lsn,
+    /// The source's clock then, ns.
+    pub time_ns: u64,
+}
+
+impl InDoubt {
+    /// As it stands in the record.
+    pub fn extent(self) -> Extent {
+        Extent { offset: self.after.0, len: self.time_ns }
+    }
+
+    /// What a record says of it.
+    pub fn of(record: &Record) -> Option<InDoubt> {
+        let Extent { offset, len } = record.extent;
+        let is_one = record.op == Op::ResyncBegin && offset != 0;
+        is_one.then_some(InDoubt { after: Lsn(offset), time_ns: len })
+    }
+}
+
 /// Payload of a `Volume` record: what the replica must know before the first write that needs it.
 ///
 /// ```text
@@ -457,6 +484,7 @@ mod tests {
             (40, 5, "payload beyond the buffer"),
             (40, 3, "payload differs from the extent"),
             (0, 2, "discard with payload"),
+            (15, 0x80, "an lsn that no history reaches"),
         ] {
             let mut bad = good.clone();
             bad[at] = value;

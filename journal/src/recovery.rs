@@ -159,11 +159,17 @@ fn is_next(segment: &SegmentFile, offset: u64, position: &Position) -> Result<bo
 }
 
 /// The highest mark of this segment at or above `from`.
-fn highest_mark(segment: &SegmentFile, from: u64) -> Result<Option<Mark>> {
+pub(crate) fn highest_mark(segment: &SegmentFile, from: u64) -> Result<Option<Mark>> {
     let mut chunk = vec![0; 1 << 20];
     let mut highest = None;
     let mut at = from;
     while at < segment.size {
+        // Only what is no hole: a sparse file may say any size.
+        let failed = |error| Error::io(format!("seek in {}: offset {at}", segment.path.display()), error);
+        match segment.file.next_data(at).map_err(failed)? {
+            Some(data) => at = at.max(data.start - data.start % SECTOR_BYTES as u64),
+            None => break,
+        }
         let held = segment
             .file
             .read_at(&mut chunk, at)

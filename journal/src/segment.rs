@@ -38,6 +38,12 @@ pub const HEADER_BYTES: usize = SECTOR_BYTES;
 /// The file held another segment before: bytes behind the end may be stale.
 pub const FLAG_RECYCLED: u16 = 1;
 
+/// The largest number of a segment, or of a batch: far out of reach, and small enough to be added to.
+pub const MAX_NUMBER: u64 = (1 << 36) - 1;
+
+/// The largest file that a journal segment can be: what a [`crate::tail::Place`] tells.
+pub const MAX_BYTES: u64 = ((1 << 28) - 1) * SECTOR_BYTES as u64;
+
 const MAGIC: [u8; 8] = *b"AFTRSEG1";
 const VERSION: u16 = 1;
 /// Of a segment that stands for several batches: a program that does not know of them must not miss the others.
@@ -157,7 +163,7 @@ impl SegmentHeader {
             2 => SegmentKind::Undo,
             other => return unsupported(format!("kind {other}")),
         };
-        Ok(SegmentHeader {
+        let header = SegmentHeader {
             kind,
             flags: raw.flags.get(),
             group: GroupId(raw.group),
@@ -169,7 +175,17 @@ impl SegmentHeader {
             allocated_bytes: raw.allocated_bytes.get(),
             nonce: raw.nonce.get(),
             merged_from,
-        })
+        };
+        if header.number > MAX_NUMBER || header.merged_from > header.number {
+            return Err(malformed("no segment has such a number"));
+        }
+        if !header.start.is_possible() || header.last_lsn > Lsn::MAX || header.first_lsn > header.last_lsn {
+            return Err(malformed("no history reaches such an lsn"));
+        }
+        if header.allocated_bytes > MAX_BYTES {
+            return Err(malformed("no segment is so long"));
+        }
+        Ok(header)
     }
 }
 
@@ -237,7 +253,7 @@ pub fn file_name(number: u64) -> String {
 pub fn parse_name(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".seg")?;
     let numeric = digits.len() == 20 && digits.bytes().all(|byte| byte.is_ascii_digit());
-    if numeric { digits.parse().ok() } else { None }
+    if numeric { digits.parse().ok().filter(|number| *number <= MAX_NUMBER) } else { None }
 }
 
 /// Segments of a directory by rising number; other names are passed over.
@@ -254,7 +270,7 @@ pub fn list(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
 pub(crate) fn last_begun(present: &[(u64, PathBuf)], current: u64) -> u64 {
     let mut last = current;
     for (number, _) in present.iter().filter(|(number, _)| *number > current) {
-        if *number != last + 1 {
+        if last.checked_add(1) != Some(*number) {
             break;
         }
         last = *number;
@@ -320,6 +336,23 @@ mod tests {
         assert_eq!(SegmentHeader::decode(&bytes).unwrap(), merged);
     }
 
+    /// Whoever wrote them: what is done with such numbers later would overflow, or never end.
+    #[test]
+    fn numbers_that_no_history_reaches_are_refused_although_the_crc_holds() {
+        let bad = |change: &dyn Fn(&mut SegmentHeader)| {
+            let mut header = sample();
+            change(&mut header);
+            assert_eq!(SegmentHeader::decode(&header.encode()).unwrap_err().kind, ErrorKind::Malformed);
+        };
+        bad(&|header| header.start.lsn = Lsn(u64::MAX));
+        bad(&|header| header.start.epoch.number = u64::MAX);
+        bad(&|header| header.last_lsn = Lsn(u64::MAX));
+        bad(&|header| header.first_lsn = Lsn(13));
+        bad(&|header| header.number = MAX_NUMBER + 1);
+        bad(&|header| header.merged_from = 11);
+        bad(&|header| header.allocated_bytes = u64::MAX);
+    }
+
     #[test]
     fn every_flip_and_cut_is_found() {
         let good = sample().encode();
@@ -334,7 +367,8 @@ mod tests {
     #[test]
     fn names() {
         assert_eq!(parse_name(&file_name(7)), Some(7));
-        assert_eq!(parse_name(&file_name(u64::MAX)), Some(u64::MAX));
+        assert_eq!(parse_name(&file_name(MAX_NUMBER)), Some(MAX_NUMBER));
+        assert_eq!(parse_name(&file_name(MAX_NUMBER + 1)), None);
         let too_large = "99999999999999999999.seg";
         for foreign in ["7.seg", "+0000000000000000007.seg", "00000000000000000007.spare", "x", too_large] {
             assert_eq!(parse_name(foreign), None, "{foreign}");

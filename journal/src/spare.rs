@@ -12,7 +12,7 @@
 
 use crate::io::{Disk, File, random_u64};
 use crate::segment::{self, FLAG_RECYCLED, SegmentHeader};
-use crate::{Error, Result};
+use crate::{Error, Result, is_full};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -46,7 +46,7 @@ pub(crate) fn prepare(disk: &dyn Disk, dir: &Path, bytes: u64, header: SegmentHe
     let recycled = spare.is_some();
     let path = dir.join(spare.unwrap_or_else(|| format!("{:020}{SUFFIX}", header.number)));
     let failed = |error| Error::io(format!("prepare segment file {}", path.display()), error);
-    let file = if recycled { disk.open(&path) } else { disk.create(&path) }.map_err(failed)?;
+    let file = if recycled { disk.open(&path) } else { disk.create_in_place(&path) }.map_err(failed)?;
     file.allocate(bytes).map_err(failed)?;
     let header = SegmentHeader {
         flags: if recycled { FLAG_RECYCLED } else { 0 },
@@ -71,12 +71,24 @@ pub(crate) fn christen(disk: &dyn Disk, dir: &Path, unborn: &Unborn) -> Result<P
 
 /// Takes a dropped segment's name away and keeps the file as a spare, or frees it. The caller syncs the directory
 /// before a spare is used again, lest a crash leaves two names for one file.
+///
+/// Giving room back never needs room: where a full disk has no place for the new name, the file goes. Where it cannot even
+/// take a name away, the file stays, which is said: the next open of the journal drops it, as one below `oldest`.
 pub(crate) fn retire(disk: &dyn Disk, dir: &Path, number: u64, path: &Path) -> Result<()> {
-    let retired = if spares(disk, dir)?.len() < MAX_SPARES {
+    let mut retired = if spares(disk, dir)?.len() < MAX_SPARES {
         disk.rename(path, &dir.join(format!("{number:020}{SUFFIX}")))
     } else {
         disk.remove(path)
     };
+    if retired.as_ref().is_err_and(is_full) {
+        retired = disk.remove(path);
+    }
+    if let Err(error) = &retired
+        && is_full(error)
+    {
+        tracing::warn!(path = %path.display(), %error, "a dropped segment cannot be removed from a full disk; it goes later");
+        return Ok(());
+    }
     retired.map_err(|error| Error::io(format!("drop segment {}", path.display()), error))
 }
 

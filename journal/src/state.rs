@@ -16,6 +16,7 @@
 //! (not synced): after a power loss later segments may exist, and more may be durable.
 
 use crate::layout::RawPosition;
+use crate::segment::MAX_NUMBER;
 use crate::{Error, ErrorKind, GroupId, Position, Result};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -90,6 +91,10 @@ impl State {
         if raw.reserved != U32::ZERO || state.oldest_segment > state.current_segment {
             return Err(malformed("fields contradict each other"));
         }
+        let possible = state.oldest.is_possible() && state.durable.is_possible();
+        if state.current_segment > MAX_NUMBER || !possible {
+            return Err(malformed("no journal reaches such a segment, epoch or lsn"));
+        }
         Ok(state)
     }
 }
@@ -122,5 +127,11 @@ mod tests {
         let mut backwards = bytes.clone();
         backwards[24] = 9;
         assert!(State::decode(&backwards).is_err());
+        for far in [
+            State { current_segment: MAX_NUMBER + 1, ..state },
+            State { durable: Position { lsn: Lsn(u64::MAX), ..durable }, ..state },
+        ] {
+            assert!(State::decode(&far.encode()).is_err(), "{far:?}");
+        }
     }
 }

@@ -17,7 +17,11 @@ use crate::state::{CONTROL_FILE, State};
 use crate::walk::{Item, SegmentFile, Walk};
 use crate::writer::check_joins;
 use crate::{Error, ErrorKind, Lsn, Position, Result};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+/// Findings that are told one by one; more are only counted.
+const MAX_FINDINGS: usize = 10_000;
 
 /// What a finding means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -55,12 +59,20 @@ pub struct Report {
     pub bytes: u64,
     /// What does not hold.
     pub findings: Vec<Finding>,
+    /// How many more findings there were, which are damage, and are not told one by one.
+    pub more_findings: u64,
 }
 
 impl Report {
     /// Whether anything durable is damaged; torn tails are not.
     pub fn is_corrupt(&self) -> bool {
-        self.findings.iter().any(|finding| finding.severity == Severity::Corrupt)
+        self.damaged_places() > 0
+    }
+
+    /// Places where durable bytes are damaged or missing.
+    pub fn damaged_places(&self) -> u64 {
+        let told = self.findings.iter().filter(|finding| finding.severity == Severity::Corrupt).count();
+        told as u64 + self.more_findings
     }
 }
 
@@ -93,7 +105,7 @@ pub fn verify_dir(
         verifier.corrupt(dir.join(name), 0, None, "no segment has such a name");
     }
     let segments = segment::list(disk, dir)?;
-    let bytes_of = |path: &PathBuf| disk.open_read(path).and_then(|file| file.size()).unwrap_or(0);
+    let bytes_of = |path: &PathBuf| disk.open_read_own(path).and_then(|file| file.size()).unwrap_or(0);
     let total: u64 = segments.iter().map(|(_, path)| bytes_of(path)).sum();
     let mut done = 0;
     let mut progress = |path: &PathBuf| {
@@ -128,7 +140,11 @@ struct Verifier<'a> {
 
 impl Verifier<'_> {
     fn find(&mut self, file: PathBuf, offset: u64, lsns: Option<(Lsn, Lsn)>, what: &str, severity: Severity) {
-        self.report.findings.push(Finding { file, offset, lsns, what: what.into(), severity });
+        if self.report.findings.len() < MAX_FINDINGS {
+            self.report.findings.push(Finding { file, offset, lsns, what: what.into(), severity });
+        } else if severity == Severity::Corrupt {
+            self.report.more_findings += 1;
+        }
     }
 
     fn corrupt(&mut self, file: PathBuf, offset: u64, lsns: Option<(Lsn, Lsn)>, what: &str) {
@@ -147,30 +163,43 @@ impl Verifier<'_> {
         };
         let last = segment::last_begun(segments, current);
         let mut before: Option<SegmentSummary> = None;
-        for number in oldest..=last {
-            let path = self.dir.join(segment::file_name(number));
-            if !segments.iter().any(|(held, _)| *held == number) {
-                let lsns = before.take().map(|before| (before.end.lsn.next(), Lsn(u64::MAX)));
-                self.corrupt(path, 0, lsns, "the segment is missing");
-                continue;
-            }
-            let summary = if number == last {
-                self.tail(number, &path, state.as_ref().map(|state| &state.durable))?
+        let mut due = oldest;
+        // Over the files that are there, not over the numbers that should be: a control file may name any.
+        for (number, path) in segments.iter().filter(|(number, _)| (oldest..=last).contains(number)) {
+            self.missing(due..*number, &mut before);
+            due = number + 1;
+            let summary = if *number == last {
+                self.tail(*number, path, state.as_ref().map(|state| &state.durable))?
             } else {
-                self.sealed(number, &path)?
+                self.sealed(*number, path)?
             };
-            progress(&path);
+            progress(path);
             let joins =
                 before.iter().zip(&summary).try_for_each(|(before, summary)| check_joins(before, summary));
             if let (Err(error), Some(summary)) = (joins, &summary) {
-                self.corrupt(path, 0, Some((summary.first_lsn, summary.last_lsn)), &error.at);
+                self.corrupt(path.clone(), 0, Some((summary.first_lsn, summary.last_lsn)), &error.at);
             }
             before = summary;
         }
+        self.missing(due..last.saturating_add(1), &mut before);
         for (_, path) in segments.iter().filter(|(number, _)| *number > last) {
             self.corrupt(path.clone(), 0, None, "no such segment was ever begun");
         }
         Ok(())
+    }
+
+    /// Segments in a row that are not there: one finding.
+    fn missing(&mut self, numbers: Range<u64>, before: &mut Option<SegmentSummary>) {
+        if numbers.is_empty() {
+            return;
+        }
+        let path = self.dir.join(segment::file_name(numbers.start));
+        let lsns = before.take().map(|before| (Lsn(before.end.lsn.0.saturating_add(1)), Lsn(u64::MAX)));
+        let what = match numbers.end - numbers.start {
+            1 => "the segment is missing".to_owned(),
+            many => format!("the segment is missing, and {} behind it", many - 1),
+        };
+        self.corrupt(path, 0, lsns, &what);
     }
 
     fn control(&mut self) -> Result<Option<State>> {
@@ -190,6 +219,8 @@ impl Verifier<'_> {
                 self.corrupt(path, 0, None, "the control file is missing");
             }
             Err(error) if error.kind == ErrorKind::Corrupt => self.corrupt(path, 0, None, &error.at),
+            // A pipe, a directory or a link has its name.
+            Err(error) if is_no_file(&error) => self.corrupt(path, 0, None, &describe(&error)),
             Err(error) => return Err(error),
         }
         Ok(None)
@@ -323,8 +354,9 @@ impl Verifier<'_> {
 /// Moves a walk behind the damage to the next frame that the footer names. False where there is none.
 fn resume(segment: &SegmentFile, index: Option<&SegmentIndex>, walk: &mut Walk<'_>) -> bool {
     let Some(index) = index else { return false };
-    let behind = |entry: &FrameEntry| entry.offset > walk.offset;
-    for entry in index.frames().filter(behind).collect::<Vec<_>>() {
+    let from = index.partition(|entry: &FrameEntry| entry.offset <= walk.offset);
+    let entries = (from..).map_while(|at| index.frame(u32::try_from(at).ok()?));
+    for entry in entries {
         if let Ok(Item::Frame(header)) = segment.peek(entry.offset) {
             let lsn = Lsn(header.first_lsn.0.saturating_sub(1));
             let (lineage, epoch) = (header.lineage, header.epoch);
@@ -355,6 +387,10 @@ fn unpack(decoder: &mut Decoder, header: &FrameHeader, frame: &[u8], raw: &mut V
         return Err(Error::new(ErrorKind::Malformed, at));
     }
     Ok(())
+}
+
+fn is_no_file(error: &Error) -> bool {
+    error.source.as_ref().is_some_and(|source| source.kind() == std::io::ErrorKind::InvalidInput)
 }
 
 fn describe(error: &Error) -> String {

@@ -44,7 +44,7 @@ impl SegmentFile {
     /// [`ErrorKind::NotHeld`] where the file does not exist; [`ErrorKind::Corrupt`] for a damaged header or the
     /// header of another segment.
     pub fn open(disk: &dyn Disk, path: &Path, number: u64) -> Result<SegmentFile> {
-        let file = disk.open_read(path).map_err(|error| {
+        let file = disk.open_read_own(path).map_err(|error| {
             let missing = error.kind() == io::ErrorKind::NotFound;
             let mut failed = Error::io(format!("open segment {}", path.display()), error);
             failed.kind = if missing { ErrorKind::NotHeld } else { failed.kind };
@@ -67,6 +67,9 @@ impl SegmentFile {
         })?;
         if header.number != number {
             return Err(corrupt(&format!("holds segment {}, not the one of its name", header.number)));
+        }
+        if header.kind == SegmentKind::Journal && size > segment::MAX_BYTES {
+            return Err(corrupt("no segment is so long"));
         }
         Ok(SegmentFile { path: path.into(), header, size, file })
     }

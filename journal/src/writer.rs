@@ -196,7 +196,9 @@ impl Writer {
         let failed = |error| Error::io(format!("clear the tail of segment {}", self.header.number), error);
         let size = self.file.size().map_err(failed)?;
         self.file.punch_hole(scan.offset..size).map_err(failed)?;
-        self.file.allocate(size.max(self.header.allocated_bytes)).map_err(failed)?;
+        // The header's word for what was reserved, but no more than our own segments take: the file may be a stranger's.
+        let reserved = self.header.allocated_bytes.min(self.options.segment_bytes);
+        self.file.allocate(size.max(reserved)).map_err(failed)?;
         self.position = scan.summary.end;
         self.index = scan.index;
         self.offset = scan.offset;

@@ -6,12 +6,14 @@ mod common;
 
 use common::{Frame, dir, epoch_start, frame_after, options, read_all, shared};
 use journal::index::SegmentIndex;
-use journal::segment::{file_name, list};
+use journal::reader::Reader;
+use journal::segment::{self, SegmentHeader, file_name, list};
 use journal::sim_disk::SimDisk;
 use journal::state::CONTROL_FILE;
+use journal::tail::Limit;
 use journal::verify::{Report, Severity, VerifyOptions, verify_dir};
 use journal::writer::Writer;
-use journal::{ErrorKind, Position};
+use journal::{ErrorKind, Lsn, Position};
 use std::path::PathBuf;
 
 /// Room for a handful of frames.
@@ -77,7 +79,7 @@ fn copy(sim: &SimDisk) -> SimDisk {
 
 /// Whatever a reader returns before it stops is what was written.
 fn assert_reads_a_prefix(sim: &SimDisk, frames: &[Frame], at: &str) -> bool {
-    let mut reader = match journal::reader::Reader::open(shared(sim), &dir()) {
+    let mut reader = match Reader::open(shared(sim), &dir()) {
         Ok(reader) => reader,
         Err(error) => {
             assert_eq!(error.kind, ErrorKind::Corrupt, "{at}: {error}");
@@ -87,7 +89,7 @@ fn assert_reads_a_prefix(sim: &SimDisk, frames: &[Frame], at: &str) -> bool {
     let mut bytes = Vec::new();
     let mut read = 0;
     loop {
-        match reader.next(&mut bytes, journal::tail::Limit::End) {
+        match reader.next(&mut bytes, Limit::End) {
             Ok(Some(_)) => {
                 assert_eq!(bytes, frames[read].bytes, "{at}: a damaged frame was returned");
                 read += 1;
@@ -96,6 +98,38 @@ fn assert_reads_a_prefix(sim: &SimDisk, frames: &[Frame], at: &str) -> bool {
             Err(error) => {
                 assert_eq!(error.kind, ErrorKind::Corrupt, "{at}: {error}");
                 return false;
+            }
+        }
+    }
+}
+
+/// However a frame is looked for, it is found, or its damage is: no seek goes on behind it as if it had never been. What was
+/// never called durable may also be beyond the newest.
+fn assert_no_seek_goes_over_damage(sim: &SimDisk, frames: &[Frame], durable: Position, at: &str) {
+    type Seek<'a> = Box<dyn Fn(&mut Reader) -> journal::Result<()> + 'a>;
+    let mut bytes = Vec::new();
+    for (number, Frame { header, .. }) in frames.iter().enumerate() {
+        let mut seeks: Vec<(&str, usize, Seek<'_>)> = vec![
+            ("lsn", number, Box::new(|reader| reader.seek_lsn(header.first_lsn))),
+            ("time", number, Box::new(|reader| reader.seek_time(header.first_time_ns))),
+        ];
+        if number + 1 < frames.len() {
+            seeks.push(("position", number + 1, Box::new(|reader| reader.seek(&header.position()))));
+        }
+        for (what, wanted, seek) in seeks {
+            let lsn = frames[wanted].header.first_lsn;
+            let found = Reader::open(shared(sim), &dir()).and_then(|mut reader| {
+                seek(&mut reader)?;
+                reader.next(&mut bytes, Limit::End)
+            });
+            match found {
+                Ok(Some(_)) => assert_eq!(bytes, frames[wanted].bytes, "{at}: {what} of lsn {lsn}"),
+                Err(error) if error.kind == ErrorKind::Corrupt => {}
+                Ok(None) => assert!(lsn > durable.lsn, "{at}: {what} of lsn {lsn}: the end"),
+                Err(error) => assert!(
+                    error.kind == ErrorKind::NotHeld && lsn > durable.lsn,
+                    "{at}: {what} of lsn {lsn}: {error}"
+                ),
             }
         }
     }
@@ -136,6 +170,12 @@ fn every_flip_in_a_sealed_segment_is_found_by_file_and_offset() {
         }
         let complete = assert_reads_a_prefix(&journal.sim, &journal.frames, &format!("flip at {at}"));
         assert!(!complete || at >= footer, "flip at {at}: the reader noticed nothing");
+        assert_no_seek_goes_over_damage(
+            &journal.sim,
+            &journal.frames,
+            journal.durable,
+            &format!("flip at {at}"),
+        );
         journal.sim.corrupt(path, at, |byte| byte ^ 0x10);
     }
     assert_eq!(verify(&journal.sim).findings, []);
@@ -170,6 +210,7 @@ fn flips_in_the_active_segment_are_corruption_below_the_mark_and_torn_above() {
             assert_eq!(recovery.torn.is_some(), !report.findings.is_empty(), "{what}");
         }
         assert_reads_a_prefix(&sim, &journal.frames, &what);
+        assert_no_seek_goes_over_damage(&sim, &journal.frames, journal.durable, &what);
     }
 }
 
@@ -188,6 +229,7 @@ fn a_cut_at_every_length_is_found_unless_it_takes_only_what_was_never_synced() {
             assert!(finding.offset <= length as u64, "{what}: {finding:?}");
             assert_eq!(report.is_corrupt(), (length as u64) < durable_end, "{what}: {finding:?}");
             assert_reads_a_prefix(&sim, &journal.frames, &what);
+            assert_no_seek_goes_over_damage(&sim, &journal.frames, journal.durable, &what);
             let opened = Writer::open(shared(&sim), &dir(), options(SEGMENT_BYTES), 9);
             // A sealed segment's frames are read, and refused, when they are needed; its footer at every open.
             match opened {
@@ -262,5 +304,68 @@ fn flips_in_the_control_file_lose_nothing() {
         assert!(!report.is_corrupt(), "flip at {at}: the other slot is in force: {:?}", report.findings);
         let (writer, _) = Writer::open(shared(&sim), &dir(), options(SEGMENT_BYTES), 9).unwrap();
         assert!(writer.durable().lsn >= journal.durable.lsn, "flip at {at}");
+    }
+}
+
+/// A header that says that most of a terabyte was reserved is no order to reserve it.
+#[test]
+fn a_hostile_reservation_takes_no_more_than_a_segment() {
+    let sim = SimDisk::new();
+    let mut writer =
+        Writer::create(shared(&sim), &dir(), options(SEGMENT_BYTES), epoch_start(1, 0), 0).unwrap();
+    let frame = frame_after(&writer.appended(), 200);
+    writer.append(&frame.bytes, &frame.header, 1).unwrap();
+    writer.sync().unwrap();
+    let path = writer.segments()[0].path.clone();
+    drop(writer);
+    let mut content = sim.contents(&path).unwrap();
+    let size = content.len() as u64;
+    let header = SegmentHeader::decode(&content).unwrap();
+    let hostile = SegmentHeader { allocated_bytes: segment::MAX_BYTES, ..header };
+    content[..segment::HEADER_BYTES].copy_from_slice(&hostile.encode());
+    sim.put(&path, content);
+    sim.set_capacity(Some(1 << 20));
+    let (writer, recovery) = Writer::open(shared(&sim), &dir(), options(SEGMENT_BYTES), 1).unwrap();
+    assert_eq!(writer.appended(), frame.header.position());
+    assert!(recovery.torn.is_some(), "it looks cut, and what is cut off was never acknowledged");
+    assert_eq!(sim.contents(&path).unwrap().len() as u64, size.max(SEGMENT_BYTES));
+}
+
+/// Where the next segment begins a newer epoch its start joins anything older: only the footer proves that nothing is missing.
+#[test]
+fn a_cut_before_a_new_epoch_is_no_end_of_the_old_one() {
+    let sim = SimDisk::new();
+    let mut writer =
+        Writer::create(shared(&sim), &dir(), options(SEGMENT_BYTES), epoch_start(1, 0), 0).unwrap();
+    let mut frames = Vec::new();
+    for step in 0..9 {
+        if step == 3 || step == 6 {
+            writer.begin_epoch(epoch_start(step, 1000 * step), 20).unwrap();
+        }
+        let frame = frame_after(&writer.appended(), 300);
+        writer.append(&frame.bytes, &frame.header, step).unwrap();
+        frames.push(frame);
+    }
+    writer.sync().unwrap();
+    let durable = writer.durable();
+    let cut = writer.segments()[1].path.clone();
+    assert_eq!(writer.segments().len(), 3);
+    drop(writer);
+    assert_no_seek_goes_over_damage(&sim, &frames, durable, "whole");
+    let whole = sim.contents(&cut).unwrap();
+    let footer = SegmentIndex::open(&sim, &cut).unwrap().offset();
+    for length in 0..whole.len() {
+        sim.put(&cut, whole[..length].to_vec());
+        assert_no_seek_goes_over_damage(&sim, &frames, durable, &format!("cut at {length}"));
+        // A record between the epochs was never written: what follows is found, or the damage.
+        let mut reader = Reader::open(shared(&sim), &dir()).unwrap();
+        let found = reader.seek_lsn(Lsn(5000)).and_then(|()| reader.next(&mut Vec::new(), Limit::End));
+        match found {
+            Ok(next) => {
+                let next = next.unwrap().first_lsn;
+                assert!(next == Lsn(6001) && length as u64 > footer, "cut at {length}: {next}");
+            }
+            Err(error) => assert_eq!(error.kind, ErrorKind::Corrupt, "cut at {length}"),
+        }
     }
 }

@@ -54,6 +54,9 @@ pub(crate) struct Attached {
     untracked: [AtomicU32; 2],
     /// Bios submitted before the attach may be under way.
     unsettled: AtomicBool,
+    /// A command that the block layer does not understand has gone to the device: nothing is known of it any more, and
+    /// its bits are not set yet.
+    unseen: AtomicBool,
     /// Probes are registered.
     is_hooked: AtomicBool,
     /// When the probes were there, monotonic ns.
@@ -111,6 +114,7 @@ impl Attached {
             in_flight: [const { AtomicU64::new(0) }; 2],
             untracked: [const { AtomicU32::new(0) }; 2],
             unsettled: AtomicBool::new(true),
+            unseen: AtomicBool::new(false),
             is_hooked: AtomicBool::new(false),
             hooked_ns: AtomicU64::new(0),
             drain_ms: AtomicU32::new(DRAIN_FIRST_MS),
@@ -238,6 +242,31 @@ impl Attached {
     pub(crate) fn leave_out(&self, offset: u64, length: u64) {
         self.mark_dirty(offset, length);
         self.note_failed(offset, length, self.group.ring.captured_lsn());
+    }
+
+    /// A command that the block layer only passes on is over. What it has changed is not known, so all of the volume is
+    /// to be looked at again. The bits of a large one are too many for an interrupt: `mark_unseen` sets them.
+    #[cold]
+    pub(crate) fn pass_unseen(&self) {
+        self.owe_all();
+        self.group.counters.unseen.fetch_add(1, Ordering::SeqCst);
+        let known = self.known_end.load(Ordering::Acquire);
+        if known != 0 {
+            self.note_failed(0, known, self.group.ring.captured_lsn());
+        }
+    }
+
+    /// All bits are to be set, and not here: there may be more of them than an interrupt, or who holds a lock of the queue,
+    /// should set.
+    pub(crate) fn owe_all(&self) {
+        self.unseen.store(true, Ordering::SeqCst);
+    }
+
+    /// Sets the bits that are owed. Not from an interrupt.
+    pub(crate) fn mark_unseen(&self) {
+        if self.unseen.swap(false, Ordering::SeqCst) {
+            self.mark_dirty(0, u64::MAX);
+        }
     }
 
     /// Tells the stream that a range is inexact from an lsn on. Without room it is bits alone, and the ring full anyway.

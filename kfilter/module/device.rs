@@ -55,13 +55,24 @@ plain!(
 #[pin_data(PinnedDrop)]
 pub(crate) struct Agent {
     #[pin]
-    bound: Mutex<Option<Arc<Group>>>,
+    bound: Mutex<Bound>,
+}
+
+/// The groups of a file.
+struct Bound {
+    /// The one whose agent it is.
+    group: Option<Arc<Group>>,
+    /// Its pages were mapped through this file, and may be still.
+    is_mapped: bool,
+    /// Those that it has forgotten while it had them mapped. An area holds its file, so their pages are counted as long as
+    /// there is one.
+    forgotten: KVec<Arc<Group>>,
 }
 
 #[pinned_drop]
 impl PinnedDrop for Agent {
     fn drop(self: Pin<&mut Self>) {
-        if let Some(group) = self.bound.lock().take() {
+        if let Some(group) = self.bound.lock().group.take() {
             group.close();
         }
     }
@@ -76,11 +87,12 @@ impl MiscDevice for Agent {
         if !unsafe { bindings::capable(bindings::CAP_SYS_ADMIN as i32) } {
             return Err(EPERM);
         }
-        KBox::pin_init(pin_init!(Agent { bound <- new_mutex!(None) }), GFP_KERNEL)
+        let bound = Bound { group: None, is_mapped: false, forgotten: KVec::new() };
+        KBox::pin_init(pin_init!(Agent { bound <- new_mutex!(bound) }), GFP_KERNEL)
     }
 
     fn mmap(agent: Pin<&Agent>, _file: &File, vma: &VmaNew) -> Result {
-        let group = agent.group()?;
+        let group = agent.group_to_map()?;
         let length = (vma.end().wrapping_sub(vma.start())) as u64;
         // SAFETY: the area is being set up, by us.
         let first_page = unsafe { (*vma.as_ptr()).vm_pgoff };
@@ -128,17 +140,26 @@ fn demand(holds: bool) -> Result {
 
 impl Agent {
     fn group(&self) -> Result<Arc<Group>> {
-        self.bound.lock().clone().ok_or(EBADFD)
+        self.bound.lock().group.clone().ok_or(EBADFD)
+    }
+
+    /// In one step with the mark, so that a group which is forgotten meanwhile is kept.
+    fn group_to_map(&self) -> Result<Arc<Group>> {
+        let mut bound = self.bound.lock();
+        let group = bound.group.clone().ok_or(EBADFD)?;
+        bound.is_mapped = true;
+        Ok(group)
     }
 
     /// Becomes the agent of what `make` finds.
     fn bind(&self, make: impl FnOnce() -> Result<Arc<Group>>) -> Result<Arc<Group>> {
         let mut bound = self.bound.lock();
-        if bound.is_some() {
+        if bound.group.is_some() {
             return Err(EBUSY);
         }
         let group = make()?;
-        *bound = Some(group.clone());
+        bound.group = Some(group.clone());
+        bound.is_mapped = false;
         Ok(group)
     }
 
@@ -232,10 +253,14 @@ impl Agent {
 
     fn destroy(&self) -> Result {
         let mut bound = self.bound.lock();
-        let group = bound.as_ref().ok_or(EBADFD)?;
+        let group = bound.group.clone().ok_or(EBADFD)?;
+        bound.forgotten.reserve(1, GFP_KERNEL)?;
         group.destroy()?;
-        if let Some(group) = bound.take() {
-            group.close();
+        group.close();
+        bound.group = None;
+        if bound.is_mapped {
+            group.linger();
+            bound.forgotten.push(group, GFP_KERNEL)?;
         }
         Ok(())
     }

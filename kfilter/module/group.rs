@@ -32,8 +32,13 @@ global_lock! {
 /// How long a step waits for a count that its caller has waited for already.
 const QUIET_MS: u32 = 100;
 
+/// Writes in flight that can be followed at once where nothing else is asked for: several disks with deep queues.
+const CONTEXTS: u32 = 16384;
+
 static MEMORY_LIMIT: AtomicU64 = AtomicU64::new(0);
 static MEMORY_USED: AtomicU64 = AtomicU64::new(0);
+/// Of groups that were destroyed, and whose pages a process may still have mapped.
+static MEMORY_LINGERING: AtomicU64 = AtomicU64::new(0);
 static MEASURE: AtomicBool = AtomicBool::new(false);
 static CHAIN_END_IO: AtomicUsize = AtomicUsize::new(0);
 static TRACEPOINTS: [Tracepoint; PROBES.len()] = [const { Tracepoint::none() }; PROBES.len()];
@@ -126,18 +131,32 @@ pub(crate) fn is_measuring() -> bool {
 
 /// Limit and use.
 pub(crate) fn memory() -> (u64, u64) {
-    (MEMORY_LIMIT.load(Ordering::Relaxed), MEMORY_USED.load(Ordering::Relaxed))
+    let used = MEMORY_USED.load(Ordering::Relaxed);
+    (MEMORY_LIMIT.load(Ordering::Relaxed), used.wrapping_add(MEMORY_LINGERING.load(Ordering::Relaxed)))
 }
 
-/// Bytes of the limit; given back on drop.
-struct Allowance(u64);
+/// Bytes of the limit; given back on drop. What lingers has a limit of the same size of its own: an agent makes the group of a
+/// new epoch while it still reads the old one.
+struct Allowance {
+    bytes: u64,
+    is_lingering: AtomicBool,
+}
 
 impl Allowance {
     fn new(bytes: u64) -> Result<Self> {
         let limit = MEMORY_LIMIT.load(Ordering::Relaxed);
+        let lingering = MEMORY_LINGERING.load(Ordering::Relaxed);
+        if lingering > limit {
+            pr_warn!(
+                "{} MiB of groups that were destroyed are still mapped, more than the allowed {}: end the process that has them\n",
+                lingering >> 20,
+                limit >> 20
+            );
+            return Err(ENOSPC);
+        }
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
         match MEMORY_USED.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) {
-            Ok(_) => Ok(Self(bytes)),
+            Ok(_) => Ok(Self { bytes, is_lingering: AtomicBool::new(false) }),
             Err(used) => {
                 pr_warn!(
                     "a group needs {} MiB, {} of the allowed {} are in use: see the parameter memory_limit_mib\n",
@@ -153,7 +172,8 @@ impl Allowance {
 
 impl Drop for Allowance {
     fn drop(&mut self) {
-        MEMORY_USED.fetch_sub(self.0, Ordering::Relaxed);
+        let counter = if *self.is_lingering.get_mut() { &MEMORY_LINGERING } else { &MEMORY_USED };
+        counter.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -168,6 +188,7 @@ pub(crate) struct Counters {
     pub(crate) late: AtomicU64,
     pub(crate) untracked: AtomicU64,
     pub(crate) unreadable: AtomicU64,
+    pub(crate) unseen: AtomicU64,
     pub(crate) freeze_ns_max: AtomicU64,
     hook_ns_total: AtomicU64,
     hook_ns_max: AtomicU64,
@@ -205,7 +226,7 @@ pub(crate) struct Group {
     step: Mutex<()>,
     #[pin]
     volumes: Mutex<KVec<Volume>>,
-    _allowance: Allowance,
+    allowance: Allowance,
 }
 
 // SAFETY: the wait queue has a lock of its own; the rest is `Send` and `Sync`.
@@ -223,7 +244,7 @@ impl Group {
             epoch_id: create.epoch_id,
         };
         let layout = Layout::plan(create.ring_bytes, specs).ok_or(EINVAL)?;
-        let contexts = if create.contexts == 0 { 4096 } else { create.contexts };
+        let contexts = if create.contexts == 0 { CONTEXTS } else { create.contexts };
         let bytes = layout.total_bytes.checked_add(Contexts::bytes(contexts)).ok_or(EINVAL)?;
         let allowance = Allowance::new(bytes)?;
         let host = KernelHost::new(layout.total_bytes)?;
@@ -251,7 +272,7 @@ impl Group {
                 has_agent: AtomicBool::new(true),
                 step <- new_mutex!(()),
                 volumes <- new_mutex!(volumes),
-                _allowance: allowance,
+                allowance,
             }),
             GFP_KERNEL,
         )?;
@@ -289,6 +310,14 @@ impl Group {
         let at = groups.iter().position(|known| core::ptr::eq(&**known, self)).ok_or(ENOENT)?;
         let _gone = groups.remove(at);
         Ok(())
+    }
+
+    /// It was forgotten, and its pages may be mapped.
+    pub(crate) fn linger(&self) {
+        if !self.allowance.is_lingering.swap(true, Ordering::Relaxed) {
+            MEMORY_LINGERING.fetch_add(self.allowance.bytes, Ordering::Relaxed);
+            MEMORY_USED.fetch_sub(self.allowance.bytes, Ordering::Relaxed);
+        }
     }
 
     /// All groups.
@@ -351,6 +380,8 @@ impl Group {
     /// Captures a device as a volume.
     pub(crate) fn attach(self: &Arc<Self>, attach: &mut ioctl::Attach) -> Result {
         let _step = self.step.lock();
+        // Before the lock of all groups is taken: opening a device can take as long as its driver likes.
+        let opened = Attached::open(self.clone(), attach.volume, attach.device)?;
         // Held to the end, so that no other group takes the same device meanwhile.
         let groups = GROUPS.lock();
         let takes = |group: &Group| group.volumes.lock().iter().any(|volume| volume.is_device(attach.device));
@@ -364,7 +395,7 @@ impl Group {
         let volume = volumes.iter_mut().find(|volume| volume.id == attach.volume).ok_or(ENOENT)?;
         let known = self.ring.size_bytes(volume.id).ok_or(ENOENT)?;
         volume.let_go()?;
-        let attached = Arc::new(Attached::open(self.clone(), volume.id, attach.device)?, GFP_KERNEL)?;
+        let attached = Arc::new(opened, GFP_KERNEL)?;
         if attached.size_bytes() < known {
             return Err(EINVAL);
         }
@@ -379,6 +410,7 @@ impl Group {
         let _step = self.step.lock();
         let attached = self.attached(detach.volume)?;
         attached.unhook();
+        attached.mark_unseen();
         detach.last_lsn = self.ring.captured_lsn();
         attached.quiesce(detach.timeout_ms)?;
         for volume in self.volumes.lock().iter_mut().filter(|volume| volume.id == detach.volume) {
@@ -393,6 +425,14 @@ impl Group {
         volume.attached.clone().ok_or(ENODEV)
     }
 
+    /// Before bits are looked at or moved: those that an interrupt could not set.
+    fn mark_unseen(&self) -> Result {
+        for attached in self.all_attached()?.iter() {
+            attached.mark_unseen();
+        }
+        Ok(())
+    }
+
     /// Those that are captured; one whose detach is not over is not.
     fn all_attached(&self) -> Result<KVec<Arc<Attached>>> {
         let volumes = self.volumes.lock();
@@ -403,12 +443,14 @@ impl Group {
         Ok(all)
     }
 
-    /// Begins a resync or a fence. The generation flips after the ring has changed: see `Attached::enter`.
+    /// Begins a resync or a fence, piece by piece: `step` keeps others from doing so meanwhile. The generation flips after
+    /// the ring has changed: see `Attached::enter`.
     pub(crate) fn begin(&self, begin: &mut ioctl::Begin) -> Result {
         let _step = self.step.lock();
         let generation = self.generation();
         // What the barrier of the last begin has not waited for would be counted with the newest writes.
         self.demand_quiet(generation.wrapping_add(1))?;
+        self.mark_unseen()?;
         begin.lsn = if begin.flags & ioctl::BEGIN_FENCE != 0 {
             self.ring.fence()
         } else {
@@ -459,6 +501,7 @@ impl Group {
         if !self.all_attached()?.iter().all(|attached| attached.is_exact(before)) {
             return Err(EAGAIN);
         }
+        self.mark_unseen()?;
         end.lsn = self.ring.end_resync(sys::kf_realtime_ns()).map_err(refused)?;
         Ok(())
     }
@@ -548,6 +591,7 @@ impl Group {
 
     /// Positions and counters.
     pub(crate) fn status(&self) -> Result<ioctl::Status> {
+        self.mark_unseen()?;
         let loss = self.ring.loss();
         let counters = &self.counters;
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -571,7 +615,8 @@ impl Group {
             hook_ns_total: count(&counters.hook_ns_total),
             hook_ns_max: count(&counters.hook_ns_max),
             freeze_ns_max: count(&counters.freeze_ns_max),
-            zero: [0; 4],
+            unseen: count(&counters.unseen),
+            zero: [0; 3],
         })
     }
 
@@ -616,6 +661,7 @@ fn refused(refused: Refused) -> Error {
         Refused::Full => ENOSPC,
         Refused::BitmapMode => ESTALE,
         Refused::Dirty => ENOTEMPTY,
+        Refused::Moving => EAGAIN,
         Refused::ConsumerTaken => EBUSY,
     }
 }

@@ -75,7 +75,8 @@ pub(crate) unsafe extern "C" fn has_request(data: *mut c_void, bio: *mut binding
 }
 
 /// Probe of `block_rq_complete`: merges of discards have no tracepoint, so one that was submitted before the attach and
-/// merged after it is found here.
+/// merged after it is found here. And commands that are no bios of a file system's making (SG_IO, NVMe passthrough) pass
+/// here only; one that carries data to the device may have written anywhere.
 ///
 /// # Safety
 ///
@@ -89,6 +90,13 @@ pub(crate) unsafe extern "C" fn completed(
     // SAFETY: by the contract.
     let (attached, request) = unsafe { (&*data.cast::<Attached>(), &*request) };
     let op = request.cmd_flags & 0xff;
+    if op == bindings::req_op_REQ_OP_DRV_OUT {
+        // SAFETY: the disk is pinned by the open device. Bios of such a request need not name a device.
+        if request.q == unsafe { (*attached.disk()).queue } {
+            attached.pass_unseen();
+        }
+        return;
+    }
     if op != bindings::req_op_REQ_OP_DISCARD && op != bindings::req_op_REQ_OP_SECURE_ERASE {
         return;
     }
@@ -192,7 +200,10 @@ fn capture(attached: &Attached, bio: Bio, is_late: bool) {
 fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) -> (u64, Option<Withheld>) {
     let group = attached.group();
     let counters = &group.counters;
-    if op == Op::Write && !bio.is_readable() {
+    // One that takes more than half of the ring would leave all others without room, whatever the agent does: its own range
+    // is read again instead.
+    let is_oversize = part.length > group.ring.ring_bytes() / 2;
+    if op == Op::Write && (is_oversize || !bio.is_readable()) {
         counters.unreadable.fetch_add(1, Ordering::Relaxed);
         attached.leave_out(part.offset, part.length);
         return (0, None);
@@ -235,7 +246,7 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
         Err(_) => {
             // A write beyond the end that the device itself tells: nothing is known of this volume any more.
             group.ring.set_mode_bitmap(crate::dirty::CAUSE_AGENT, now_ns);
-            attached.mark_dirty(0, u64::MAX);
+            attached.owe_all();
             (0, None)
         }
     }

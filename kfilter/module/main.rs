@@ -20,7 +20,7 @@
 //! | `group` | control plane: volumes that share one ring |
 //! | `device` | `/dev/kfilter`: ioctls and mmap |
 //!
-//! `abi`, `consumer`, `dirty`, `entry`, `memory`, `recovery`, `reservation`, `ring` and `ioctl` are the very files that
+//! `abi`, `consumer`, `dirty`, `entry`, `handover`, `memory`, `recovery`, `reservation`, `ring` and `ioctl` are the very files that
 //! the agent compiles (`kfilter/src`).
 
 use kernel::prelude::*;
@@ -38,6 +38,9 @@ mod dirty;
 #[path = "../src/entry.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod entry;
+#[path = "../src/handover.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod handover;
 #[path = "../src/ioctl.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod ioctl;

@@ -171,7 +171,8 @@ static bool is_device_mapper(struct gendisk *disk)
 {
 	struct module *owner = disk->fops ? disk->fops->owner : NULL;
 
-	return owner && !strcmp(module_name(owner), "dm_mod");
+	/* Built into the kernel it has no module; then only the name is left. */
+	return owner ? !strcmp(module_name(owner), "dm_mod") : !strncmp(disk->disk_name, "dm-", 3);
 }
 
 bool kf_is_bio_based(struct gendisk *disk)
@@ -249,13 +250,23 @@ static bool look_at(struct request *rq, void *data)
 	return !older->found;
 }
 
-/* Whether the driver has a request that was made before; waiting in a scheduler are others that this does not see. */
+/*
+ * Whether the driver has a request that was made before; waiting in a scheduler are others that this does not see.
+ *
+ * The tag set is the driver's own, and goes when the disk is removed, although the open device pins disk and queue. A
+ * removal waits for the queue's counter first: while we hold it the tags stay. Where it is not to be had, the removal has
+ * ended every request.
+ */
 bool kf_has_older(struct gendisk *disk, u64 than_ns)
 {
-	struct older older = { .queue = disk->queue, .than_ns = than_ns };
+	struct request_queue *queue = disk->queue;
+	struct older older = { .queue = queue, .than_ns = than_ns };
 
-	if (disk->queue->tag_set)
-		blk_mq_tagset_busy_iter(disk->queue->tag_set, look_at, &older);
+	if (!percpu_ref_tryget(&queue->q_usage_counter))
+		return false;
+	if (queue->tag_set)
+		blk_mq_tagset_busy_iter(queue->tag_set, look_at, &older);
+	percpu_ref_put(&queue->q_usage_counter);
 	return older.found;
 }
 

@@ -65,6 +65,8 @@ pub struct GroupSpec<'a> {
     pub first_lsn: u64,
     /// No record gets an earlier time.
     pub last_time_ns: u64,
+    /// Writes in flight that can be followed at once; 0 for what the module takes by itself.
+    pub contexts: u32,
 }
 
 impl Device {
@@ -111,7 +113,7 @@ impl Device {
             ring_bytes: spec.ring_bytes,
             volumes: volumes.as_ptr().expose_provenance() as u64,
             volume_count: u32::try_from(volumes.len()).map_err(|_| invalid())?,
-            contexts: 0,
+            contexts: spec.contexts,
         };
         // The only room that this call can lack is the module's.
         self.calls.create(&mut create).map_err(|error| match error.kind {
@@ -238,6 +240,9 @@ impl Group {
             slot,
             bitmap_at: self.word(slot + slot_at::BITMAP_AT),
             bitmap_bytes: self.word(slot + slot_at::BITMAP_BYTES),
+            // The module alone knows it; no caller here asks for it.
+            current_bits: 0,
+            pending_bits: 0,
         });
         // The layout was checked as a whole (`check_identity`); a bitmap outside of it would be read out of bounds.
         let inside = found.filter(|volume| {
@@ -567,6 +572,8 @@ mod tests {
             slot,
             bitmap_at: view.load64(slot + slot_at::BITMAP_AT, Relaxed),
             bitmap_bytes: view.load64(slot + slot_at::BITMAP_BYTES, Relaxed),
+            current_bits: 0,
+            pending_bits: 0,
         };
         let dirty: Vec<_> = DirtyExtents::of(&view, Some(volume)).collect();
         assert_eq!(dirty, core::slice::from_ref(&(GRANULE..2 * GRANULE)));

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
-//! What was not recorded: a bit for each 64 KiB of a volume, and the steps that bring a volume back.
+//! What was not recorded: a bit for each 64 KiB of a volume.
 //!
 //! Two bitmaps for each volume. *current* collects writes that did not fit the ring. *pending* is what a
 //! resync works off; its bits are cleared only after the data that repairs them was appended to the journal,
 //! so a dead agent loses none. One flag beside each bitmap stands for everything beyond it (a volume that has
-//! grown); beside the pending one stands how much of that is repaired, from its first byte on.
+//! grown); beside the pending one stands how much of that is repaired, from its first byte on. How bits come
+//! from the one map into the other: `handover`.
 //!
-//! Invariant: a write that is not in the ring has its bits set, in one of the two, until it is repaired. All
-//! changes are made under the reservation lock; `dirty_extents` reads without it and sees each bit as of some
-//! moment of the iteration.
+//! Invariants:
+//! * A write that is not in the ring has its bits set, in one of the two, until it is repaired. All changes
+//!   are made under the reservation lock; `dirty_extents` reads without it and sees each bit as of some
+//!   moment of the iteration.
+//! * One hold of the lock touches at most `PIECE_BYTES` of each bitmap, and a word more where an extent
+//!   begins inside one: interrupts are off meanwhile in the kernel. An extent of one write is no longer than
+//!   that; longer ranges are marked and cleared piece by piece.
+//! * The `Reserver` knows how many bits of each map are set, exactly: whether any is left takes no walk.
 
 use super::abi::{GRANULE, Op, control_at, slot_at};
 use super::entry::Entry;
 use super::memory::{Host, Memory};
-use super::reservation::Token;
 use super::ring::{Captured, Mode, Refused, Reserver, Ring, Volume};
 use core::ops::Range;
-use core::sync::atomic::Ordering::{Relaxed, Release};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 /// Cause of a switch to the bitmaps: a write found no room.
 pub const CAUSE_RING_FULL: u32 = 1;
@@ -29,6 +34,10 @@ pub const CAUSE_AGENT: u32 = 3;
 pub(super) const MODE_RING: u32 = 0;
 /// Mode word.
 pub(super) const MODE_BITMAP: u32 = 1;
+
+/// Bytes of a bitmap that one hold of the lock walks: the bits of 4 GiB, which no single write exceeds.
+pub(super) const PIECE_BYTES: u64 = 8 << 10;
+const PIECE_GRANULES: u64 = PIECE_BYTES * 8;
 
 /// When and why writes stopped being recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,10 +59,12 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// From now on writes only set bits, until `begin_resync`. Without effect when that is so already.
+    /// From now on writes only set bits, until `begin_resync`. Without effect when that is so already. While
+    /// a begin is under way it is as if this came right behind it: the begin has its record, and the mode
+    /// stays.
     pub fn set_mode_bitmap(&self, cause: u32, now_ns: u64) {
         self.host.locked(|reserver| {
-            if reserver.mode == Mode::Ring {
+            if reserver.mode == Mode::Ring || reserver.begun {
                 self.switch_to_bitmap(reserver, cause, now_ns);
             }
         });
@@ -62,16 +73,25 @@ impl<H: Host> Ring<H> {
     /// Sets the bits of a range, in whatever mode: something recorded has become unreadable before it was
     /// acknowledged. False when there is no such volume; a range past its end is cut.
     pub fn mark_dirty(&self, volume: u32, range: Range<u64>) -> bool {
-        self.host.locked(|reserver| {
-            let Some(size_bytes) = reserver.volume(volume).map(|volume| volume.size_bytes) else {
-                return false;
-            };
-            let end = range.end.min(size_bytes);
-            if range.start < end {
-                self.set_bits(reserver, volume, range.start, end - range.start);
+        let mut start = range.start;
+        loop {
+            let marked = self.host.locked(|reserver| {
+                let known = reserver.volume(volume)?;
+                let end = range.end.min(known.size_bytes);
+                let next = (start / GRANULE / PIECE_GRANULES + 1) * PIECE_GRANULES * GRANULE;
+                // What lies beyond the bitmap is one flag.
+                let piece = if next < known.covered_bytes() { next.min(end) } else { end };
+                if start < piece {
+                    self.set_bits(reserver, volume, start, piece - start);
+                }
+                Some((piece, start < piece && piece < end))
+            });
+            match marked {
+                None => return false,
+                Some((_, false)) => return true,
+                Some((piece, true)) => start = piece,
             }
-            true
-        })
+        }
     }
 
     /// Whether any bit of a volume is set, current or pending.
@@ -88,88 +108,50 @@ impl<H: Host> Ring<H> {
 
     /// Clears the pending bits of the granules that lie wholly in the range (the last one of the volume
     /// counts as whole when the range reaches the volume's end). Call it only after the range's data was
-    /// appended to the journal. Beyond the bitmap a range counts only when it begins no later than where the dirty
-    /// part begins.
+    /// appended to the journal. Beyond the bitmap a range counts only when it begins no later than where the
+    /// dirty part begins.
     pub fn clear_dirty(&self, volume: u32, range: Range<u64>) {
-        self.host.locked(|reserver| {
-            let Some(volume) = reserver.volume(volume) else { return };
-            let covered = volume.covered_bytes();
-            let first = range.start.div_ceil(GRANULE);
-            let reaches_end = range.end >= volume.size_bytes;
-            let end =
-                if reaches_end { covered / GRANULE } else { (range.end / GRANULE).min(covered / GRANULE) };
-            for_words(first..end, |word, bits| {
-                self.memory().and64(volume.pending_at() + word * 8, !bits, Relaxed);
+        let mut first = range.start.div_ceil(GRANULE);
+        while let Some(next) = self.host.locked(|reserver| self.clear_piece(reserver, volume, &range, first))
+        {
+            first = next;
+        }
+    }
+
+    /// One piece of `clear_dirty`, from a granule on; the granule to go on with. The flag comes last.
+    fn clear_piece(
+        &self,
+        reserver: &mut Reserver,
+        volume: u32,
+        range: &Range<u64>,
+        first: u64,
+    ) -> Option<u64> {
+        let volume = reserver.volume_mut(volume)?;
+        let covered = volume.covered_bytes() / GRANULE;
+        let reaches_end = range.end >= volume.size_bytes;
+        let end = if reaches_end { covered } else { (range.end / GRANULE).min(covered) };
+        if volume.pending_bits != 0 {
+            let piece = ((first / PIECE_GRANULES + 1) * PIECE_GRANULES).min(end);
+            let (pending_at, mut cleared) = (volume.pending_at(), 0);
+            for_words(first..piece, |word, bits| {
+                let old = self.memory().and64(pending_at + word * 8, !bits, Relaxed);
+                cleared += u64::from((old & bits).count_ones());
             });
-            let tail = pending_tail(self.memory(), volume).filter(|from| range.start <= *from);
-            let Some(from) = tail else { return };
+            volume.pending_bits -= cleared;
+            if piece < end {
+                return Some(piece);
+            }
+        }
+        let tail = pending_tail(self.memory(), volume).filter(|from| range.start <= *from);
+        if let Some(from) = tail {
             let repaired = range.end / GRANULE * GRANULE;
             if reaches_end {
                 self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 0, Relaxed);
             } else if repaired > from {
                 self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, repaired, Relaxed);
             }
-        });
-    }
-
-    /// Starts a resync in one step under the lock: what is current becomes pending, writes go into the ring
-    /// again, and `ResyncBegin` has its place in the order before all of them. Its lsn; refused while the
-    /// ring has no room. The mask of the resync starts empty here, and the caller owes a barrier (DESIGN,
-    /// section 6). Until `end_resync` there is a [`Loss`], also where no write has been lost: a new owner owes the end.
-    pub fn begin_resync(&self, now_ns: u64) -> Result<u64, Refused> {
-        self.host.locked(|reserver| {
-            // 0 that an end is owed, before anybody can see the beginning …
-            let is_first = self.memory().load64(control_at::LOST_SINCE, Relaxed) == 0;
-            if is_first {
-                self.memory().store32(control_at::CAUSE, CAUSE_AGENT, Relaxed);
-                self.memory().store64(control_at::LOST_SINCE, now_ns.max(1), Release);
-            }
-            // 1 the record, so that the mode does not change without it …
-            let token = self.append(reserver, Op::ResyncBegin, now_ns).inspect_err(|_| {
-                if is_first {
-                    self.memory().store64(control_at::LOST_SINCE, 0, Relaxed);
-                }
-            })?;
-            // 2 … then the bits, each set in the one map before it leaves the other …
-            for volume in reserver.volumes() {
-                self.make_pending(volume);
-            }
-            // 3 … then the mode. A new owner that finds less than all of this begins again.
-            reserver.mode = Mode::Ring;
-            self.memory().store32(control_at::MODE, MODE_RING, Release);
-            Ok(token.last_lsn())
-        })
-    }
-
-    /// What is current becomes pending, without a record and without a change of mode: for ranges whose writes
-    /// failed while everything else is recorded. The newest lsn given out before it; the caller owes a barrier.
-    pub fn fence(&self) -> Result<u64, Refused> {
-        self.host.locked(|reserver| {
-            if reserver.mode == Mode::Bitmap {
-                return Err(Refused::BitmapMode);
-            }
-            for volume in reserver.volumes() {
-                self.make_pending(volume);
-            }
-            Ok(reserver.next_lsn - 1)
-        })
-    }
-
-    /// Ends a resync in one step under the lock: reserves `ResyncEnd`, whose lsn is returned; refused unless
-    /// writes go into the ring, no bit is set, and there is room.
-    pub fn end_resync(&self, now_ns: u64) -> Result<u64, Refused> {
-        self.host.locked(|reserver| {
-            if reserver.mode == Mode::Bitmap {
-                return Err(Refused::BitmapMode);
-            }
-            let mut volumes = reserver.volumes().iter();
-            if volumes.any(|&volume| self.extents_of(volume).next().is_some()) {
-                return Err(Refused::Dirty);
-            }
-            let token = self.append(reserver, Op::ResyncEnd, now_ns)?;
-            self.memory().store64(control_at::LOST_SINCE, 0, Relaxed);
-            Ok(token.last_lsn())
-        })
+        }
+        None
     }
 
     /// Says that a volume has grown: `record` (opaque here) has its place in the order before the first write
@@ -210,55 +192,71 @@ impl<H: Host> Ring<H> {
         })
     }
 
-    /// A record without extent or payload, reserved and published under the lock.
-    fn append(&self, reserver: &mut Reserver, op: Op, now_ns: u64) -> Result<Token, Refused> {
-        let entry = core::iter::once(Entry::event(op, 0, 0));
-        Ok(self.place(reserver, entry, now_ns).ok_or(Refused::Full)?.publish())
-    }
-
     pub(super) fn switch_to_bitmap(&self, reserver: &mut Reserver, cause: u32, now_ns: u64) {
         reserver.mode = Mode::Bitmap;
+        reserver.begun = false;
         self.memory().store32(control_at::CAUSE, cause, Relaxed);
         self.memory().store64(control_at::LOST_SINCE, now_ns.max(1), Relaxed);
         self.memory().store32(control_at::MODE, MODE_BITMAP, Release);
     }
 
-    /// Sets the current bits of a range of a known volume.
-    pub(super) fn set_bits(&self, reserver: &Reserver, volume: u32, offset: u64, length: u64) {
-        let Some(volume) = reserver.volume(volume) else { return };
+    /// Sets the bits of a range of a known volume: the current ones, and the pending ones while a begin that
+    /// has its record moves those.
+    pub(super) fn set_bits(&self, reserver: &mut Reserver, volume: u32, offset: u64, length: u64) {
+        let begun = reserver.begun;
+        let Some(volume) = reserver.volume_mut(volume) else { return };
         let granules = offset / GRANULE..(offset + length).div_ceil(GRANULE);
         let covered = volume.covered_bytes() / GRANULE;
+        let map_at = if begun { volume.pending_at() } else { volume.bitmap_at };
+        let mut set = 0;
         for_words(granules.start..granules.end.min(covered), |word, bits| {
-            self.memory().or64(volume.bitmap_at + word * 8, bits, Relaxed);
+            let old = self.memory().or64(map_at + word * 8, bits, Relaxed);
+            set += u64::from((bits & !old).count_ones());
         });
-        if granules.end > covered {
-            self.memory().store32(volume.slot + slot_at::TAIL_DIRTY, 1, Relaxed);
+        if begun {
+            volume.pending_bits += set;
+        } else {
+            volume.current_bits += set;
         }
-    }
-
-    fn make_pending(&self, volume: &Volume) {
-        for at in (0..volume.bitmap_bytes).step_by(8) {
-            let bits = self.memory().load64(volume.bitmap_at + at, Relaxed);
-            if bits != 0 {
-                self.memory().or64(volume.pending_at() + at, bits, Relaxed);
-                self.memory().store64(volume.bitmap_at + at, 0, Release);
+        if granules.end > covered {
+            if begun {
+                self.set_pending_tail(volume);
+            } else {
+                self.memory().store32(volume.slot + slot_at::TAIL_DIRTY, 1, Relaxed);
             }
         }
-        if self.memory().load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0 {
-            // The current flag last, and released: whoever dies before it leaves all of the tail dirty.
-            self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, 0, Relaxed);
-            self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 1, Relaxed);
-            self.memory().store32(volume.slot + slot_at::TAIL_DIRTY, 0, Release);
-        }
     }
 
-    fn extents_of(&self, volume: Volume) -> DirtyExtents<'_, H::Memory> {
-        DirtyExtents::of(self.memory(), Some(volume))
+    /// Everything beyond the bitmap is to be repaired, from its first byte on.
+    pub(super) fn set_pending_tail(&self, volume: &Volume) {
+        self.memory().store64(volume.slot + slot_at::PENDING_TAIL_FROM, 0, Relaxed);
+        self.memory().store32(volume.slot + slot_at::PENDING_TAIL_DIRTY, 1, Release);
+    }
+
+    /// Whether anything of a volume is dirty, without a walk. Under the lock.
+    pub(super) fn has_dirty(&self, volume: &Volume) -> bool {
+        let tail = || DirtyExtents::of(self.memory(), Some(*volume)).tail(volume);
+        volume.current_bits != 0 || volume.pending_bits != 0 || tail().is_some_and(|tail| !tail.is_empty())
+    }
+
+    /// Counts the bits that a dead owner left; the memory is ours alone. Bits behind the volume's last
+    /// granule go: `dirty_extents` shows none of them, so they would never be repaired.
+    pub(super) fn count_bits(&self, volume: &mut Volume) {
+        let granules = volume.size_bytes.div_ceil(GRANULE);
+        let count = |map_at: u64| {
+            for_words(granules..volume.covered_bytes() / GRANULE, |word, bits| {
+                self.memory().and64(map_at + word * 8, !bits, Relaxed);
+            });
+            let words = (0..volume.bitmap_bytes).step_by(8);
+            words.map(|at| u64::from(self.memory().load64(map_at + at, Relaxed).count_ones())).sum()
+        };
+        (volume.current_bits, volume.pending_bits) = (count(volume.bitmap_at), count(volume.pending_at()));
     }
 }
 
 impl Volume {
-    fn pending_at(&self) -> u64 {
+    /// Offset of the pending bitmap in the mapping.
+    pub(super) fn pending_at(&self) -> u64 {
         self.bitmap_at + self.bitmap_bytes
     }
 
@@ -309,7 +307,8 @@ impl<'r, M: Memory> DirtyExtents<'r, M> {
         let mut granule = self.granule;
         while granule < end {
             let at = granule / 64 * 8;
-            let word = self.memory.load64(volume.bitmap_at + at, Relaxed)
+            // Acquire: a bit that has left the current map is seen in the pending one.
+            let word = self.memory.load64(volume.bitmap_at + at, Acquire)
                 | self.memory.load64(volume.pending_at() + at, Relaxed);
             let found = (if set { word } else { !word }) >> (granule % 64);
             if found != 0 {
@@ -322,7 +321,7 @@ impl<'r, M: Memory> DirtyExtents<'r, M> {
 
     /// The dirty part of what lies beyond the bitmap.
     fn tail(&self, volume: &Volume) -> Option<Range<u64>> {
-        let all = self.memory.load32(volume.slot + slot_at::TAIL_DIRTY, Relaxed) != 0;
+        let all = self.memory.load32(volume.slot + slot_at::TAIL_DIRTY, Acquire) != 0;
         let from = if all { Some(volume.covered_bytes()) } else { pending_tail(self.memory, volume) };
         from.map(|from| from..volume.size_bytes)
     }

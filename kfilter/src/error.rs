@@ -21,6 +21,8 @@ pub struct Error {
 pub enum ErrorKind {
     /// Choose a directory in tmpfs, such as one below /run or /dev/shm.
     NotInMemory,
+    /// Choose a directory that this user alone can write, or take this one away.
+    NotOurs,
     /// Give the tmpfs more room (`mount -o remount,size=…`), or choose a smaller ring.
     NoSpace,
     /// Stop the other process that owns this ring.
@@ -61,6 +63,10 @@ impl std::fmt::Display for ErrorKind {
             Self::NotInMemory => {
                 f.write_str("not in tmpfs; choose a directory that is, such as one below /run or /dev/shm")
             }
+            Self::NotOurs => f.write_str(
+                "rings lie only in directories and files that are this user's own and that no other user can write or take \
+                 away; remove it, or choose another `ring_dir`",
+            ),
             Self::NoSpace => f.write_str("no room for the ring; enlarge the tmpfs or choose a smaller ring"),
             Self::Busy => f.write_str("another process owns the ring"),
             Self::Absent => f.write_str("there is no ring"),

@@ -170,7 +170,7 @@ pub struct Create {
     pub volumes: u64,
     /// 1 to 64.
     pub volume_count: u32,
-    /// Writes in flight that can be followed at once, 64 to 65536; 0 for 4096.
+    /// Writes in flight that can be followed at once, 64 to 65536; 0 for 16384.
     pub contexts: u32,
 }
 
@@ -251,7 +251,8 @@ pub struct Status {
     pub late: u64,
     /// Bios that could not be followed, because all contexts were in use; only bits were set.
     pub untracked: u64,
-    /// Bios whose pages could not be read (inline encryption, device memory); only bits were set.
+    /// Bios whose pages could not be read (inline encryption, device memory), or that took more than half of the ring; only
+    /// bits were set.
     pub unreadable: u64,
     /// Followed writes that have not come back.
     pub in_flight: u64,
@@ -261,8 +262,11 @@ pub struct Status {
     pub hook_ns_max: u64,
     /// How long the longest drain of a queue stopped its applications, ns.
     pub freeze_ns_max: u64,
+    /// Commands with data for the device that the block layer only passed on (SG_IO and the like). After each, all bits of
+    /// the volume are set when this is read.
+    pub unseen: u64,
     /// Zero.
-    pub zero: [u64; 4],
+    pub zero: [u64; 3],
 }
 
 /// One volume; the id is in, the rest out. `ENOENT`.

@@ -11,7 +11,8 @@
 //! ring         producers: a place in the order, or dirty bits                        no_std │ the kernel
 //! reservation  fill, publish, mark done                                              no_std │ module too
 //! consumer     the one consumer: peek, advance, release                              no_std │ (rustc 1.85)
-//! dirty        dirty bitmaps and the two steps of a resync under the ring lock       no_std │
+//! dirty        dirty bitmaps: what was not recorded                                  no_std │
+//! handover     begin, fence and end of a resync: current bits become pending ones    no_std │
 //! recovery     a new owner takes over what a dead one left                           no_std ┘
 //! ioctl        the calls of /dev/kfilter                                             both sides
 //! device       the user side of /dev/kfilter: groups that the kernel owns, read through a mapping
@@ -19,6 +20,7 @@
 //! fsmap        free space of a mounted file system, from the kernel
 //! span         the user side's memory of a ring, by address
 //! region       the user side's home of a ring: a locked, preallocated file in tmpfs
+//! ring_dir     the directory that it lies in: ours alone
 //! waker        lets the consumer sleep without missing a publish
 //! error        the user side's errors, by what the operator must do
 //! ```
@@ -40,12 +42,15 @@ pub mod dirty;
 pub mod entry;
 pub mod error;
 pub mod fsmap;
+pub mod handover;
 pub mod ioctl;
+pub mod mapper;
 pub mod memory;
 pub mod recovery;
 pub mod region;
 pub mod reservation;
 pub mod ring;
+pub mod ring_dir;
 pub mod span;
 pub mod waker;
 
@@ -62,3 +67,4 @@ pub use recovery::{Lost, TakeOver};
 pub use region::{Mapping, Region};
 pub use reservation::{Reservation, Token};
 pub use ring::{Captured, Mode, Refused, Ring};
+pub use ring_dir::RingDir;

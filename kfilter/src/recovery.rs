@@ -79,6 +79,9 @@ impl<H: Host> TakeOver<H> {
         ring.read_volumes(&mut found)?;
         let tail = ring.read_control(&mut found)?;
         ring.void_reserved(&mut found, tail)?;
+        for volume in found.volumes.iter_mut().take(volume_count) {
+            ring.count_bits(volume);
+        }
         let head = found.head;
         ring.host.locked(|reserver| *reserver = found);
         Ok(Self { ring, tail, head })
@@ -88,6 +91,16 @@ impl<H: Host> TakeOver<H> {
     /// `mark_done`.
     pub fn undone(&self) -> Undone<'_, H> {
         Undone { taken: self, position: self.tail }
+    }
+
+    /// The last lsn that was given out.
+    pub fn captured_lsn(&self) -> u64 {
+        self.ring.captured_lsn()
+    }
+
+    /// Lsn of the first record that is not released.
+    pub fn first_held_lsn(&self) -> u64 {
+        self.ring.first_held_lsn()
     }
 
     /// Says that a record is in the backing store.
@@ -184,6 +197,9 @@ impl<H: Host> Ring<H> {
                 slot,
                 bitmap_at: word(slot_at::BITMAP_AT),
                 bitmap_bytes: word(slot_at::BITMAP_BYTES),
+                // Counted when everything was found sound.
+                current_bits: 0,
+                pending_bits: 0,
             };
             let twice = found.volumes[..index].iter().any(|before| before.id == volume.id);
             if volume.bitmap_at != bitmap_at || twice {

@@ -10,32 +10,30 @@
 //! ```
 //!
 //! Invariants: every page of the file is allocated before it is mapped (a store to a page that a full tmpfs
-//! cannot give is a SIGBUS); the file is touched only under the flock.
+//! cannot give is a SIGBUS); the file is touched only under the flock; the directory is ours alone ([`RingDir`]).
 
-use super::abi::{BITMAPS_AT, Identity, Layout, VolumeSpec, control_at, identity_at};
+use super::abi::{BITMAPS_AT, Identity, Layout, MAGIC, VolumeSpec, control_at, identity_at};
 use super::consumer::Consumer;
 use super::error::{Error, ErrorKind};
 use super::memory::{Host, Memory as _};
 use super::recovery::{Lost, TakeOver};
 use super::ring::{Mode, Refused, Reserver, Ring};
+use super::ring_dir::{RingDir, at};
 use super::span::Span;
 use super::waker::Waker;
 use core::sync::atomic::Ordering::{Acquire, Release};
 use memmap2::{Advice, MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock, fstatfs};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use std::boxed::Box;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
-
-const TMPFS_MAGIC: i128 = 0x0102_1994;
-const RAMFS_MAGIC: i128 = 0x8584_58f6;
 
 /// A ring in tmpfs.
 pub type Region = Ring<Mapping>;
@@ -97,20 +95,20 @@ pub fn boot_id() -> Result<[u8; 16], Error> {
 }
 
 impl Region {
-    /// Makes a ring in a directory of a tmpfs, in place of one that may be there and that nobody owns.
+    /// Makes a ring in a directory of a tmpfs, in place of one that may be there and that nobody owns: that one goes first, so
+    /// that the room of one is enough. ⚠ The caller has made durable that the old one is given up.
     ///
-    /// Refused with `NotInMemory`, `Busy`, `NoSpace` or `Invalid`; what was there before stays then.
+    /// Refused with `NotInMemory`, `NotOurs`, `Busy` or `Invalid`; what was there before stays then. With `NoSpace` it is gone.
     pub fn create(dir: &Path, spec: &RegionSpec<'_>) -> Result<Self, Error> {
-        let lock = own(dir)?;
-        let invalid = || Error { kind: ErrorKind::Invalid, at: dir.to_path_buf(), source: None };
+        let dir = RingDir::open(dir)?;
+        let lock = dir.lock(true)?;
+        let invalid = || Error { kind: ErrorKind::Invalid, at: dir.path().to_path_buf(), source: None };
         let layout = Layout::plan(spec.ring_bytes, spec.volumes).ok_or_else(invalid)?;
-        let tmp = dir.join("ring.tmp");
-        match std::fs::remove_file(&tmp) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(&tmp)(error)),
-            _ => {}
-        }
+        dir.remove("ring.tmp")?;
+        dir.remove("ring")?;
+        let tmp = dir.path().join("ring.tmp");
         let made = (|| {
-            let file = new_file().create_new(true).open(&tmp).map_err(at(&tmp))?;
+            let file = dir.new_file("ring.tmp")?;
             fill(&file, layout.total_bytes).map_err(at(&tmp))?;
             let mapping = Mapping::new(&file, layout.total_bytes, lock).map_err(at(&tmp))?;
             let ring = Ring::format(
@@ -123,21 +121,22 @@ impl Region {
             );
             let ring = ring.ok_or_else(invalid)?;
             // The name comes last: whoever finds it finds a whole ring.
-            std::fs::rename(&tmp, dir.join("ring")).map_err(at(&tmp))?;
+            dir.rename("ring.tmp", "ring")?;
             Ok(ring)
         })();
         if made.is_err() {
             // Best effort; the next `create` removes it as well.
-            let _ = std::fs::remove_file(&tmp);
+            let _ = dir.remove("ring.tmp");
         }
         made
     }
 
     /// Takes over the ring that a dead owner left. `Absent` and `Lost` mean a new epoch.
     pub fn take_over(dir: &Path, expected: &Identity) -> Result<TakeOver<Mapping>, Error> {
-        let lock = own(dir)?;
-        let path = dir.join("ring");
-        let file = new_file().open(&path).map_err(at(&path))?;
+        let dir = RingDir::open(dir)?;
+        let lock = dir.lock(true)?;
+        let path = dir.path().join("ring");
+        let file = dir.file("ring", false)?;
         let bytes = file.metadata().map_err(at(&path))?.len();
         if bytes < BITMAPS_AT {
             return Err(Error { kind: ErrorKind::Lost(Lost::Layout), at: path, source: None });
@@ -150,6 +149,16 @@ impl Region {
             at: path,
             source: None,
         })
+    }
+
+    /// The group that the ring in a directory says it is of; none where there is no ring of ours.
+    pub fn group_in(dir: &RingDir) -> Option<[u8; 16]> {
+        let file = dir.file("ring", false).ok()?;
+        let mut head = [0; 64];
+        file.read_exact_at(&mut head, 0).ok()?;
+        let is_ours = head[..8] == MAGIC.to_le_bytes();
+        let at = usize::try_from(identity_at::GROUP_ID).ok()?;
+        is_ours.then(|| head[at..at + 16].try_into().ok()).flatten()
     }
 
     /// Whether the pages are locked in memory. When they are not (RLIMIT_MEMLOCK), a machine under memory
@@ -167,7 +176,7 @@ impl Region {
     pub fn renew(&self, epoch: u64, epoch_id: &[u8; 16], next_lsn: u64) -> Result<(), Refused> {
         self.host().locked(|reserver| {
             let memory = self.memory();
-            if reserver.mode != Mode::Bitmap {
+            if reserver.mode != Mode::Bitmap || reserver.moving {
                 return Err(Refused::BitmapMode);
             }
             if memory.load64(control_at::TAIL, Acquire) != reserver.head {
@@ -230,29 +239,6 @@ impl Mapping {
     }
 }
 
-/// Checks that the directory is in memory, and becomes the owner of its ring.
-fn own(dir: &Path) -> Result<File, Error> {
-    let directory = File::open(dir).map_err(at(dir))?;
-    let kind = i128::from(fstatfs(&directory).map_err(|errno| at(dir)(errno.into()))?.f_type);
-    if kind != TMPFS_MAGIC && kind != RAMFS_MAGIC {
-        return Err(Error { kind: ErrorKind::NotInMemory, at: dir.to_path_buf(), source: None });
-    }
-    let path = dir.join("ring.lock");
-    let lock = new_file().create(true).truncate(false).open(&path).map_err(at(&path))?;
-    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(Errno::WOULDBLOCK) => Err(Error { kind: ErrorKind::Busy, at: path, source: None }),
-        Err(errno) => Err(at(&path)(errno.into())),
-    }
-}
-
-fn new_file() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    // What passes through the ring is the content of disks: nobody else may read it.
-    options.read(true).write(true).mode(0o600);
-    options
-}
-
 /// Makes the file this long with every page allocated; what it holds stays.
 fn fill(file: &File, bytes: u64) -> io::Result<()> {
     match fallocate(file, FallocateFlags::empty(), 0, bytes) {
@@ -268,18 +254,6 @@ fn fill(file: &File, bytes: u64) -> io::Result<()> {
             Ok(())
         }
         other => other.map_err(io::Error::from),
-    }
-}
-
-/// An error of the system at a path.
-fn at(path: &Path) -> impl Fn(io::Error) -> Error {
-    move |source| {
-        let kind = match source.kind() {
-            io::ErrorKind::NotFound => ErrorKind::Absent,
-            io::ErrorKind::StorageFull => ErrorKind::NoSpace,
-            _ => ErrorKind::Io,
-        };
-        Error { kind, at: path.to_path_buf(), source: Some(source) }
     }
 }
 
@@ -371,6 +345,19 @@ mod tests {
         assert!(file.blocks() * 512 >= file.len() && file.len() > 1 << 20);
         assert_eq!(file.mode() & 0o777, 0o600);
         assert!(!dir.path().join("ring.tmp").exists());
+    }
+
+    #[test]
+    fn a_new_ring_needs_the_room_of_one() {
+        let dir = directory();
+        drop(Region::create(dir.path(), &SPEC).unwrap());
+        let old = std::fs::metadata(dir.path().join("ring")).unwrap();
+        assert_eq!(Region::group_in(&RingDir::open(dir.path()).unwrap()), Some(IDENTITY.group_id));
+        // The old one is gone before there is room for the new one, and its lock stays.
+        let vast = RegionSpec { ring_bytes: 1 << 50, ..SPEC };
+        assert_eq!(Region::create(dir.path(), &vast).unwrap_err().kind, ErrorKind::NoSpace);
+        assert_eq!(RingDir::open(dir.path()).unwrap().names().unwrap(), ["ring.lock"]);
+        assert!(old.len() > 1 << 20);
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //! * Every record takes an lsn, in ring order, without a gap; a pad takes none.
 //! * A write is in the ring, or in a dirty bitmap, never in both and never in none: the choice is made under
 //!   the lock, for all pieces of a write together, before its producer may start it.
-//! * Head stands still while the mode is BITMAP.
+//! * Head stands still while the mode is BITMAP, but for the record of a begin (`handover`).
 
 use super::abi::{self, Identity, Layout, RecordHeader, VolumeSpec, control_at, identity_at, slot_at, state};
 use super::entry::Entry;
@@ -48,6 +48,8 @@ pub enum Refused {
     BitmapMode,
     /// Not while a dirty bit is set.
     Dirty,
+    /// Another begin or fence is under way.
+    Moving,
     /// Another consumer is alive.
     ConsumerTaken,
 }
@@ -72,6 +74,10 @@ pub(super) struct Volume {
     /// Offset of the current bitmap; the pending one follows.
     pub(super) bitmap_at: u64,
     pub(super) bitmap_bytes: u64,
+    /// Bits that are set in the current bitmap …
+    pub(super) current_bits: u64,
+    /// … and in the pending one.
+    pub(super) pending_bits: u64,
 }
 
 /// What the reservation lock protects: the next place in the order.
@@ -83,6 +89,10 @@ pub struct Reserver {
     pub(super) next_lsn: u64,
     pub(super) last_time_ns: u64,
     pub(super) mode: Mode,
+    /// A begin or a fence moves bits, one piece for each hold of the lock.
+    pub(super) moving: bool,
+    /// It is a begin that has its record, and the mode is BITMAP until it has moved the last bit.
+    pub(super) begun: bool,
     pub(super) consumer_taken: bool,
     pub(super) volumes: [Volume; abi::MAX_VOLUMES],
     pub(super) volume_count: usize,
@@ -91,13 +101,23 @@ pub struct Reserver {
 impl Reserver {
     /// What the host's lock is made with.
     pub const fn new() -> Self {
-        let none = Volume { id: 0, size_bytes: 0, slot: 0, bitmap_at: 0, bitmap_bytes: 0 };
+        let none = Volume {
+            id: 0,
+            size_bytes: 0,
+            slot: 0,
+            bitmap_at: 0,
+            bitmap_bytes: 0,
+            current_bits: 0,
+            pending_bits: 0,
+        };
         Self {
             head: 0,
             tail_seen: 0,
             next_lsn: 0,
             last_time_ns: 0,
             mode: Mode::Bitmap,
+            moving: false,
+            begun: false,
             consumer_taken: false,
             volumes: [none; abi::MAX_VOLUMES],
             volume_count: 0,
@@ -111,6 +131,11 @@ impl Reserver {
 
     pub(super) fn volume(&self, id: u32) -> Option<&Volume> {
         self.volumes().iter().find(|volume| volume.id == id)
+    }
+
+    pub(super) fn volume_mut(&mut self, id: u32) -> Option<&mut Volume> {
+        let count = self.volume_count;
+        self.volumes.iter_mut().take(count).find(|volume| volume.id == id)
     }
 }
 
@@ -174,8 +199,15 @@ impl<H: Host> Ring<H> {
                 put(slot + slot_at::BITMAP_AT, &bitmap_at.to_le_bytes());
                 put(slot + slot_at::BITMAP_BYTES, &bitmap_bytes.to_le_bytes());
                 host.memory().store64(slot + slot_at::SIZE, volume.size_bytes, Relaxed);
-                *known =
-                    Volume { id: volume.id, size_bytes: volume.size_bytes, slot, bitmap_at, bitmap_bytes };
+                *known = Volume {
+                    id: volume.id,
+                    size_bytes: volume.size_bytes,
+                    slot,
+                    bitmap_at,
+                    bitmap_bytes,
+                    current_bits: 0,
+                    pending_bits: 0,
+                };
                 slot += slot_at::BYTES;
                 bitmap_at += 2 * bitmap_bytes;
             }

@@ -1,10 +1,11 @@
-//! Every interleaving, under C11 rules, of two producers and the consumer on a tiny ring, and of a publish with a
-//! consumer that goes to sleep. Run with
+//! Every interleaving, under C11 rules, of two producers and the consumer on a tiny ring, of a begin in pieces with a
+//! writer and with a reader of the dirty bits, and of a publish with a consumer that goes to sleep. Run with
 //! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p afterimage-kfilter --release loom`.
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
 
-use kfilter::abi::{GRANULE, control_at};
+use kfilter::abi::{BITMAPS_AT, GRANULE, control_at};
+use kfilter::dirty::CAUSE_AGENT;
 use kfilter::memory::{Host, Memory};
 use kfilter::ring::Reserver;
 use kfilter::span::Span;
@@ -19,8 +20,10 @@ use std::time::Duration;
 
 const RING_BYTES: u64 = 256;
 const VOLUME: u32 = 1;
+/// Two pieces of bitmap, so that a begin releases the lock between them.
+const SIZE_BYTES: u64 = 8 << 30;
 const VOLUMES: [VolumeSpec; 1] =
-    [VolumeSpec { id: VOLUME, sector_bytes: 512, uuid: [0; 16], size_bytes: 64 * GRANULE }];
+    [VolumeSpec { id: VOLUME, sector_bytes: 512, uuid: [0; 16], size_bytes: SIZE_BYTES }];
 
 #[repr(align(64))]
 #[derive(Clone, Copy)]
@@ -45,6 +48,10 @@ impl LoomMemory {
         let span = unsafe { Span::new(base, layout.total_bytes) };
         let words64 =
             [control_at::HEAD, control_at::TAIL, control_at::ANCHOR_LSN, control_at::ANCHOR_TIME].into_iter();
+        // The first and the last word of both bitmaps: what the scenarios use.
+        let bitmap = kfilter::abi::bitmap_bytes(SIZE_BYTES);
+        let bits = [0, bitmap - 8, bitmap, 2 * bitmap - 8].into_iter().map(|at| BITMAPS_AT + at);
+        let words64 = words64.chain(bits);
         let states = (0..RING_BYTES / 64).map(|line| layout.ring_at + line * 64);
         Self {
             _lines: lines,
@@ -94,10 +101,14 @@ unsafe impl Memory for LoomMemory {
             .map_or_else(|| self.span.or32(at, bits, order), |word| word.fetch_or(bits, order))
     }
     fn or64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
-        self.span.or64(at, bits, order)
+        self.words64
+            .get(&at)
+            .map_or_else(|| self.span.or64(at, bits, order), |word| word.fetch_or(bits, order))
     }
     fn and64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
-        self.span.and64(at, bits, order)
+        self.words64
+            .get(&at)
+            .map_or_else(|| self.span.and64(at, bits, order), |word| word.fetch_and(bits, order))
     }
     unsafe fn write(&self, at: u64, bytes: &[u8]) {
         self.touched(at, bytes.len() as u64).iter().for_each(|cell| cell.with_mut(|_| ()));
@@ -216,6 +227,48 @@ fn loom_a_record_given_up_does_not_stop_the_others() {
         assert!(producer.join().unwrap());
         seen.extend(consume(&mut consumer, &mut next_lsn));
         assert_eq!((seen, next_lsn, ring.used_bytes()), (vec![5], 3, 0));
+    });
+}
+
+fn dirty_granules(ring: &Ring<LoomHost>) -> Vec<u64> {
+    ring.dirty_extents(VOLUME).flat_map(|range| range.start / GRANULE..range.end / GRANULE).collect()
+}
+
+/// The last granule: the second piece.
+const LAST: u64 = SIZE_BYTES / GRANULE - 1;
+
+#[test]
+fn loom_no_write_is_lost_between_the_pieces_of_a_begin() {
+    model(2, || {
+        let ring = new_ring();
+        ring.set_mode_bitmap(CAUSE_AGENT, 1);
+        ring.mark_dirty(VOLUME, LAST * GRANULE..(LAST + 1) * GRANULE);
+        let other = ring.clone();
+        let writer = loom::thread::spawn(move || produce(&other, 0));
+        assert_eq!(ring.begin_resync(1), Ok(1));
+        assert_eq!(ring.mode(), Mode::Ring);
+        let in_ring = writer.join().unwrap();
+        assert_eq!(dirty_granules(&ring), if in_ring { vec![LAST] } else { vec![0, LAST] });
+        // A write without a record was pending when the mode changed.
+        ring.clear_dirty(VOLUME, 0..SIZE_BYTES);
+        assert!(!ring.is_dirty(VOLUME));
+        let mut consumer = Consumer::new(ring.clone()).unwrap();
+        let mut next_lsn = 1;
+        assert_eq!(consume(&mut consumer, &mut next_lsn), if in_ring { vec![0] } else { vec![] });
+        assert!(ring.end_resync(1).is_ok());
+    });
+}
+
+/// The agent reads the bits of a ring in the kernel through a mapping, without the lock.
+#[test]
+fn loom_a_bit_that_moves_is_never_out_of_sight() {
+    model(3, || {
+        let ring = new_ring();
+        ring.mark_dirty(VOLUME, 0..GRANULE);
+        let other = ring.clone();
+        let reader = loom::thread::spawn(move || other.is_dirty(VOLUME));
+        ring.fence().unwrap();
+        assert!(reader.join().unwrap());
     });
 }
 

@@ -9,10 +9,14 @@
 //! Invariants: a thread of a world never blocks but through this crate, else the whole world stands still. What may be
 //! contended is therefore a [`Mutex`] of this crate; critical sections that neither wait nor touch a disk may keep to std's.
 
+mod caught;
+pub mod disk;
 mod sync;
+pub mod text;
 mod thread;
 mod world;
 
+pub use caught::{caught, said};
 pub use sync::{Condvar, Mutex, MutexGuard};
 pub use thread::{JoinHandle, spawn};
 pub use world::{World, enter, is_simulated};

@@ -10,6 +10,8 @@ use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use machine::disk::continuity::Ends;
+use machine::disk::{Continuity, DiskIdentity, User};
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -50,6 +52,18 @@ pub trait Store: std::fmt::Debug + Send + Sync {
     /// Whether a path leads to it.
     fn is_at(&self, _path: &Path) -> bool {
         true
+    }
+    /// Which disk it is.
+    fn identity(&self) -> io::Result<DiskIdentity>;
+    /// A mark that shows later whether others wrote to it.
+    fn continuity(&self, ends: Ends) -> io::Result<Continuity>;
+    /// Makes durable what such a mark is taken from: content and times.
+    fn settle(&self) -> io::Result<()> {
+        self.sync()
+    }
+    /// The descriptor that is held; none in a simulation.
+    fn held(&self) -> Option<&File> {
+        None
     }
 }
 
@@ -122,6 +136,34 @@ impl Backing {
     /// Whether a path leads to this disk.
     pub fn is_at(&self, path: &Path) -> bool {
         self.store.is_at(path)
+    }
+
+    /// Which disk it is, whatever is written to it.
+    pub fn identity(&self) -> io::Result<DiskIdentity> {
+        self.store.identity()
+    }
+
+    /// A mark that shows later whether others wrote to it. Exact when everything of ours is durable, times too.
+    pub fn continuity(&self, ends: Ends) -> io::Result<Continuity> {
+        self.store.continuity(ends)
+    }
+
+    /// Makes durable what such a mark is taken from.
+    pub fn settle(&self) -> io::Result<()> {
+        self.store.settle()
+    }
+
+    /// Who else uses it.
+    pub fn users(&self) -> io::Result<Vec<User>> {
+        self.store.held().map_or(Ok(Vec::new()), machine::disk::users_of)
+    }
+
+    /// Whether both share bytes: two paths to one disk, a file and a loop device over it, a disk and its partition.
+    pub fn shares_with(&self, other: &Backing) -> bool {
+        match (self.store.held(), other.store.held()) {
+            (Some(a), Some(b)) => machine::disk::share(a, b),
+            _ => false,
+        }
     }
 
     /// Fills `into` from `offset`.
@@ -217,17 +259,23 @@ impl Store for File {
     }
 
     fn is_at(&self, path: &Path) -> bool {
-        use std::os::unix::fs::MetadataExt as _;
-        let identity = |found: &std::fs::Metadata| match found.file_type().is_block_device() {
-            true => (0, found.rdev()),
-            false => (found.dev(), found.ino()),
-        };
-        match (self.metadata(), std::fs::metadata(path)) {
-            (Ok(ours), Ok(there)) => {
-                ours.file_type() == there.file_type() && identity(&ours) == identity(&there)
-            }
-            _ => false,
-        }
+        machine::disk::leads_to(path, self).unwrap_or(false)
+    }
+
+    fn identity(&self) -> io::Result<DiskIdentity> {
+        DiskIdentity::of(self)
+    }
+
+    fn continuity(&self, ends: Ends) -> io::Result<Continuity> {
+        Continuity::of(self, ends)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+
+    fn held(&self) -> Option<&File> {
+        Some(self)
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {

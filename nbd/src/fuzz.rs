@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use crate::handshake::{ExportInfo, Handshake, Progress, Selection};
 use crate::proto::{MAX_PAYLOAD_BYTES, MIN_BLOCK_BYTES, REQUEST_HEADER_BYTES};
-use crate::session::{Event, PIECE_BYTES, Refusal, Request, Session, WritePiece};
+use crate::session::{Event, LongWrite, PIECE_BYTES, Request, Session, Write};
 
 /// Two exports: one to write, one to read.
 pub fn exports() -> Arc<[ExportInfo]> {
@@ -44,7 +44,7 @@ pub fn fuzz_handshake(bytes: &[u8]) {
     }
 }
 
-/// Feeds the bytes to a session; the first one chooses what was negotiated, whether writes fail, and how large
+/// Feeds the bytes to a session; the first one chooses what was negotiated, and how large
 /// the receive buffer is.
 pub fn fuzz_session(bytes: &[u8]) {
     const SIZE: u64 = 1 << 20;
@@ -68,13 +68,18 @@ pub fn fuzz_session(bytes: &[u8]) {
                 visible = visible.max((at + consumed).saturating_add(wanted));
             }
             Event::Request(Request { offset, length, .. }) => check_range(offset, u64::from(length), SIZE),
-            Event::Write(WritePiece { offset, bytes, last, .. }) => {
+            Event::Write(Write { offset, bytes, .. }) => {
                 assert!(bytes.end == consumed && bytes.len() <= PIECE_BYTES && !has(4));
                 check_range(offset, bytes.len() as u64, SIZE);
-                if has(16) {
-                    let answered = session.fail_write(Refusal::new(crate::proto::Errno::Io, "")).is_some();
-                    assert_eq!(answered, last);
+            }
+            Event::LongWrite(LongWrite { offset, length, .. }) => {
+                assert!(length as usize > PIECE_BYTES && !has(4));
+                check_range(offset, u64::from(length), SIZE);
+                at += length as usize;
+                if at + consumed > bytes.len() {
+                    return;
                 }
+                visible = visible.max(at + consumed);
             }
             Event::Refused { .. } => {}
             Event::Disconnect => return,

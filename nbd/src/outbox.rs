@@ -6,7 +6,9 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::sync::Arc;
 
+use crate::memory::Share;
 use crate::socket::Socket;
 
 /// A reply at least this long is not copied behind others.
@@ -19,7 +21,7 @@ const KEPT_BUFFER_BYTES: usize = 1 << 20;
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     /// Closed parts, oldest first.
-    parts: VecDeque<Vec<u8>>,
+    parts: VecDeque<Part>,
     /// Bytes of the oldest part that were sent.
     sent: usize,
     /// Bytes in `parts`, those sent included.
@@ -28,6 +30,13 @@ pub(crate) struct Outbox {
     open: Vec<u8>,
     /// A sent buffer, to be the next open one.
     spare: Vec<u8>,
+}
+
+/// Bytes to be sent, and the shared memory that they take, if they do.
+#[derive(Debug)]
+struct Part {
+    bytes: Vec<u8>,
+    _share: Option<Arc<Share>>,
 }
 
 impl Outbox {
@@ -41,9 +50,26 @@ impl Outbox {
         if reply.len() < OWN_PART_BYTES {
             return self.open.extend_from_slice(&reply);
         }
-        self.close_open();
-        self.closed_bytes += reply.len();
-        self.parts.push_back(reply);
+        self.push_part(reply, None);
+    }
+
+    /// Adds a finished reply in its pieces, which give their share of memory back when all are sent.
+    pub fn push_shared(&mut self, reply: Vec<Vec<u8>>, share: Share) {
+        let share = Arc::new(share);
+        reply.into_iter().for_each(|piece| self.push_part(piece, Some(Arc::clone(&share))));
+    }
+
+    fn push_part(&mut self, bytes: Vec<u8>, share: Option<Arc<Share>>) {
+        if !bytes.is_empty() {
+            self.close_open();
+            self.closed_bytes += bytes.len();
+            self.parts.push_back(Part { bytes, _share: share });
+        }
+    }
+
+    /// Whether a part of it takes shared memory.
+    pub fn holds_a_share(&self) -> bool {
+        self.parts.iter().any(|part| part._share.is_some())
     }
 
     /// Bytes not sent yet.
@@ -63,7 +89,7 @@ impl Outbox {
             let mut used = 0;
             for (slice, part) in slices.iter_mut().zip(&self.parts) {
                 let from = if used == 0 { self.sent } else { 0 };
-                *slice = IoSlice::new(&part[from..]);
+                *slice = IoSlice::new(&part.bytes[from..]);
                 used += 1;
             }
             match socket.try_send(&slices[..used])? {
@@ -77,20 +103,21 @@ impl Outbox {
 
     fn close_open(&mut self) {
         if !self.open.is_empty() {
-            let part = std::mem::replace(&mut self.open, std::mem::take(&mut self.spare));
-            self.closed_bytes += part.len();
-            self.parts.push_back(part);
+            let bytes = std::mem::replace(&mut self.open, std::mem::take(&mut self.spare));
+            self.closed_bytes += bytes.len();
+            self.parts.push_back(Part { bytes, _share: None });
         }
     }
 
     fn advance(&mut self, sent: usize) {
         self.sent += sent;
-        while let Some(mut part) = self.parts.pop_front_if(|part| part.len() <= self.sent) {
-            self.sent -= part.len();
-            self.closed_bytes -= part.len();
-            if part.capacity() <= KEPT_BUFFER_BYTES {
-                part.clear();
-                self.spare = part;
+        while let Some(part) = self.parts.pop_front_if(|part| part.bytes.len() <= self.sent) {
+            let mut bytes = part.bytes;
+            self.sent -= bytes.len();
+            self.closed_bytes -= bytes.len();
+            if bytes.capacity() <= KEPT_BUFFER_BYTES {
+                bytes.clear();
+                self.spare = bytes;
             }
         }
     }

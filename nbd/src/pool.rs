@@ -17,8 +17,9 @@ use tokio::sync::{mpsc, watch};
 
 use crate::error::{Error, Kind};
 use crate::export::{BlockExtent, Export, Zeroing};
+use crate::memory::Share;
 use crate::reply::{Replies, refusal_of};
-use crate::session::{Command, Request};
+use crate::session::{Command, PIECE_BYTES, Request};
 use crate::socket::Client;
 
 /// Extents in one answer of BLOCK_STATUS: a client asks again for the rest.
@@ -43,14 +44,18 @@ pub(crate) struct Job {
     pub replies: Replies,
     pub work: Work,
     pub client: Client,
+    /// Shared memory for its reply.
+    pub share: Option<Share>,
     pub answer: mpsc::Sender<Done>,
 }
 
 /// A finished job.
 #[derive(Debug)]
 pub(crate) struct Done {
-    /// The encoded reply; empty when nobody waits for it.
-    pub reply: Vec<u8>,
+    /// The encoded reply in pieces; empty when nobody waits for it.
+    pub reply: Vec<Vec<u8>>,
+    /// Shared memory that it takes.
+    pub share: Option<Share>,
     /// What the job had reserved of the connection's window.
     pub reserved_bytes: usize,
 }
@@ -100,10 +105,11 @@ fn run(jobs: &Receiver<Job>, unfinished: &watch::Sender<usize>) {
         }
     }
     let _abort = AbortOnPanic;
-    for job in jobs {
+    for mut job in jobs {
         let reply = if job.client.is_gone() { Vec::new() } else { job.run() };
         // A connection that has ended does not want its answers any more.
-        let _ = job.answer.try_send(Done { reply, reserved_bytes: job.work.reserved_bytes() });
+        let done = Done { reply, share: job.share.take(), reserved_bytes: job.work.reserved_bytes() };
+        let _ = job.answer.try_send(done);
         drop(job); // whoever sees no job unfinished finds the export free
         unfinished.send_modify(|jobs| *jobs -= 1);
     }
@@ -111,21 +117,24 @@ fn run(jobs: &Receiver<Job>, unfinished: &watch::Sender<usize>) {
 
 impl Job {
     /// Does it; the encoded reply.
-    fn run(&self) -> Vec<u8> {
+    fn run(&self) -> Vec<Vec<u8>> {
         let mut reply = Vec::new();
+        let mut before = Vec::new();
         let (cookie, result) = match &self.work {
             Work::SyncWrite { cookie } => {
                 (*cookie, self.export.sync().map(|()| self.replies.done(&mut reply, *cookie)))
             }
             Work::Request(request) => {
-                (request.cookie, execute(&*self.export, self.replies, request, &mut reply))
+                (request.cookie, execute(&*self.export, self.replies, request, &mut before, &mut reply))
             }
         };
         if let Err(error) = result {
+            before.clear();
             reply.clear();
             self.replies.refused(&mut reply, cookie, &refusal_of(&error));
         }
-        reply
+        before.push(reply);
+        before
     }
 }
 
@@ -139,12 +148,18 @@ impl Work {
     }
 }
 
-/// Does the request and encodes its answer; an error leaves rubbish in `reply`.
-fn execute(export: &dyn Export, replies: Replies, request: &Request, reply: &mut Vec<u8>) -> io::Result<()> {
+/// Does the request and encodes its answer: `before`, then `reply`; an error leaves rubbish in both.
+fn execute(
+    export: &dyn Export,
+    replies: Replies,
+    request: &Request,
+    before: &mut Vec<Vec<u8>>,
+    reply: &mut Vec<u8>,
+) -> io::Result<()> {
     let Request { cookie, command, offset, length, fua } = *request;
     let length_bytes = u64::from(length);
     match command {
-        Command::Read { whole } => return read(export, replies, request, whole, reply),
+        Command::Read { whole } => return read(export, replies, request, whole, before, reply),
         Command::BlockStatus { one } => {
             let max_extents = if one { 1 } else { MAX_STATUS_EXTENTS };
             let extents = export.block_status(offset, length_bytes, max_extents)?;
@@ -171,6 +186,7 @@ fn read(
     replies: Replies,
     request: &Request,
     whole: bool,
+    before: &mut Vec<Vec<u8>>,
     reply: &mut Vec<u8>,
 ) -> io::Result<()> {
     let Request { cookie, offset, length, .. } = *request;
@@ -194,9 +210,16 @@ fn read(
             replies.hole(reply, cookie, at, run_length, last);
         } else {
             replies.data(reply, cookie, at, run_length as usize, last);
-            let from = reply.len();
-            reply.resize(from + run_length as usize, 0);
-            export.read_at(at, &mut reply[from..])?;
+            let (mut at, mut left) = (at, run_length as usize);
+            while left > 0 {
+                if reply.len() >= PIECE_BYTES {
+                    before.push(std::mem::take(reply));
+                }
+                let (from, piece) = (reply.len(), left.min(PIECE_BYTES));
+                reply.resize(from + piece, 0);
+                export.read_at(at, &mut reply[from..])?;
+                (at, left) = (at + piece as u64, left - piece);
+            }
         }
         at += run.length_bytes;
     }

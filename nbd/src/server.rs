@@ -2,16 +2,15 @@
 //!
 //! One thread accepts; each connection gets a named thread with a current-thread runtime of its own, so that a
 //! write to the page cache can be done right where the request was read. State: how many connections there
-//! are, in all and on each export. Limits: [`Settings`].
+//! are, and their places (`places`). Limits: [`Settings`].
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Builder;
 use tokio::sync::watch;
@@ -22,12 +21,17 @@ use crate::export::Export;
 use crate::handshake::ExportInfo;
 use crate::inbox::Inbox;
 use crate::listen::{Listener, accept_any};
+use crate::memory::Memory;
+use crate::places::{self, Places, Ticket};
 use crate::pool::Pool;
 use crate::proto::MAX_PAYLOAD_BYTES;
 use crate::socket::Socket;
 
 /// Pause after a failed accept (out of descriptors, most likely), so that the thread does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Memory of each kind that connections share.
+const SHARED_BYTES: usize = 32 << 20;
 
 /// Where to listen.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,11 +48,15 @@ pub enum Listen {
 }
 
 /// Limits of a server.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Time a client has to choose its export.
     pub handshake_timeout: Duration,
-    /// Connections in all, those in the handshake included.
+    /// Time that it may be silent meanwhile.
+    pub handshake_idle: Duration,
+    /// Connections in the handshake; beyond it the oldest gives way.
+    pub max_handshakes: usize,
+    /// Connections that have chosen their export, in all.
     pub max_connections: usize,
     /// Connections on one export.
     pub max_connections_per_export: usize,
@@ -60,31 +68,34 @@ pub struct Settings {
     pub pool_threads: usize,
     /// Requests that may wait for a pool thread.
     pub pool_queue: usize,
+    /// For replies beyond a connection's own allowance; may be shared by several servers.
+    pub replies: Memory,
+    /// For payloads of WRITEs longer than a piece; the same.
+    pub writes: Memory,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         Self {
             handshake_timeout: Duration::from_secs(10),
+            handshake_idle: Duration::from_secs(3),
+            max_handshakes: 64,
             max_connections: 64,
             max_connections_per_export: 16,
             max_in_flight: 128,
             max_payload_bytes: MAX_PAYLOAD_BYTES,
             pool_threads: 4,
             pool_queue: 256,
+            replies: Memory::new(SHARED_BYTES),
+            writes: Memory::new(SHARED_BYTES),
         }
     }
 }
 
-/// An export and how many connections it has.
-struct Slot {
-    export: Arc<dyn Export>,
-    connections: AtomicUsize,
-}
-
 /// What the connection threads share.
 struct Shared {
-    slots: Vec<Slot>,
+    exports: Vec<Arc<dyn Export>>,
+    places: Arc<Places>,
     settings: Settings,
     pool: Pool,
     phase: watch::Sender<Phase>,
@@ -107,9 +118,14 @@ impl Server {
         exports: Vec<Arc<dyn Export>>,
         settings: Settings,
     ) -> Result<Self, Error> {
-        let slots = exports.into_iter().map(|export| Slot { export, connections: AtomicUsize::new(0) });
+        let places = Places::new(places::Limits {
+            handshakes: settings.max_handshakes,
+            served: settings.max_connections,
+            served_per_export: settings.max_connections_per_export,
+        });
         let shared = Arc::new(Shared {
-            slots: slots.collect(),
+            exports,
+            places,
             pool: Pool::start(settings.pool_threads.max(1), settings.pool_queue)?,
             settings,
             phase: watch::Sender::new(Phase::Serving),
@@ -193,7 +209,11 @@ fn run_accept(listen: &[Listen], shared: &Arc<Shared>, ready: Ready) {
         let addresses = listeners.iter().filter_map(Listener::tcp_address).collect();
         // If nobody waits any more, the shutdown that came with it ends the loop below.
         let _ = ready.send(Ok(addresses));
-        accept(&listeners, shared).await;
+        // Its clients use a protected disk: a fault in here takes it from none of them, and keeps no new one out.
+        while let Err(said) = machine::caught(accept(&listeners, shared)).await {
+            tracing::error!(said, "accepting NBD clients panicked: a fault of this program; it goes on");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
     });
 }
 
@@ -226,7 +246,8 @@ struct Counted(Arc<Shared>);
 
 impl Counted {
     fn new(shared: &Arc<Shared>) -> Result<Self, Error> {
-        let limit = shared.settings.max_connections;
+        // Those that gave way end a moment later.
+        let limit = shared.settings.max_connections + 2 * shared.settings.max_handshakes;
         let counted = shared.connections.send_if_modified(|connections| {
             let room = *connections < limit;
             *connections += usize::from(room);
@@ -247,12 +268,13 @@ impl Drop for Counted {
 
 fn start_connection(socket: OwnedFd, peer: String, number: u64, shared: &Arc<Shared>) -> Result<(), Error> {
     let counted = Counted::new(shared)?;
+    let ticket = shared.places.enter(number, &peer, Instant::now());
     let thread = thread::Builder::new().name(format!("nbd-conn-{number}"));
     let serve = move || {
         let shared = &counted.0;
         let runtime = Builder::new_current_thread().enable_all().build();
         let result = match runtime {
-            Ok(runtime) => runtime.block_on(serve_connection(socket, shared, &peer)),
+            Ok(runtime) => runtime.block_on(serve_connection(socket, shared, &peer, ticket)),
             Err(error) => Err(Error::caused(Kind::Io, "start a runtime", error)),
         };
         match result {
@@ -264,44 +286,32 @@ fn start_connection(socket: OwnedFd, peer: String, number: u64, shared: &Arc<Sha
     Ok(())
 }
 
-async fn serve_connection(socket: OwnedFd, shared: &Shared, peer: &str) -> Result<(), Error> {
-    let Settings { handshake_timeout, max_in_flight, max_payload_bytes, .. } = shared.settings;
-    let limits = Limits { handshake_timeout, max_in_flight, max_payload_bytes };
+async fn serve_connection(socket: OwnedFd, shared: &Shared, peer: &str, ticket: Ticket) -> Result<(), Error> {
+    let settings = &shared.settings;
+    let limits = Limits {
+        handshake_timeout: settings.handshake_timeout,
+        handshake_idle: settings.handshake_idle,
+        max_in_flight: settings.max_in_flight,
+        max_payload_bytes: settings.max_payload_bytes,
+        replies: settings.replies.clone(),
+        writes: settings.writes.clone(),
+    };
     let mut socket =
         Socket::new(socket).map_err(|error| Error::caused(Kind::Io, "register the socket", error))?;
     let mut inbox = Inbox::new();
-    let exports = shared.slots.iter().map(|slot| ExportInfo::of(&*slot.export)).collect();
+    let exports = shared.exports.iter().map(|export| ExportInfo::of(&**export)).collect();
     let mut phase = shared.phase.subscribe();
     let selection = tokio::select! {
         selection = negotiate(&mut socket, &mut inbox, exports, &limits) => selection?,
+        () = ticket.sent_away() => {
+            return Err(Error::new(Kind::TooManyConnections, "in the handshake: this one gave way"));
+        }
         _ = phase.wait_for(|phase| *phase > Phase::Serving) => return Ok(()),
     };
     let Some(selection) = selection else { return Ok(()) };
-    let slot = &shared.slots[selection.export];
-    let _seat = Seat::take(slot, shared.settings.max_connections_per_export)?;
-    tracing::debug!(peer, export = slot.export.name(), "NBD client connected");
-    let export = Arc::clone(&slot.export);
-    Connection::new(socket, inbox, selection, export, limits, shared.pool.clone()).serve(phase).await
-}
-
-/// A connection's place on its export.
-struct Seat<'a>(&'a Slot);
-
-impl<'a> Seat<'a> {
-    fn take(slot: &'a Slot, limit: usize) -> Result<Self, Error> {
-        let seat = Self(slot);
-        match slot.connections.fetch_add(1, Ordering::Relaxed) < limit {
-            true => Ok(seat),
-            false => {
-                let at = format!("{limit} on export {:?}", slot.export.name());
-                Err(Error::new(Kind::TooManyConnections, at))
-            }
-        }
-    }
-}
-
-impl Drop for Seat<'_> {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
-    }
+    ticket.sit(selection.export, Instant::now())?;
+    let export = Arc::clone(&shared.exports[selection.export]);
+    tracing::debug!(peer, export = export.name(), "NBD client connected");
+    let pool = shared.pool.clone();
+    Connection::new(socket, inbox, selection, export, limits, pool, ticket).serve(phase).await
 }

@@ -4,8 +4,9 @@
 //! comes out of it is within the export, aligned and allowed; one that is not comes out as [`Event::Refused`]
 //! after its payload has been skipped. State: the WRITE whose payload is being received, if any.
 //!
-//! Invariants: no more than [`PIECE_BYTES`] `+` a header need be in memory to make progress, whatever length a
-//! peer claims: a longer WRITE is handed over in pieces, in order, and only its last piece is answered.
+//! Invariants: no more than [`PIECE_BYTES`] `+` a header need be in memory to make progress, whatever length a peer claims; and no
+//! byte of a WRITE is handed over before all of it is there. A longer WRITE comes out as [`Event::LongWrite`]: its payload follows
+//! in the stream, to be collected by the connection, which has a budget for that.
 
 use std::ops::Range;
 
@@ -13,7 +14,7 @@ use crate::error::{Error, Kind};
 use crate::handshake::Selection;
 use crate::proto::{Errno, MIN_BLOCK_BYTES, REQUEST_HEADER_BYTES, REQUEST_MAGIC, command, command_flag};
 
-/// Largest piece of a WRITE that is handed over at once.
+/// Largest WRITE that comes out with its payload; and the largest piece in which a longer one reaches the export.
 pub const PIECE_BYTES: usize = 1 << 20;
 
 /// Why a request is answered with an error.
@@ -73,19 +74,30 @@ pub struct Request {
     pub fua: bool,
 }
 
-/// A piece of a WRITE.
+/// A WRITE whose payload is here.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WritePiece {
-    /// The client's name for the whole.
+pub struct Write {
+    /// The client's name for it.
     pub cookie: u64,
-    /// Where this piece goes.
+    /// Where it goes.
     pub offset: u64,
     /// Where its bytes are in the input; may be empty.
     pub bytes: Range<usize>,
     /// Durable before it is answered.
     pub fua: bool,
-    /// Nothing follows: answer.
-    pub last: bool,
+}
+
+/// A WRITE longer than [`PIECE_BYTES`]; its payload is what follows in the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LongWrite {
+    /// The client's name for it.
+    pub cookie: u64,
+    /// Where it goes.
+    pub offset: u64,
+    /// Length of the payload.
+    pub length: u32,
+    /// Durable before it is answered.
+    pub fua: bool,
 }
 
 /// What the front of the input holds.
@@ -98,8 +110,10 @@ pub enum Event {
     },
     /// A request without payload.
     Request(Request),
-    /// A piece of a WRITE. If it cannot be written, say so with [`Session::fail_write`].
-    Write(WritePiece),
+    /// A WRITE, whole.
+    Write(Write),
+    /// A WRITE whose payload, all of it, comes next and is not the session's: take it from the stream before the next call.
+    LongWrite(LongWrite),
     /// A request to be answered with an error.
     Refused {
         /// The client's name for it.
@@ -157,6 +171,11 @@ impl Session {
         let checked = self.check(&header, size_bytes);
         match (header.kind, checked) {
             (command::DISC, _) => Ok((REQUEST_HEADER_BYTES, Event::Disconnect)),
+            (command::WRITE, Ok(_)) if header.length as usize > self.piece_bytes => {
+                let Header { cookie, offset, length, .. } = header;
+                let fua = header.has(command_flag::FUA);
+                Ok((REQUEST_HEADER_BYTES, Event::LongWrite(LongWrite { cookie, offset, length, fua })))
+            }
             (command::WRITE, checked) => {
                 self.payload = Some(Payload {
                     cookie: header.cookie,
@@ -181,18 +200,6 @@ impl Session {
         }
     }
 
-    /// The piece just handed over could not be written. Returns the refusal if the WRITE ends with it;
-    /// otherwise the rest of it is skipped and it comes back as [`Event::Refused`].
-    pub fn fail_write(&mut self, refusal: Refusal) -> Option<Refusal> {
-        match &mut self.payload {
-            Some(payload) => {
-                payload.refusal = Some(refusal);
-                None
-            }
-            None => Some(refusal),
-        }
-    }
-
     /// Payload bytes start at `from` of `input`.
     fn take_payload(&mut self, input: &[u8], from: usize) -> (usize, Event) {
         let payload = self.payload.as_mut().expect("invariant: called with a payload under way");
@@ -200,7 +207,7 @@ impl Session {
         let remaining = payload.remaining as usize;
         let take = match payload.refusal {
             Some(_) => remaining.min(here), // skipped as it comes
-            None => remaining.min(self.piece_bytes),
+            None => remaining,
         };
         if take > here {
             // The header is consumed already: it was checked, and its payload has a state of its own.
@@ -210,14 +217,10 @@ impl Session {
         payload.remaining -= taken;
         let last = payload.remaining == 0;
         let (cookie, offset, fua) = (payload.cookie, payload.offset, payload.fua);
-        if payload.refusal.is_none() {
-            // Within the export, so it cannot overflow; the offset of a refused WRITE may be anything.
-            payload.offset += u64::from(taken);
-        }
         let event = match &payload.refusal {
             Some(refusal) if last => Event::Refused { cookie, refusal: refusal.clone() },
             Some(_) => Event::Incomplete { wanted: 1 },
-            None => Event::Write(WritePiece { cookie, offset, bytes: from..from + take, fua, last }),
+            None => Event::Write(Write { cookie, offset, bytes: from..from + take, fua }),
         };
         if last {
             self.payload = None;
@@ -350,7 +353,7 @@ mod tests {
     fn errno(session: &mut Session, bytes: &[u8]) -> Option<Errno> {
         match only_event(session, bytes) {
             Event::Refused { cookie: 0x0102_0304_0506_0708, refusal } => Some(refusal.errno),
-            Event::Request(_) | Event::Write(_) => None,
+            Event::Request(_) | Event::Write(_) | Event::LongWrite(_) => None,
             event => panic!("{event:?}"),
         }
     }
@@ -443,32 +446,24 @@ mod tests {
     }
 
     #[test]
-    fn a_long_write_comes_in_pieces_and_fails_as_one() {
-        let long = u32::try_from(2 * PIECE_BYTES + 512).unwrap();
+    fn a_long_write_leaves_its_payload_to_the_connection_and_a_short_one_comes_whole() {
+        let long = u32::try_from(PIECE_BYTES + 512).unwrap();
+        let mut session = session(false, false, false);
         let stream = write(command_flag::FUA, 512, long);
-        for fail_at in [None, Some(0), Some(1), Some(2)] {
-            let mut session = session(false, false, false);
-            let (mut at, mut pieces, mut answers) = (0, Vec::new(), 0);
-            while at < stream.len() {
-                let (consumed, event) = session.handle_bytes(&stream[at..], 4 * SIZE).unwrap();
-                at += consumed;
-                match event {
-                    Event::Write(piece) => {
-                        let failed = fail_at == Some(pieces.len());
-                        let refusal = failed.then(|| session.fail_write(Refusal::new(Errno::Io, "torn")));
-                        answers += usize::from(matches!(refusal, Some(Some(_))) || (!failed && piece.last));
-                        pieces.push((piece.offset, piece.bytes.len()));
-                    }
-                    Event::Refused { refusal, .. } => {
-                        assert_eq!(refusal.errno, Errno::Io);
-                        answers += 1;
-                    }
-                    event => panic!("{event:?}"),
-                }
-            }
-            let all = [(512, PIECE_BYTES), (512 + SIZE, PIECE_BYTES), (512 + 2 * SIZE, 512)];
-            assert_eq!(pieces, all[..fail_at.map_or(3, |index| index + 1)]);
-            assert_eq!(answers, 1);
+        let (consumed, event) = session.handle_bytes(&stream, 4 * SIZE).unwrap();
+        let expected = LongWrite { cookie: 0x0102_0304_0506_0708, offset: 512, length: long, fua: true };
+        assert_eq!((consumed, event), (REQUEST_HEADER_BYTES, Event::LongWrite(expected)));
+        assert!(session.is_between_requests());
+
+        let short = write(0, 512, 4096);
+        for here in [REQUEST_HEADER_BYTES, short.len() - 1] {
+            let (consumed, event) = session.handle_bytes(&short[..here], SIZE).unwrap();
+            assert_eq!((consumed, event), (REQUEST_HEADER_BYTES, Event::Incomplete { wanted: 4096 }));
+            let (consumed, event) = session.handle_bytes(&short[REQUEST_HEADER_BYTES..], SIZE).unwrap();
+            assert!(
+                matches!(event, Event::Write(Write { offset: 512, .. })) && consumed == 4096,
+                "{event:?}"
+            );
         }
     }
 
@@ -509,9 +504,14 @@ mod tests {
                     }
                     visible = (visible + cuts.next().unwrap()).min(stream.len());
                 }
-                Event::Write(mut piece) => {
-                    piece.bytes = at - piece.bytes.len()..at;
-                    events.push((at, Event::Write(piece)));
+                Event::Write(mut write) => {
+                    write.bytes = at - write.bytes.len()..at;
+                    events.push((at, Event::Write(write)));
+                }
+                Event::LongWrite(long) => {
+                    events.push((at, Event::LongWrite(long)));
+                    at += long.length as usize;
+                    visible = visible.max(at);
                 }
                 event => events.push((at, event)),
             }

@@ -415,3 +415,59 @@ async fn shutdown_has_a_deadline() {
     assert_eq!(shut_down(rig, Duration::from_millis(20)).await, 2, "the connection and the flush");
     assert!(is_closed(&mut client), "closed without an answer");
 }
+
+#[test]
+fn what_stands_before_a_disconnect_is_answered_although_the_client_closed_its_half() {
+    let rig = Rig::with_image(SIZE);
+    let mut client = enter(rig.connect());
+    let mut queue = Vec::new();
+    for cookie in 0..16_u64 {
+        queue.extend(match cookie % 4 {
+            0 => write(cookie, cookie * 4096, &[7; 4096]),
+            1 => request(command::TRIM, 0, cookie, cookie * 4096, 4096),
+            2 => request(command::WRITE_ZEROES, 0, cookie, cookie * 4096, 4096),
+            _ => request(command::FLUSH, 0, cookie, 0, 0),
+        });
+    }
+    queue.extend(request(command::DISC, 0, 99, 0, 0));
+    client.write_all(&queue).unwrap();
+    client.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut replies = replies_until_closed(&mut client);
+    replies.sort_unstable();
+    let all: Vec<_> = (0..16_u64).map(|cookie| (cookie, 0)).collect();
+    assert_eq!(replies, all);
+}
+
+#[test]
+fn a_write_that_came_by_half_leaves_nothing_behind_whatever_its_size() {
+    let rig = Rig::with_image(SIZE);
+    for (length, sent) in [(65_536, 40_000), (1 << 20, 700_000), (4 << 20, (2 << 20) + 1000)] {
+        let mut client = enter(rig.connect());
+        client.write_all(&write(1, 0, &vec![b'H'; length])[..sent]).unwrap();
+    }
+    while rig.server.connections() > 0 {
+        std::thread::yield_now();
+    }
+    assert!(!rig.image().contains(&b'H'));
+    let mut client = enter(rig.connect());
+    let whole = vec![7; 4 << 20];
+    client.write_all(&write(2, 512, &whole)).unwrap();
+    assert_eq!(reply(&mut client), (2, 0));
+    assert!(rig.image()[512..][..whole.len()] == whole);
+}
+
+#[test]
+fn clients_that_say_nothing_hold_no_place() {
+    let (gate, _open) = Gate::new();
+    let settings = Settings { max_handshakes: 4, max_connections_per_export: 2, ..Settings::default() };
+    let rig = Rig::with_export(gate, settings);
+    let _silent: Vec<_> = (0..40).map(|_| rig.connect()).collect();
+    let _never_ask = [enter(rig.connect()), enter(rig.connect())];
+    let until = Instant::now() + Duration::from_secs(10);
+    let served = std::iter::repeat_with(|| {
+        let mut client = rig.connect();
+        let sent = client.write_all(&[hello(), write(6, 2 << 20, &[1; 512])].concat());
+        sent.and_then(|()| client.read_exact(&mut [0; 18 + 10 + 16])).is_ok()
+    });
+    assert!(served.take_while(|_| Instant::now() < until).any(|is_served| is_served));
+}

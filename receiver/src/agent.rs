@@ -15,10 +15,11 @@ mod orders;
 pub(crate) mod progress;
 mod report;
 mod schedule;
+mod wait;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,15 +35,18 @@ use failure::Failure;
 use group::{Claim, Group, Setup, lock};
 use orders::Order;
 
-use crate::apply::{HoldReport, ResumeReport, RewindReport};
+use crate::apply::{HoldReport, OverwriteReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
 use crate::ingest::Refusal;
 use crate::link;
 use crate::point::{At, Points};
 use crate::restore::{self, RestoreReport, RestoreRequest};
-use crate::state::GROUP_FILE;
-use crate::status::Status;
+use crate::restoring::Restores;
+use crate::room::Rooms;
+use crate::state::{GROUP_FILE, replica_path};
+use crate::status::{GroupStatus, Status};
+use crate::target::Guarded;
 
 /// The receiving daemon.
 pub struct Receiver;
@@ -76,6 +80,12 @@ pub(crate) struct Shared {
     pub settings: Arc<conf::Receiver>,
     pub failure: Failure,
     pub stopping: watch::Sender<bool>,
+    /// Restores that run.
+    restores: Arc<Restores>,
+    /// What restores may not write to, beside this receiver's own directories and replicas.
+    guarded: Mutex<Guarded>,
+    /// What a connection may hold once it has its group's place.
+    pub tuning: Tuning,
     setup: Setup,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     /// Groups that could not be opened; tried again when their source says hello, not too often.
@@ -105,8 +115,14 @@ impl Broken {
     }
 }
 
+/// Looks whether a restore has ended, and how many: 30 s in all, more than a sync takes on a disk that works.
+const RESTORE_LOOK: Duration = Duration::from_millis(20);
+const RESTORE_LOOKS: u32 = 1500;
+
 /// Pause before a group that could not be opened is tried again: it may mean to read all of its journal.
 const OPEN_AGAIN: Duration = Duration::from_secs(5);
+/// How long a restore waits for the replicas to be looked at: a batch under way is finished first.
+const CHECK: Duration = Duration::from_secs(10);
 
 impl Receiver {
     /// Opens what is in the settings' directory and listens. On the current tokio runtime.
@@ -127,11 +143,16 @@ impl Receiver {
         let settings = Arc::new(settings);
         let failure = Failure::none();
         let Surroundings { disk, hold_replicas, socket } = surroundings;
-        let setup = Setup { disk, hold_replicas, settings: settings.clone(), failure: failure.clone() };
+        let rooms = Rooms::new(settings.groups());
+        let setup =
+            Setup { disk, hold_replicas, settings: settings.clone(), failure: failure.clone(), rooms };
         let shared = Arc::new(Shared {
             settings: settings.clone(),
             failure,
             stopping: watch::Sender::new(false),
+            restores: Arc::default(),
+            guarded: Mutex::default(),
+            tuning: tuning(&settings),
             setup,
             groups: Mutex::default(),
             broken: Mutex::default(),
@@ -145,8 +166,30 @@ impl Receiver {
         .await?;
         let server = listen(&settings, &identity, socket)?;
         let local = server.local_addr().map_err(of_wire)?;
-        let links = tokio::spawn(link::serve(server, shared.clone()));
+        let links = tokio::spawn(links(server, shared.clone()));
         Ok(Handle { shared, local, links })
+    }
+}
+
+/// The link's task, whose end is a final error unless we stop.
+async fn links(server: Server, shared: Arc<Shared>) {
+    let why = match machine::caught(link::serve(server, shared.clone())).await {
+        Ok(Ok(())) => return,
+        Ok(Err(why)) => why,
+        Err(said) => format!("it panicked ({said}): a fault of this program"),
+    };
+    shared.failure.report(Error::new(ErrorKind::Io, format!("the link's task ended: {why}")));
+}
+
+fn tuning(settings: &conf::Receiver) -> Tuning {
+    let quic = &settings.quic;
+    Tuning {
+        stream_window_bytes: quic.stream_window,
+        connection_window_bytes: quic.connection_window,
+        send_window_bytes: quic.send_window,
+        mtu_bytes: quic.mtu,
+        socket_buffer_bytes: quic.socket_buffer,
+        ..Tuning::default()
     }
 }
 
@@ -157,15 +200,7 @@ fn listen(
 ) -> Result<Server> {
     let known = settings.clone();
     let accept = Arc::new(move |peer: &Fingerprint| known.source.iter().any(|s| s.identity == peer.0));
-    let quic = &settings.quic;
-    let tuning = Tuning {
-        stream_window_bytes: quic.stream_window,
-        connection_window_bytes: quic.connection_window,
-        send_window_bytes: quic.send_window,
-        mtu_bytes: quic.mtu,
-        socket_buffer_bytes: quic.socket_buffer,
-        ..Tuning::default()
-    };
+    let tuning = tuning(settings);
     let server = match socket {
         Some(socket) => Server::on(socket, identity, accept, &tuning),
         None => Server::new(identity, accept, &tuning, settings.listen),
@@ -262,6 +297,31 @@ impl Shared {
         }
     }
 
+    /// All that no restore may write to.
+    fn guarded(&self) -> Guarded {
+        let mut guarded = lock(&self.guarded).clone();
+        guarded.dir(&self.settings.dir);
+        guarded.dir(&self.settings.identity_dir);
+        guarded.file(&self.settings.control);
+        for group in self.all() {
+            for known in &group.history.state().replicas {
+                guarded.file(replica_path(&group.dir, &known.path));
+            }
+        }
+        guarded
+    }
+
+    /// Until restores that were told to end have done so: their temporary files are gone then.
+    async fn until_restores_ended(&self) {
+        for _ in 0..RESTORE_LOOKS {
+            if self.restores.have_ended() {
+                return;
+            }
+            tokio::time::sleep(RESTORE_LOOK).await;
+        }
+        tracing::warn!("a restore that was ended waits for its disk");
+    }
+
     fn group(&self, name: &str) -> Option<Arc<Group>> {
         lock(&self.groups).get(name).cloned()
     }
@@ -279,7 +339,15 @@ impl Handle {
 
     /// Where everything stands.
     pub fn status(&self) -> Status {
-        let mut groups: Vec<_> = self.shared.all().iter().map(|group| report::group(group)).collect();
+        let mut groups: Vec<_> = self
+            .shared
+            .all()
+            .iter()
+            .map(|group| GroupStatus {
+                restores: self.shared.restores.of(group.name()),
+                ..report::group(group)
+            })
+            .collect();
         let broken = lock(&self.shared.broken);
         groups.extend(broken.iter().map(|(name, broken)| report::broken(name, &broken.why)));
         groups.sort_by(|a, b| a.name.cmp(&b.name));
@@ -302,7 +370,8 @@ impl Handle {
         Ok(self.known(group)?.history.clone())
     }
 
-    /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all.
+    /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all. The restore ends
+    /// when the future is dropped, [`Handle::cancel_restore`] names its target, or the receiver stops.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for a group that is not here; what the restore says.
@@ -312,13 +381,48 @@ impl Handle {
         request: RestoreRequest,
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<RestoreReport> {
-        let history = self.known(group)?.history.clone();
-        let restored = blocking("restore", move || restore::restore(&history, &request, &mut progress)).await;
+        let known = self.known(group)?;
+        // Whoever changed a replica a moment ago is noticed before it is read; an applier that is busy looks by itself.
+        let checked = known.orders.give(&known.bell, Order::Check);
+        if let Ok(Err(error)) = tokio::time::timeout(CHECK, checked).await {
+            tracing::debug!(%error, "the replicas were not looked at before a restore");
+        }
+        let history = known.history.clone();
+        let guarded = self.shared.guarded();
+        let restoring = self.shared.restores.begin(group, &request.at, &request.to);
+        // Lives as long as this future: who waits no more has no use for the target.
+        let _ends = restoring.canceller();
+        let restored = blocking("restore", move || {
+            restore::restore_as(&history, &request, &guarded, &restoring, &mut progress)
+        })
+        .await;
         if restored.as_ref().is_err_and(|error| error.kind == ErrorKind::Corrupt) {
             // What it met is looked for, and mended if the source still holds it.
             self.scrub_now(group)?;
         }
         restored
+    }
+
+    /// Ends the restores to a target, and waits until they have; how many there were.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where there is none.
+    pub async fn cancel_restore(&self, target: &Path) -> Result<usize> {
+        let count = self.shared.restores.cancel(target);
+        if count == 0 {
+            let at = format!(
+                "nothing is being restored to {}; `afterimage status` lists restores",
+                target.display()
+            );
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
+        self.shared.until_restores_ended().await;
+        Ok(count)
+    }
+
+    /// No restore writes to these either: what another daemon of this process uses.
+    pub fn guard(&self, more: &Guarded) {
+        lock(&self.shared.guarded).add(more);
     }
 
     /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on being received.
@@ -340,6 +444,15 @@ impl Handle {
         group.orders.give(&group.bell, Order::Resume).await
     }
 
+    /// Has replicas of a group that others changed overwritten, by a new epoch of its source. What they hold stays reachable.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] where nothing is wrong, or others use one.
+    pub async fn overwrite(&self, group: &str) -> Result<OverwriteReport> {
+        let group = self.known(group)?;
+        group.orders.give(&group.bell, Order::Overwrite).await
+    }
+
     /// Keeps a bookmark, and everything behind it, from retention; or lets it go again.
     ///
     /// # Errors
@@ -359,6 +472,14 @@ impl Handle {
         Ok(())
     }
 
+    /// Takes whichever copy of a group's source comes next, also one that was refused.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] while a copy is connected.
+    pub async fn admit(&self, group: &str) -> Result<()> {
+        self.known(group)?.admit().await
+    }
+
     /// Waits until everything that is received by now is on the replicas.
     ///
     /// # Errors
@@ -370,25 +491,7 @@ impl Handle {
         }
         let deadline = tokio::time::Instant::now() + timeout;
         for group in self.shared.all() {
-            let mut progress = group.progress();
-            let target = progress.borrow().durable.lsn;
-            group.apply_now(target);
-            let there = progress.wait_for(|p| p.checkpoint >= target || p.stalled.is_some());
-            match tokio::time::timeout_at(deadline, there).await {
-                Ok(Ok(p)) if p.checkpoint >= target => {}
-                Ok(Ok(p)) => {
-                    let why = p.stalled.as_ref().map_or("apply stands still", |stall| stall.why());
-                    return refuse(format!("group {}: {why}", group.name()));
-                }
-                Ok(Err(_)) => return refuse(format!("group {}: the receiver is stopping", group.name())),
-                Err(_) => {
-                    let at = group.progress().borrow().checkpoint;
-                    return refuse(format!(
-                        "group {}: lsn {at} of {target} on the replica in time",
-                        group.name()
-                    ));
-                }
-            }
+            wait::until_on_replica(&group, deadline).await?;
         }
         Ok(())
     }
@@ -404,6 +507,8 @@ impl Handle {
     /// The final error, if there was one.
     pub async fn shutdown(self) -> Result<()> {
         self.shared.stopping.send_replace(true);
+        self.shared.restores.cancel_all();
+        self.shared.until_restores_ended().await;
         // A panicked task has nothing left to end.
         let _ = self.links.await;
         let groups = std::mem::take(&mut *lock(&self.shared.groups));

@@ -22,24 +22,28 @@ use journal::frame::chain_seed;
 use journal::io::Disk;
 use journal::segment::SegmentSummary;
 use journal::{Lsn, Position, VolumeId};
+use machine::disk::continuity::Ends;
 
+use crate::agent::now_ns;
 use crate::events::{self, EventLog, log_path};
 use crate::gather::{Behind, Gathered, Gatherer, Want};
 use crate::history::History;
-use crate::replica::{Replica, is_same_stamp, stamp};
+use crate::replica::Replica;
 use crate::retention::{Policy, RedoPart, Verdict, decide};
 use crate::state::{
-    GroupState, GroupStore, Moment, ReplicaState, journal_dir, replica_path, stored_path, undo_dir,
+    GroupState, GroupStore, Mark, Moment, ReplicaState, journal_dir, replica_path, stored_path, undo_dir,
 };
 use crate::undo::{UndoOwner, UndoSummary, UndoWriter, file_name, file_number, read_summary};
 use crate::volumes::{self, VolumePlan};
 use crate::{Error, ErrorKind, Result};
 
 mod hold;
+mod overwrite;
 mod rewind;
 mod thin;
 
 pub use hold::HoldReport;
+pub use overwrite::OverwriteReport;
 pub use rewind::{ResumeReport, RewindReport};
 
 /// The default quota is never below this (DESIGN: 4 × the used size): a small disk that is overwritten again and again within
@@ -129,6 +133,8 @@ pub struct Applier {
     /// How often the batch bounds are halved, since undo of a larger batch did not fit on the disk.
     halvings: u32,
     scratch: Vec<u8>,
+    /// The replicas were written to after their marks were taken, and no checkpoint says so yet.
+    unmarked: bool,
     /// Undo segments that cannot be merged with their neighbours.
     unmergeable: BTreeSet<u64>,
 }
@@ -137,8 +143,8 @@ impl Applier {
     /// Opens a group for applying: finds the batch that was cut, removes what a crash left over, opens and holds the
     /// replicas. Where a replica cannot be had [`Applier::failure`] says why, and only retention goes on.
     ///
-    /// A replica that others changed since a clean end sets [`GroupState::needs_resync`]. The undo, made against the old
-    /// content, is kept until a new epoch overwrites the replica: one that is put back as it was left is taken back.
+    /// A replica that is not proven to be what was left sets [`crate::state::Seen::changed`]: it is left alone, and so is the
+    /// undo, until its overwriting is ordered. One that is put back as it was left is taken back.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for the group's own files.
@@ -151,6 +157,7 @@ impl Applier {
         let mut store = GroupStore::open(Arc::clone(&disk), group_dir)?;
         let mut state = store.state().clone();
         forget_given_up(&*disk, group_dir, &mut state);
+        overwrite::note_of_older_version(&mut state, now_ns());
         let (replicas, failed) = match open_replicas(&*disk, group_dir, &state, &settings) {
             Ok(replicas) => (replicas, None),
             Err(e) if matches!(e.kind, ErrorKind::ReplicaFailed | ErrorKind::Busy) => {
@@ -159,7 +166,8 @@ impl Applier {
             Err(e) => return Err(e),
         };
         if failed.is_none() {
-            note_changed(group_dir, &mut state, settings.hold_replicas);
+            let replica_of = |id| replicas.get(&id);
+            overwrite::note_changed(&*disk, group_dir, &mut state, replica_of, now_ns())?;
         }
         if state != *store.state() {
             store.store(state)?;
@@ -182,9 +190,14 @@ impl Applier {
             quota_bytes: 0,
             halvings: 0,
             scratch: Vec::new(),
+            unmarked: false,
             unmergeable: BTreeSet::new(),
         };
         applier.sweep()?;
+        if applier.failed.is_none() {
+            applier.begin_anew()?;
+            applier.mark_again()?;
+        }
         match applier.settle_rewound() {
             Err(error) if error.kind == ErrorKind::Sync => return Err(error),
             Err(error) => applier.note_failure(&error),
@@ -251,9 +264,34 @@ impl Applier {
         self.store.state()
     }
 
+    /// What replicas and undo take of the file system.
+    pub fn taken_bytes(&self) -> (u64, u64) {
+        let replicas = self.replicas.values().map(Replica::allocated_bytes).sum();
+        (replicas, self.history.undo_bytes())
+    }
+
+    /// Redo of the next batch at most.
+    pub fn batch_bytes(&self) -> u64 {
+        self.settings.batch_bytes >> self.halvings
+    }
+
+    /// Makes the next batch smaller, for want of room; false when it is as small as can be.
+    pub fn halve_batch(&mut self) -> bool {
+        let can = self.halvings < MAX_HALVINGS;
+        self.halvings += u32::from(can);
+        can
+    }
+
     /// Why nothing is applied until the group is opened again, if so.
     pub fn failure(&self) -> Option<Error> {
-        self.failed.as_ref().map(|(kind, at)| Error::new(*kind, at.clone()))
+        if let Some((kind, at)) = &self.failed {
+            return Some(Error::new(*kind, at.clone()));
+        }
+        let state = self.store.state();
+        // Where it is rewound nothing is applied anyway.
+        let stands = state.wishes.rewound.is_some() && state.wishes.intent.is_none();
+        let words = state.changed_words().filter(|_| !stands)?;
+        Some(Error::new(ErrorKind::NotPossible, words))
     }
 
     /// Applies at most one batch of what is durable in the journal up to `durable`; a rewind that is ordered comes first.
@@ -268,6 +306,7 @@ impl Applier {
             return Err(error);
         }
         if self.rewinds_now() {
+            self.check_replicas()?;
             let was_untouched = self.cut.is_none();
             let done = self.follow_intent();
             // What was taken back concerns whoever ordered it, and nobody else.
@@ -284,6 +323,7 @@ impl Applier {
         {
             return Ok(None);
         }
+        self.check_replicas()?;
         let mut done = self.apply_one();
         if done.as_ref().is_err_and(|e| e.kind == ErrorKind::NotPossible) {
             // The reader stood at the end of a segment that was dropped meanwhile: a new one finds the place.
@@ -353,7 +393,6 @@ impl Applier {
         // Whatever can be refused is refused before step 1: what stands behind an undo segment must be carried out.
         self.history.check_events(&batch.events)?;
         let volumes = self.plan_volumes(&batch).inspect_err(|_| self.refused = Some(batch.epoch.number))?;
-        self.end_doubtful_history()?;
         let number = self.store.state().applied_batch + 1;
         let mut changes: BTreeMap<VolumeId, Vec<std::ops::Range<u64>>> =
             batch.fold.volumes().map(|volume| (volume, batch.fold.ranges(volume))).collect();
@@ -368,6 +407,7 @@ impl Applier {
             self.history.register(summary.clone());
         }
         // 3. The replicas and the event log. Any part of this may be durable after a crash, and is written again.
+        self.unmarked = true;
         self.follow_volumes(volumes)?;
         let mut written_bytes = 0;
         for (volume, ranges) in &changes {
@@ -379,9 +419,11 @@ impl Applier {
         for replica in self.replicas.values() {
             replica.sync()?;
         }
-        // 4. The checkpoint: from here on the replicas are exactly the batch's last lsn.
-        let state = self.state_after(number, &batch, events_bytes);
+        // 4. The checkpoint: from here on the replicas are exactly the batch's last lsn, and who writes to them is noticed.
+        let marks = self.marks(Ends::Skip)?;
+        let state = self.state_after(number, &batch, events_bytes, marks);
         self.store.store(state)?;
+        self.unmarked = false;
         let undo_bytes = self.cut.take().map_or(0, |summary| summary.bytes);
         self.history.follow(self.store.state(), batch.last, &batch.events);
         Ok(Some(BatchDone {
@@ -394,20 +436,6 @@ impl Applier {
             ends_resync: batch.ends_resync,
             went_back_from: None,
         }))
-    }
-
-    /// A new epoch is about to overwrite a replica that others changed: from here on the undo kept fits nothing, durably
-    /// so before the first byte is written.
-    fn end_doubtful_history(&mut self) -> Result<()> {
-        let state = self.store.state();
-        if state.needs_resync.is_none() || (state.oldest_batch == 0 && !state.clean) {
-            return Ok(());
-        }
-        let mut state = state.clone();
-        state.end_history();
-        self.store.store(state)?;
-        self.follow_state();
-        self.sweep()
     }
 
     fn gather(&mut self) -> Result<Option<Gathered>> {
@@ -539,7 +567,9 @@ impl Applier {
             self.store.store(state)?;
         }
         for known in &plan.new {
-            let replica = Replica::open(&*self.disk, &self.group_dir, known, self.settings.hold_replicas)?;
+            let seeded = self.settings.seeded.contains(&known.name);
+            let hold = self.settings.hold_replicas;
+            let replica = Replica::open(&*self.disk, &self.group_dir, known, hold, seeded)?;
             self.replicas.insert(known.id, replica);
         }
         for (id, size_bytes) in plan.sizes {
@@ -564,8 +594,10 @@ impl Applier {
         self.events.append(&batch.events[known..], self.store.state().events_bytes)
     }
 
-    fn state_after(&self, number: u64, batch: &Gathered, events_bytes: u64) -> GroupState {
+    fn state_after(&self, number: u64, batch: &Gathered, events_bytes: u64, marks: Vec<Mark>) -> GroupState {
         let mut state = self.store.state().clone();
+        state.seen.marks = marks;
+        state.clean = false;
         let new_epoch = batch.epoch != state.checkpoint.epoch;
         let was_consistent = state.is_consistent();
         state.checkpoint =
@@ -675,6 +707,7 @@ impl Applier {
         // A damaged segment has no boundary that could be known; the next whole one has.
         let Some(start) = start else { return Ok(0) };
         state.history_start = start;
+        state.seen.found.retain(|found| found.batch + 1 >= keep_from);
         // The state first: an undo segment that is gone must not be promised.
         self.store.store(state)?;
         self.history.follow(self.store.state(), Moment::default(), &[]);
@@ -722,11 +755,15 @@ impl Applier {
     /// # Errors
     /// [`ErrorKind::Sync`], [`ErrorKind::Io`] and [`ErrorKind::ReplicaFailed`]; the group is then recovered as after a crash.
     pub fn close(mut self) -> Result<()> {
+        if let Err(error) = self.check_replicas() {
+            tracing::warn!(%error, "the replicas are not certified");
+            return Ok(());
+        }
         // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is. One that others
         // changed keeps the stamps of what we left.
         // Where it is rewound it was stamped when it came to stand, and has not been written since.
         let state = self.store.state();
-        let stamped = state.needs_resync.is_some() || state.wishes.rewound.is_some();
+        let stamped = state.seen.changed.is_some() || state.wishes.rewound.is_some();
         if self.cut.is_some() || self.failed.is_some() || stamped {
             return Ok(());
         }
@@ -737,7 +774,27 @@ impl Applier {
                 None => None,
             };
         }
+        state.seen.marks = self.marks(Ends::Read)?;
         self.store.store(state)
+    }
+
+    /// What was found and accepted is what was left from here on: it may have come by a copy, or be written to by a batch that
+    /// left no undo, or have no mark of an older version.
+    fn mark_again(&mut self) -> Result<()> {
+        if self.store.state().seen.changed.is_some() || self.cut.is_some() {
+            return Ok(());
+        }
+        let created =
+            |mark: &Mark| self.store.state().replicas.iter().any(|r| r.id == mark.volume && r.created);
+        let marks: Vec<Mark> = self.marks(Ends::Skip)?.into_iter().filter(created).collect();
+        if marks == self.store.state().seen.marks {
+            return Ok(());
+        }
+        let mut state = self.store.state().clone();
+        state.seen.marks = marks;
+        self.store.store(state)?;
+        self.follow_state();
+        Ok(())
     }
 }
 
@@ -747,7 +804,10 @@ fn open_replicas(
     state: &GroupState,
     settings: &ApplySettings,
 ) -> Result<BTreeMap<VolumeId, Replica>> {
-    let open = |known: &ReplicaState| Replica::open(disk, group_dir, known, settings.hold_replicas);
+    let open = |known: &ReplicaState| {
+        let seeded = settings.seeded.contains(&known.name);
+        Replica::open(disk, group_dir, known, settings.hold_replicas, seeded)
+    };
     state.replicas.iter().map(|known| Ok((known.id, open(known)?))).collect()
 }
 
@@ -760,9 +820,14 @@ fn forget_given_up(disk: &dyn Disk, group_dir: &Path, state: &mut GroupState) {
         (known.created && known.size_bytes > 0 && is_empty).then_some(path)
     };
     let Some(path) = state.replicas.iter().find_map(given_up) else { return };
+    let why = format!("replica {} is made anew: an empty file stands there", path.display());
     state.replicas.retain(|known| given_up(known).is_none());
-    state.needs_resync = Some(format!("replica {} is made anew: an empty file stands there", path.display()));
+    state.note_end(&why, now_ns());
+    state.needs_resync = Some(why);
     state.end_history();
+    state.seen.changed = None;
+    let replicas = &state.replicas;
+    state.seen.marks.retain(|mark| replicas.iter().any(|known| known.id == mark.volume));
 }
 
 /// Bytes in a range that may hold something other than zeros, counted until they are more than `most`.
@@ -776,24 +841,6 @@ fn data_bytes_up_to(replica: &Replica, range: std::ops::Range<u64>, most: u64) -
         at = data.end;
     }
     Ok(bytes)
-}
-
-/// Compares the replicas with their stamps. Where one differs the clean mark stays, as nothing is written until a new
-/// epoch comes: should the replica be put back, the stamps still say so. It stays where the group is rewound, too.
-fn note_changed(group_dir: &Path, state: &mut GroupState, held: bool) {
-    if !(held && state.clean) {
-        state.clean = false;
-        return;
-    }
-    let changed = state.replicas.iter().find(|known| {
-        let now = stamp(&replica_path(group_dir, &known.path));
-        known.stamp.is_some_and(|left| !now.is_some_and(|now| is_same_stamp(left, now)))
-    });
-    state.needs_resync = changed.map(|known| {
-        let path = replica_path(group_dir, &known.path);
-        format!("replica {} was changed by others while the receiver was away", path.display())
-    });
-    state.clean = state.needs_resync.is_some() || state.wishes.rewound.is_some();
 }
 
 /// The first journal segment to keep where redo up to `floor` may go.

@@ -25,6 +25,8 @@ pub enum ErrorKind {
     Usage,
     /// The replica could not be written, or is not what we left: repair or replace it, then resynchronise.
     ReplicaFailed,
+    /// The one who asked for it went away, or ended it.
+    Cancelled,
     /// Bytes do not follow the format (foreign, hostile, or of another version): they are refused.
     Malformed,
 }

@@ -130,7 +130,11 @@ impl EventList {
         let excess = self.events.len() - self.structural - MAX_NOTES;
         let mut left = excess;
         self.events.retain(|event| {
-            let goes = left > 0 && matches!(event.kind, EventKind::Failed(_) | EventKind::ClockJump(_));
+            let goes = left > 0
+                && matches!(
+                    event.kind,
+                    EventKind::Failed(_) | EventKind::ClockJump(_) | EventKind::ClockStep(_)
+                );
             left -= usize::from(goes);
             !goes
         });
@@ -177,7 +181,7 @@ pub fn outlived(events: &[Event], start: Lsn) -> Vec<bool> {
             }
             // A gap that reaches beyond the oldest point is still a gap.
             EventKind::ResyncBegin { .. } | EventKind::Epoch { .. } => ended,
-            EventKind::Failed(_) | EventKind::ClockJump(_) => true,
+            EventKind::Failed(_) | EventKind::ClockJump(_) | EventKind::ClockStep(_) => true,
         })
         .collect();
     outlived.reverse();

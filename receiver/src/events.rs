@@ -13,9 +13,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use journal::clock_step::ClockStep;
 use journal::frame::FrameHeader;
 use journal::io::{Disk, File};
-use journal::record::{Located, MAX_NAME_BYTES, Op, VolumeRecord};
+use journal::record::{InDoubt, Located, MAX_NAME_BYTES, Op, VolumeRecord};
 use journal::{Epoch, Lsn, VolumeId};
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +64,8 @@ pub enum EventKind {
         /// Last record of the epoch before.
         after: Moment,
     },
+    /// The source's clock was set, and since when its times are in doubt. Instead of `ClockJump`, which old logs hold.
+    ClockStep(ClockStep),
 }
 
 impl Event {
@@ -75,10 +78,10 @@ impl Event {
         let kind = match record.op {
             Op::Volume => EventKind::Volume(record.volume, VolumeRecord::decode(located.payload)?),
             Op::Bookmark => EventKind::Bookmark(text(located.payload)),
-            Op::ResyncBegin => EventKind::ResyncBegin { reason: text(located.payload), after },
+            Op::ResyncBegin => EventKind::ResyncBegin { reason: reason(located), after },
             Op::ResyncEnd => EventKind::ResyncEnd,
-            Op::Failed => EventKind::Failed(Lsn(u64::from_le_bytes(eight_bytes(located)?))),
-            Op::ClockJump => EventKind::ClockJump(i64::from_le_bytes(eight_bytes(located)?)),
+            Op::Failed => EventKind::Failed(failed_lsn(located)?),
+            Op::ClockJump => EventKind::ClockStep(ClockStep::decode(located.payload, record.time_ns)?),
             _ => return Ok(None),
         };
         Ok(Some(Event { at: Moment { lsn: record.lsn, time_ns: record.time_ns }, kind }))
@@ -91,22 +94,28 @@ impl Event {
     }
 }
 
-fn eight_bytes(located: &Located<'_>) -> Result<[u8; 8]> {
-    located.payload.try_into().map_err(|_| {
-        let (record, bytes) = (&located.record, located.payload.len());
-        Error::new(
-            ErrorKind::Malformed,
-            format!("lsn {}: {:?} with {bytes} bytes of payload", record.lsn, record.op),
-        )
+/// The lsn that a `failed` record names. Bounded here: the log would hold what it refuses to read again.
+fn failed_lsn(located: &Located<'_>) -> Result<Lsn> {
+    let (lsn, bytes) = (located.record.lsn, located.payload.len());
+    let named = located.payload.try_into().ok().map(|word| Lsn(u64::from_le_bytes(word)));
+    named.filter(|named| *named <= Lsn::MAX).ok_or_else(|| {
+        let what = format!("lsn {lsn}: a failed write whose payload of {bytes} bytes names no lsn");
+        Error::new(ErrorKind::Malformed, what)
     })
 }
 
-/// A peer's text, held to what an event may carry.
+/// Why a resync began. What the source says of earlier points is told with it and takes none of them away: a source that has
+/// fallen into other hands would take all.
+fn reason(located: &Located<'_>) -> String {
+    let Some(since) = InDoubt::of(&located.record) else { return text(located.payload) };
+    let words = format!("points after lsn {} may lack what others wrote: ", since.after);
+    text(&[words.as_bytes(), located.payload].concat())
+}
+
+/// A peer's text, held to what an event may carry, and to what may be shown.
 fn text(payload: &[u8]) -> String {
-    let mut text = String::from_utf8_lossy(&payload[..payload.len().min(MAX_NAME_BYTES)]).into_owned();
-    let end = (0..=text.len().min(MAX_NAME_BYTES)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-    text.truncate(end);
-    text
+    let text = String::from_utf8_lossy(&payload[..payload.len().min(MAX_NAME_BYTES)]);
+    machine::text::tidy_to(&text, MAX_NAME_BYTES).into_owned()
 }
 
 /// The log's file for a number from the group's state.
@@ -184,7 +193,7 @@ impl EventLog {
         let corrupt = |offset: u64, what: &str| {
             Error::corrupt(format!("{} at byte {offset}: event log: {what}", path.display()))
         };
-        let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+        let file = disk.open_read_own(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
         let size = file.size().map_err(|e| Error::io(format!("size of {}", path.display()), e))?;
         if size < bytes {
             return Err(corrupt(size, "cut short"));

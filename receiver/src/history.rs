@@ -26,6 +26,7 @@ use journal::segment::SegmentSummary;
 use journal::tail::{Limit, Tail};
 use journal::writer::Writer;
 use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId};
+use machine::disk::Same;
 use machine::{Mutex, MutexGuard};
 
 use crate::event_list::{EventList, MAX_STRUCTURAL, is_structural};
@@ -33,8 +34,10 @@ use crate::events::{Event, EventLog};
 use crate::mend::Rotten;
 use crate::merged::{Node, OpenIndexes};
 use crate::point::Point;
+use crate::proof;
+use crate::replica::ReadHold;
 use crate::retention::Aged;
-use crate::state::{GroupState, GroupStore, Moment, journal_dir, replica_path, undo_dir};
+use crate::state::{GroupState, GroupStore, Moment, ReplicaState, journal_dir, replica_path, seen, undo_dir};
 use crate::undo::{self, UndoSegment, UndoSummary, damage, read_summary};
 use crate::{Error, ErrorKind, Result};
 
@@ -96,6 +99,8 @@ pub struct History {
     open_segments: Mutex<VecDeque<(u64, Arc<UndoSegment>)>>,
     pub(crate) open_indexes: Mutex<OpenIndexes>,
     tail: OnceLock<Arc<Tail>>,
+    /// No daemon runs here: what keeps the replicas that are read from being written meanwhile.
+    alone: OnceLock<Mutex<Vec<ReadHold>>>,
 }
 
 /// Keeps a boundary reachable until dropped.
@@ -147,6 +152,7 @@ impl History {
             open_segments: Mutex::new(VecDeque::new()),
             open_indexes: Mutex::default(),
             tail: OnceLock::new(),
+            alone: OnceLock::new(),
         };
         history.find_batches()?;
         history.find_merged()?;
@@ -226,6 +232,43 @@ impl History {
     pub fn attach_tail(&self, tail: Arc<Tail>) {
         // A second writer of the same group would be a broken invariant; the first one's tail stays.
         let _ = self.tail.set(tail);
+    }
+
+    /// No daemon runs on this directory: from here on each replica has to prove, before it is read, that it is what was left.
+    pub fn read_alone(&self) {
+        _ = self.alone.set(Mutex::default());
+    }
+
+    /// Whether a replica, open as `file`, is the one that this history belongs to. Under a daemon its applier looks at the
+    /// content, and here only who it is counts: it may be written just now.
+    fn prove(&self, known: &ReplicaState, path: &Path, file: &dyn File) -> Result<()> {
+        let refuse = |at: String| Err(Error::new(ErrorKind::NotPossible, at));
+        let state = self.state();
+        if let Some(words) = state.changed_words() {
+            return refuse(words);
+        }
+        let Some(held) = self.alone.get() else {
+            let identity = file.identity();
+            let identity =
+                identity.map_err(|e| Error::replica(format!("look at replica {}", path.display()), e))?;
+            let is_other = identity
+                .zip(state.seen.mark(known.id))
+                .is_some_and(|(now, mark)| mark.identity.compare(&now) == Same::No);
+            return match is_other {
+                true => refuse(seen::told(&known.name, path, "another stands in its place")),
+                false => Ok(()),
+            };
+        };
+        // ⚠ The lock first: a receiver that starts now waits, or has begun and is found out by what it wrote.
+        if file.identity().is_ok_and(|identity| identity.is_some()) {
+            let hold = ReadHold::acquire(path)?;
+            held.lock().expect("nothing panics while it holds the list").push(hold);
+        }
+        let state = GroupStore::read(&*self.disk, &self.group_dir)?;
+        match proof::doubt_at(&*self.disk, &self.group_dir, &state, known, file)? {
+            Some(why) => refuse(format!("{why}; its history is not the one of what stands there")),
+            None => Ok(()),
+        }
     }
 
     pub(crate) fn limit(&self) -> Limit {
@@ -561,12 +604,14 @@ impl History {
             let at = format!("group {} has no replica of volume {volume}", inner.state.name);
             return Err(Error::new(ErrorKind::NotPossible, at));
         };
+        let known = known.clone();
         let path = replica_path(&self.group_dir, &known.path);
         drop(inner);
         let file = self
             .disk
             .open_read(&path)
             .map_err(|e| Error::replica(format!("open replica {}", path.display()), e))?;
+        self.prove(&known, &path, &*file)?;
         Ok((path, file))
     }
 

@@ -122,7 +122,7 @@ impl IngestCore {
             return Err(refuse(ErrorCode::LineageMismatch, header, &what));
         }
         // The lsn after it must exist: this one came from the network.
-        if header.last_lsn.0 == u64::MAX {
+        if header.last_lsn >= Lsn::MAX {
             return Err(refuse(ErrorCode::BadFrame, header, "its lsn is the last there is"));
         }
         match header.kind {
@@ -362,9 +362,9 @@ mod tests {
 
     #[test]
     fn the_last_lsn_of_all_is_refused_not_followed() {
-        let held = Position { lsn: Lsn(u64::MAX - 2), ..*core().held() };
+        let held = Position { lsn: Lsn(Lsn::MAX.0 - 2), ..*core().held() };
         let mut core = IngestCore::new(GROUP, held).unwrap();
-        let last = frame(&stamp(2), held.chain, u64::MAX - 1, &[Op::Flush, Op::Flush]);
+        let last = frame(&stamp(2), held.chain, Lsn::MAX.0 - 1, &[Op::Flush, Op::Flush]);
         assert_refused(&mut core, last, ErrorCode::BadFrame, "last there is");
     }
 

@@ -4,10 +4,12 @@
 //! accept ─► TLS, pinned identity ─► Hello ─► greet: version, group, owner, lineage ─► attach ─► Welcome ─► session
 //! ```
 //! Owns the accepted connections; the groups they speak to belong to [`crate::agent`]. What a peer sends can end its own
-//! connection and nothing else. Invariants: at most `max_connections` at once; a peer that does not say hello in time is
+//! connection and nothing else. Invariants: at most `max_connections` known ones at once, and few that are not known yet
+//! ([`guests`]); what a peer may send before it has its group's place is a hello; a peer that does not say it in time is
 //! dropped; every refusal is told with its reason before the connection closes.
 
 mod greet;
+mod guests;
 mod questions;
 pub(crate) mod session;
 
@@ -15,7 +17,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use machine::text::Gate;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use wire::message::{ErrorCode, Message};
@@ -23,67 +26,95 @@ use wire::{ControlReceiver, ControlSender, Fingerprint, Server, endpoint, framin
 
 use crate::agent::Shared;
 use crate::ingest::Refusal;
+use guests::{Guests, Stay};
 
-/// Between the first packet and the hello.
+/// Between the first packet and the end of the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between the first packet and the hello, and for the answer to a question of the greeting.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// For a peer to read the reason of its refusal.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Code of a connection that we closed; the reason stands on the control stream.
 const CLOSED: u32 = 1;
 
+/// What connections share beside the groups.
+struct Door {
+    shared: Arc<Shared>,
+    guests: Arc<Guests>,
+    /// Of those that are known.
+    slots: Arc<Semaphore>,
+    /// Log lines that peers cause.
+    gate: Gate,
+}
+
 /// Accepts connections until the endpoint is closed or the agent stops; returns when all of them have ended.
-pub(crate) async fn serve(server: Server, shared: Arc<Shared>) {
-    let limit = shared.settings.max_connections as usize;
-    let slots = Arc::new(Semaphore::new(limit));
-    let mut connections = JoinSet::new();
+///
+/// # Errors
+/// In words, where it ends and the agent does not: nothing would be received any more, and nothing would say so.
+pub(crate) async fn serve(server: Server, shared: Arc<Shared>) -> Result<(), String> {
+    let slots = Arc::new(Semaphore::new(shared.settings.max_connections as usize));
     let mut stopping = shared.stopping.subscribe();
-    loop {
+    let door = Arc::new(Door { shared, guests: Arc::default(), slots, gate: Gate::default() });
+    let mut connections = JoinSet::new();
+    let ended = loop {
         // Whichever side dropped the flag, it means the same: no more connections.
         let stopped = async { stopping.wait_for(|stop| *stop).await.map(|_| ()) };
         tokio::select! {
             incoming = server.accept() => {
-                let Some(incoming) = incoming else { break };
+                let Some(incoming) = incoming else { break Err("the QUIC endpoint was closed".to_owned()) };
                 // When places get scarce, an address must answer before it takes one: forged ones cannot.
-                if slots.available_permits() * 2 < limit && incoming.may_retry() {
+                if door.guests.is_crowded() && incoming.may_retry() {
                     // It cannot fail where it may be done; a lost retry is the client's to repeat.
                     let _ = incoming.retry();
                     continue;
                 }
-                match slots.clone().try_acquire_owned() {
-                    Ok(slot) => {
-                        let shared = shared.clone();
-                        connections.spawn(async move {
-                            connection(incoming, &shared).await;
-                            drop(slot);
-                        });
+                let stay = door.guests.enter(incoming.remote_address().ip());
+                let door = door.clone();
+                connections.spawn(async move {
+                    let peer = incoming.remote_address();
+                    // A fault of ours ends the connection that met it, and has its name in the log.
+                    if let Err(said) = machine::caught(connection(incoming, stay, &door)).await {
+                        tracing::error!(%peer, said, "the task of a connection panicked: a fault of this program");
                     }
-                    Err(_) => {
-                        let peer = incoming.remote_address();
-                        tracing::warn!(%peer, "refused: max_connections are open");
-                        incoming.refuse();
-                    }
-                }
+                });
             }
             Some(_) = connections.join_next() => {}
-            _ = stopped => break,
+            _ = stopped => break Ok(()),
         }
-    }
+    };
     while connections.join_next().await.is_some() {}
     // A peer that is gone is not waited for.
     let _ = timeout(FAREWELL_TIMEOUT, server.close("the receiver is stopping")).await;
+    ended
+}
+
+impl Door {
+    /// A warning that peers may cause as often as they like: told once a minute for its reason.
+    fn warn(&self, peer: SocketAddr, what: &str, why: &str) {
+        if let Some(held_back) = self.gate.due(what) {
+            tracing::warn!(%peer, why, held_back, "{what}");
+        }
+    }
 }
 
 /// One connection, from its first packet to its end.
-async fn connection(incoming: quinn::Incoming, shared: &Arc<Shared>) {
+async fn connection(incoming: quinn::Incoming, stay: Stay, door: &Door) {
     let peer = incoming.remote_address();
-    match timeout(GREETING_TIMEOUT, open(incoming)).await {
+    let mut stopping = door.shared.stopping.subscribe();
+    let opened = tokio::select! {
+        opened = timeout(GREETING_TIMEOUT, open(incoming, &stay, door)) => opened,
+        // What has no group's place yet is not waited for.
+        _ = stopping.wait_for(|stop| *stop) => return,
+        () = stay.sent_away() => return door.warn(peer, "connection dropped: others knock, and it says nothing", ""),
+    };
+    match opened {
         Ok(Ok(opened)) => {
             let connection = opened.connection.clone();
-            greeted(opened, peer, shared).await;
+            greeted(opened, peer, stay, door).await;
             connection.close(CLOSED.into(), b"");
         }
-        Ok(Err(error)) => tracing::warn!(%peer, error = %Chain(&error), "connection refused"),
-        Err(_) => tracing::warn!(%peer, "connection dropped: no hello in time"),
+        Ok(Err(error)) => door.warn(peer, "connection refused", &Chain(&error).to_string()),
+        Err(_) => door.warn(peer, "connection dropped: no hello in time", ""),
     }
 }
 
@@ -94,31 +125,55 @@ struct Opened {
     sender: ControlSender,
     receiver: ControlReceiver,
     hello: Message,
+    _slot: OwnedSemaphorePermit,
 }
 
-async fn open(incoming: quinn::Incoming) -> wire::Result<Opened> {
-    let (connection, identity) = endpoint::handshake(incoming).await?;
+async fn open(incoming: quinn::Incoming, stay: &Stay, door: &Door) -> wire::Result<Opened> {
+    let lost = |what: &str| wire::Error::new(wire::ErrorKind::Lost, what);
+    let shaken = timeout(HANDSHAKE_TIMEOUT, endpoint::handshake(incoming)).await;
+    let (connection, identity) = shaken.map_err(|_| lost("no handshake in time"))??;
+    let groups = door.shared.settings.source.iter().filter(|source| source.identity == identity.0);
+    if !stay.is_known_as(identity.0, groups.map(|source| source.groups.len()).sum()) {
+        return Err(lost("it had to make room"));
+    }
+    let Ok(slot) = door.slots.clone().try_acquire_owned() else {
+        connection.close(CLOSED.into(), b"max_connections of the receiver are open");
+        return Err(lost("max_connections are open"));
+    };
     let (sender, mut receiver) = framing::accept(&connection).await?;
     let hello = receiver.next().await?.ok_or_else(|| {
         wire::Error::new(wire::ErrorKind::Malformed, "the control stream ended before a hello")
     })?;
-    Ok(Opened { connection, identity, sender, receiver, hello })
+    Ok(Opened { connection, identity, sender, receiver, hello, _slot: slot })
 }
 
-async fn greeted(opened: Opened, peer: SocketAddr, shared: &Arc<Shared>) {
-    let Opened { connection, identity, sender, receiver, hello } = opened;
+async fn greeted(opened: Opened, peer: SocketAddr, stay: Stay, door: &Door) {
+    let Opened { connection, identity, sender, receiver, hello, _slot } = opened;
+    let shared = &door.shared;
     let greeted = greet::greet(shared, &identity, hello).await;
     let (group, hello) = match greeted {
         Ok(greeted) => greeted,
         Err(refusal) => {
-            tracing::warn!(%peer, %identity, reason = %refusal, "source refused");
+            door.warn(peer, "source refused", &refusal.to_string());
             return farewell(sender, refusal).await;
         }
     };
-    tracing::info!(%peer, group = %group.name(), agent = hello.agent, "source connected");
+    tracing::debug!(%peer, group = %group.name(), agent = hello.agent, "source greeted");
     let wires = session::Wires { connection, sender, receiver, peer, identity };
-    let end = session::run(wires, &group, shared, &hello).await;
-    tracing::info!(%peer, group = %group.name(), reason = %end, "source disconnected");
+    let mut connected = false;
+    let end = {
+        let attached = || {
+            connected = true;
+            drop(stay);
+            tracing::info!(%peer, group = %group.name(), agent = hello.agent, "source connected");
+        };
+        session::run(wires, &group, shared, &hello, attached).await
+    };
+    if connected {
+        tracing::info!(%peer, group = %group.name(), reason = %end, "source disconnected");
+    } else {
+        door.warn(peer, "source refused", &end.to_string());
+    }
 }
 
 /// Tells the peer why, and waits until it knows or does not care.

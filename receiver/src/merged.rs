@@ -79,7 +79,8 @@ impl Node {
     /// The node that a file's name means.
     pub(crate) fn of_name(name: &str) -> Option<Node> {
         let (level, first) = name.strip_suffix(".idx")?.split_once('-')?;
-        let (level, first) = (level.parse().ok()?, first.parse::<u64>().ok().filter(|first| *first > 0)?);
+        let possible = |first: &u64| (1..=journal::segment::MAX_NUMBER).contains(first);
+        let (level, first) = (level.parse().ok()?, first.parse::<u64>().ok().filter(possible)?);
         let node = Node { level, first };
         let is_ours = (1..=MAX_LEVEL).contains(&level) && Node::begins_at(level, first);
         (is_ours && node.file_name() == name).then_some(node)
@@ -222,13 +223,21 @@ impl MergedIndex {
         digest: u32,
     ) -> Result<MergedIndex> {
         let path = dir.join(node.file_name());
-        let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+        let file = disk.open_read_own(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
         let mut page = vec![0; PAGE_BYTES];
         read_exact_at(&*file, &mut page, 0)
             .map_err(|e| Error::corrupt(format!("{} at byte 0: {e}", path.display())))?;
         let head = Head::decode(&page, node, group, digest)
             .map_err(|what| Error::corrupt(format!("{} at byte 0: {what}", path.display())))?;
-        Ok(MergedIndex { file, path, head })
+        let index = MergedIndex { file, path, head };
+        // A number of pages that the file cannot hold: what is reckoned with it would overflow.
+        let bytes =
+            index.file.size().map_err(|e| Error::io(format!("size of {}", index.path.display()), e))?;
+        if index.pages() > bytes / PAGE_BYTES as u64 {
+            let at = format!("{} at byte 0: names more entries than it holds", index.path.display());
+            return Err(Error::corrupt(at));
+        }
+        Ok(index)
     }
 
     fn pages(&self) -> u64 {

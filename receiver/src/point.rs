@@ -9,21 +9,26 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use journal::clock_step::ClockStep;
 use journal::compress::Decoder;
 use journal::frame::chain_seed;
 use journal::record::{Record, Records, VolumeRecord};
 use journal::{Epoch, GroupId, Lineage, Lsn, Position, VolumeId};
 use serde::{Deserialize, Serialize};
 
+use crate::doubt::doubts;
 use crate::events::EventKind;
 use crate::history::{History, Inner, Pin};
 use crate::mend::Rotten;
-use crate::state::{Hold, Moment};
+use crate::state::{Found, Hold, Moment};
 use crate::undo::damage;
 use crate::{Error, ErrorKind, Result};
 
 /// Failed writes and clock jumps listed one by one; a source with a queue that refuses often has thousands.
 const MAX_SHOWN_NOTES: usize = 100;
+
+/// Stretches of doubtful times that are listed, the newest.
+const MAX_SHOWN_DOUBTS: usize = 20;
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,15 +41,18 @@ pub enum At {
     Time(u64),
     /// Where the newest bookmark of this name stands.
     Bookmark(String),
+    /// What others had left in the replicas, before they were overwritten by order; by its number.
+    Found(u64),
 }
 
 impl FromStr for At {
     type Err = Error;
 
-    /// Reads `latest`, `lsn:N`, `time:RFC3339` and `bookmark:NAME`.
+    /// Reads `latest`, `lsn:N`, `time:RFC3339`, `bookmark:NAME` and `found:N`.
     fn from_str(text: &str) -> Result<At> {
         let usage = |what: &str| {
-            let at = format!("{text:?}: {what}; allowed: latest, lsn:N, time:RFC3339, bookmark:NAME");
+            let at =
+                format!("{text:?}: {what}; allowed: latest, lsn:N, time:RFC3339, bookmark:NAME, found:N");
             Error::new(ErrorKind::Usage, at)
         };
         match text.split_once(':') {
@@ -52,6 +60,7 @@ impl FromStr for At {
             Some(("lsn", number)) => {
                 number.parse().map(|lsn| At::Lsn(Lsn(lsn))).map_err(|_| usage("not a number"))
             }
+            Some(("found", number)) => number.parse().map(At::Found).map_err(|_| usage("not a number")),
             Some(("time", time)) => {
                 let time: Timestamp =
                     time.parse().map_err(|_| usage("not an RFC 3339 time with its offset"))?;
@@ -72,6 +81,7 @@ impl fmt::Display for At {
             At::Lsn(lsn) => write!(f, "lsn:{lsn}"),
             At::Time(ns) => write!(f, "time:{}", rfc3339(*ns)),
             At::Bookmark(name) => write!(f, "bookmark:{name}"),
+            At::Found(number) => write!(f, "found:{number}"),
         }
     }
 }
@@ -156,6 +166,34 @@ pub struct ShownGap {
     pub reason: String,
 }
 
+/// A history that ended, as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownEnd {
+    /// When, this machine's clock, RFC 3339 UTC.
+    pub at: String,
+    /// Why.
+    pub why: String,
+    /// Its oldest point.
+    pub from_lsn: Lsn,
+    /// Its newest.
+    pub to_lsn: Lsn,
+    /// Bookmarks under hold that ended with it.
+    pub holds: u32,
+    /// What its points are refused for, while it may come back.
+    pub is_over: bool,
+}
+
+/// Content that others left in the replicas, as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShownFound {
+    /// What a restore asks for: `found:N`.
+    pub point: String,
+    /// When its overwriting was ordered, this machine's clock, RFC 3339 UTC.
+    pub at: String,
+    /// What had been noticed.
+    pub why: String,
+}
+
 /// Everything that can be had back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Points {
@@ -185,6 +223,12 @@ pub struct Points {
     pub holds: Vec<ShownHold>,
     /// Stretches without points; while the last one is open, `newest` is the last consistent point before it.
     pub gaps: Vec<ShownGap>,
+    /// Histories that ended, oldest first; the last one may only be in doubt.
+    #[serde(default)]
+    pub ended: Vec<ShownEnd>,
+    /// What others had left in the replicas, and was overwritten by order.
+    #[serde(default)]
+    pub found: Vec<ShownFound>,
     /// What makes times or contents inexact, and why there is no point where there is none.
     pub warnings: Vec<String>,
 }
@@ -221,6 +265,15 @@ impl Inner {
         gaps.extend(self.rotten.iter().map(|rotten| self.lost(rotten)));
         gaps.sort_by_key(|gap| gap.after.lsn);
         gaps.extend(open);
+        // Where others' content was found nothing of the source is a point, until the next synchronisation has ended.
+        for found in &self.state.seen.found {
+            let after = Moment { lsn: Lsn(found.at.lsn.0.saturating_sub(1)), ..found.at };
+            match gaps.iter_mut().find(|gap| gap.until.is_none_or(|until| until.lsn > found.at.lsn)) {
+                Some(gap) if gap.after.lsn >= found.at.lsn => gap.after = after,
+                Some(gap) if gap.holds(found.at.lsn) => {}
+                _ => gaps.push(Gap { after, until: None, reason: found.why.clone() }),
+            }
+        }
         gaps.retain(|gap| gap.until.is_none_or(|until| until.lsn > self.state.history_start.lsn));
         gaps
     }
@@ -243,9 +296,48 @@ impl Inner {
         Gap { after: rotten.before, until: above.min(), reason: rotten.why() }
     }
 
+    /// What others left, as far as the undo of its overwriting is kept.
+    fn found(&self) -> impl Iterator<Item = &Found> {
+        let oldest = self.state.oldest_batch;
+        self.state.seen.found.iter().filter(move |found| oldest != 0 && found.batch + 1 >= oldest)
+    }
+
+    fn shown_ends(&self) -> Vec<ShownEnd> {
+        let state = &self.state;
+        let mut ends: Vec<ShownEnd> = state
+            .seen
+            .ended
+            .iter()
+            .map(|end| ShownEnd {
+                at: rfc3339(end.at_ns),
+                why: end.why.clone(),
+                from_lsn: end.from,
+                to_lsn: end.to,
+                holds: end.holds,
+                is_over: true,
+            })
+            .collect();
+        if let Some(changed) = state.seen.changed.as_ref().filter(|_| state.oldest_batch != 0) {
+            ends.push(ShownEnd {
+                at: rfc3339(changed.since_ns),
+                why: changed.why.clone(),
+                from_lsn: state.history_start.lsn,
+                to_lsn: state.checkpoint.lsn,
+                holds: u32::try_from(state.wishes.holds.len()).unwrap_or(u32::MAX),
+                is_over: false,
+            });
+        }
+        ends
+    }
+
     fn why_no_point(&self) -> String {
-        match &self.state.needs_resync {
+        let changed = self.state.changed_words();
+        match changed.as_ref().or(self.state.needs_resync.as_ref()) {
             Some(why) => format!("no recovery point that can be used: {why}"),
+            None if !self.state.seen.ended.is_empty() => {
+                "no recovery point yet: its history ended, and the next synchronisation is not complete"
+                    .to_owned()
+            }
             None => "no recovery point yet: the first synchronisation is not complete".to_owned(),
         }
     }
@@ -253,7 +345,8 @@ impl Inner {
     /// Oldest and newest point, `None` while there is no history.
     fn window(&self, gaps: &[Gap]) -> Option<(Moment, Moment)> {
         // Undo laid over a replica that others changed would give anything but the points.
-        if self.state.oldest_batch == 0 || self.state.needs_resync.is_some() {
+        let state = &self.state;
+        if state.oldest_batch == 0 || state.needs_resync.is_some() || state.seen.changed.is_some() {
             return None;
         }
         let mut oldest = self.state.history_start;
@@ -294,6 +387,9 @@ impl History {
     /// [`ErrorKind::NotPossible`], naming the nearest points: outside the window, inside a gap, an unknown bookmark, a time
     /// that nothing received so far can vouch for. [`ErrorKind::Corrupt`] for damage on the way.
     pub fn resolve(&self, at: &At) -> Result<Point> {
+        if let At::Found(number) = at {
+            return self.find_found(*number);
+        }
         let (gaps, window, name, why) = {
             let inner = self.lock();
             let gaps = inner.gaps();
@@ -307,6 +403,13 @@ impl History {
             let inner = self.lock();
             (inner.steps(&gaps), inner.state.exact_start().start)
         };
+        if let At::Time(time_ns) = at {
+            // By the stream alone it might be what the disk held before, or after.
+            let doubts = doubts(&self.lock().events);
+            if let Some(doubt) = doubts.iter().find(|doubt| doubt.holds(*time_ns)) {
+                return Err(not_possible(format!("{at} is no certain point: {doubt}")));
+            }
+        }
         let span = format!(
             "points reach from lsn {} at {} to lsn {} at {}",
             oldest.lsn,
@@ -323,6 +426,7 @@ impl History {
                 step.ok_or_else(|| no_step(at, exact, &steps, |step| step.time_ns <= *time_ns))?.lsn
             }
             At::Time(time_ns) => self.find_time(*time_ns, oldest, newest, &gaps, &span)?,
+            At::Found(number) => return self.find_found(*number),
         };
         if lsn < oldest.lsn || lsn > newest.lsn {
             // A gap that is still open is the better reason than the window that ends at it.
@@ -359,6 +463,22 @@ impl History {
         let point = self.resolve(at)?;
         let pin = self.pin_point(&point)?;
         Ok((point, pin))
+    }
+
+    /// What others left, at its boundary.
+    fn find_found(&self, number: u64) -> Result<Point> {
+        let inner = self.lock();
+        if let Some(why) = inner.state.changed_words() {
+            return Err(not_possible(why));
+        }
+        let known = inner.found().find(|found| found.batch == number);
+        let boundary = known.and_then(|found| Some((found, inner.boundary(number)?)));
+        let Some((found, at)) = boundary else {
+            let known: Vec<String> = inner.found().map(|found| format!("found:{}", found.batch)).collect();
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            return Err(not_possible(format!("no content found:{number} in the history; there: {known}")));
+        };
+        Ok(Point { moment: Moment { lsn: at.lsn, ..found.at }, boundary: number, boundary_lsn: at.lsn })
     }
 
     fn find_bookmark(&self, name: &str) -> Result<Lsn> {
@@ -507,7 +627,7 @@ impl History {
                     let held = holds.iter().any(|hold| hold.at.lsn == lsn && hold.name == *name);
                     bookmarks.push(ShownBookmark { name: name.clone(), lsn, time, held });
                 }
-                EventKind::ClockJump(by_ns) => {
+                EventKind::ClockJump(by_ns) | EventKind::ClockStep(ClockStep { by_ns, .. }) => {
                     let by_ms = by_ns / 1_000_000;
                     warnings.push(format!(
                         "the source's clock jumped by {by_ms} ms at lsn {lsn} ({time}): times around it are inexact"
@@ -542,6 +662,9 @@ impl History {
             warnings
                 .push(format!("what was received above lsn {at} cannot be read, and holds no points: {why}"));
         }
+        let doubts = doubts(&inner.events);
+        let shown = doubts.iter().rev().take(MAX_SHOWN_DOUBTS).rev();
+        warnings.extend(shown.map(|doubt| format!("`time:` is refused there: {doubt}")));
         let forgotten = inner.events.forgotten();
         if forgotten.bookmarks + forgotten.others > 0 {
             warnings.push(format!(
@@ -574,6 +697,15 @@ impl History {
             bookmarks,
             holds: inner.state.wishes.holds.iter().map(ShownHold::from).collect(),
             gaps: if window.is_some() { gaps.iter().map(shown).collect() } else { Vec::new() },
+            ended: inner.shown_ends(),
+            found: inner
+                .found()
+                .map(|found| ShownFound {
+                    point: format!("found:{}", found.batch),
+                    at: rfc3339(found.since_ns),
+                    why: found.why.clone(),
+                })
+                .collect(),
             warnings,
         }
     }

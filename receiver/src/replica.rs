@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use journal::VolumeId;
-use journal::io::{Disk, File};
+use journal::io::{Disk, File, RealDisk};
+use machine::disk::DiskIdentity;
+use machine::disk::continuity::Ends;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::fold::{Fold, Run};
-use crate::state::{ReplicaState, replica_path};
+use crate::state::{Mark, ReplicaState, replica_path};
 use crate::{Error, ErrorKind, Result};
 
 /// Written bytes after which the kernel is asked to start writing back, so that the sync at the end is short and
@@ -62,6 +64,46 @@ impl ReplicaHold {
         }
         Ok(ReplicaHold { file })
     }
+
+    /// The same descriptor for reading and writing: a device's other descriptors are not the exclusive one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn to_file(&self) -> std::io::Result<Arc<dyn File>> {
+        RealDisk::wrap(self.file.try_clone()?)
+    }
+}
+
+/// Keeps a receiver from writing to a replica that is read without one.
+#[derive(Debug)]
+pub struct ReadHold {
+    _file: fs::File,
+}
+
+impl ReadHold {
+    /// Takes hold of a replica for reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] where a receiver, or whoever mounted the device, holds it; [`ErrorKind::Io`].
+    pub fn acquire(path: &Path) -> Result<ReadHold> {
+        let shown = path.display();
+        let held = || {
+            let at = format!("{shown} is held by another program: a receiver that writes it, or a mount");
+            Error::new(ErrorKind::NotPossible, at)
+        };
+        let is_device = is_block_device(path);
+        let exclusive = if is_device { OFlags::EXCL } else { OFlags::empty() };
+        let file = match rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | exclusive, Mode::empty()) {
+            Ok(descriptor) => fs::File::from(descriptor),
+            Err(Errno::BUSY) => return Err(held()),
+            Err(e) => return Err(Error::io(format!("open {shown}"), e.into())),
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => Ok(ReadHold { _file: file }),
+            Err(Errno::WOULDBLOCK) => Err(held()),
+            Err(e) => Err(Error::io(format!("lock {shown}"), e.into())),
+        }
+    }
 }
 
 /// Whether a path is a block device on the real disk.
@@ -93,6 +135,8 @@ pub struct Replica {
     file: Arc<dyn File>,
     is_device: bool,
     size_bytes: u64,
+    identity: Option<DiskIdentity>,
+    /// Kept as long as we write.
     hold: Option<ReplicaHold>,
 }
 
@@ -102,7 +146,16 @@ impl Replica {
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`] where it is missing, too small or refused; [`ErrorKind::Busy`] where it is held.
-    pub fn open(disk: &dyn Disk, group_dir: &Path, state: &ReplicaState, hold: bool) -> Result<Replica> {
+    ///
+    /// ⚠ A device that is new reads as zeros from here on, but for one that is `seeded`: the source sends no zeros where
+    /// its own disk was never written.
+    pub fn open(
+        disk: &dyn Disk,
+        group_dir: &Path,
+        state: &ReplicaState,
+        hold: bool,
+        seeded: bool,
+    ) -> Result<Replica> {
         let path = replica_path(group_dir, &state.path);
         let named = |step: &str| format!("replica of volume {}: {step} {}", state.name, path.display());
         let is_device = hold && is_block_device(&path);
@@ -124,6 +177,22 @@ impl Replica {
             disk.sync_dir(dir).map_err(|e| Error::replica(named("sync directory of"), e))?;
         }
         let hold = if hold { Some(ReplicaHold::acquire(&path)?) } else { None };
+        let file = match &hold {
+            Some(hold) => hold.to_file().map_err(|e| Error::replica(named("open"), e))?,
+            None => file,
+        };
+        if hold.is_some() {
+            let users = file.users().map_err(|e| Error::replica(named("look who uses"), e))?;
+            if !users.is_empty() {
+                let at = format!(
+                    "{} is used by others: {}; it is not opened before they let it go",
+                    path.display(),
+                    machine::disk::users::told(&users)
+                );
+                return Err(Error::new(ErrorKind::Busy, at));
+            }
+        }
+        let identity = file.identity().map_err(|e| Error::replica(named("look at"), e))?;
         let mut replica = Replica {
             id: state.id,
             name: state.name.clone(),
@@ -131,6 +200,7 @@ impl Replica {
             file,
             is_device,
             size_bytes: state.size_bytes,
+            identity,
             hold,
         };
         let have = replica.file.size().map_err(|e| replica.error("size of", 0, e))?;
@@ -151,6 +221,9 @@ impl Replica {
             return Err(Error::new(ErrorKind::ReplicaFailed, at));
         }
         replica.grow(state.size_bytes)?;
+        if !state.created && is_device && !seeded {
+            replica.zero(0..state.size_bytes)?;
+        }
         if !state.created && have > 0 {
             // ⚠ Whoever brought this content need not have synced it. It will be found equal and never be written by us, so it
             // is durable before anything is compared, and before the first checkpoint relies on it.
@@ -217,7 +290,25 @@ impl Replica {
         if have < size_bytes {
             self.file.set_size(size_bytes).map_err(|e| self.error("grow", size_bytes, e))?;
         }
+        if self.is_device && size_bytes > self.size_bytes {
+            // A file's new part reads as zeros, and so does the source's.
+            self.zero(self.size_bytes..size_bytes)?;
+        }
         self.size_bytes = self.size_bytes.max(size_bytes);
+        Ok(())
+    }
+
+    /// Makes a part of a device read as zeros, whatever stood there.
+    fn zero(&self, range: Range<u64>) -> Result<()> {
+        const PART_BYTES: u64 = 256 << 20;
+        let mut at = range.start;
+        while at < range.end {
+            let part = at..range.end.min(at + PART_BYTES);
+            at = part.end;
+            machine::give_way();
+            self.file.punch_hole(part.clone()).map_err(|e| self.error("zero", part.start, e))?;
+            self.file.start_writeback(part.clone()).map_err(|e| self.error("zero", part.start, e))?;
+        }
         Ok(())
     }
 
@@ -269,6 +360,12 @@ impl Replica {
         Ok(bytes)
     }
 
+    /// Bytes of the receiver's file system that it takes; none where it is a block device, or cannot tell.
+    pub fn allocated_bytes(&self) -> u64 {
+        let found = (!self.is_device).then(|| fs::metadata(&self.path).ok()).flatten();
+        found.map_or(0, |found| std::os::unix::fs::MetadataExt::blocks(&found).saturating_mul(512))
+    }
+
     /// Writes the fold's content of `ranges`, which are sorted; not durable before [`Replica::sync`]. Returns the bytes
     /// written, zeros included.
     ///
@@ -307,25 +404,39 @@ impl Replica {
         Ok(written)
     }
 
-    /// fdatasync: what was written is durable when this returns.
+    /// fsync: what was written is durable when this returns, and so are its times: after fdatasync alone a power loss would
+    /// bring back older ones, which look like a change by others.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`]. ⚠ What was written since the last sync may be lost, though it can still be read: all
     /// of it must be written again before the next sync says anything. It ends this replica, not the receiver: ingest
     /// has its own disk to answer for.
     pub fn sync(&self) -> Result<()> {
-        self.file.sync().map_err(|e| self.error("sync", 0, e))
+        self.file.sync_all().map_err(|e| self.error("sync", 0, e))
     }
 
-    /// The stamp of what is on the disk now, for the next start; `None` where the replica is not held. Times are made
-    /// durable first: after fdatasync alone a power loss would bring back an older one, which looks like somebody's change.
+    /// How it is left; everything is synced. `None` on a disk that nobody else can reach.
+    ///
+    /// # Errors
+    /// [`ErrorKind::ReplicaFailed`].
+    pub fn mark(&self, ends: Ends) -> Result<Option<Mark>> {
+        let left = self.file.continuity(ends).map_err(|e| self.error("look at", 0, e))?;
+        let mark = self.identity.clone().zip(left);
+        Ok(mark.map(|(identity, left)| Mark { volume: self.id, identity, left }))
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &dyn File {
+        &*self.file
+    }
+
+    /// The stamp of what is on the disk now, for the next start; `None` for a device. Times are made durable first.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`].
     pub fn settled_stamp(&self) -> Result<Option<(i64, u64)>> {
-        let Some(hold) = &self.hold else { return Ok(None) };
-        hold.file.sync_all().map_err(|e| self.error("sync", 0, e))?;
-        Ok(stamp(&self.path))
+        self.file.sync_all().map_err(|e| self.error("sync", 0, e))?;
+        Ok(self.hold.as_ref().and_then(|_| stamp(&self.path)))
     }
 }
 
@@ -363,7 +474,7 @@ mod tests {
         let group_dir = dir.path().join("groups/g");
         let path = dir.path().join("replica/g/disk.img");
         Replica::check_vacant(&RealDisk, &path, "disk").unwrap();
-        let mut replica = Replica::open(&RealDisk, &group_dir, &state(&path, false), true).unwrap();
+        let mut replica = Replica::open(&RealDisk, &group_dir, &state(&path, false), true, false).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20);
         assert_eq!(replica.data_bytes(0..1 << 20).unwrap(), 0, "sparse");
         assert_eq!(ReplicaHold::acquire(&path).unwrap_err().kind, ErrorKind::Busy);
@@ -377,7 +488,7 @@ mod tests {
             ErrorKind::ReplicaFailed
         );
         fs::remove_file(&path).unwrap();
-        let missing = Replica::open(&RealDisk, &group_dir, &state(&path, true), true);
+        let missing = Replica::open(&RealDisk, &group_dir, &state(&path, true), true, false);
         assert_eq!(missing.err().unwrap().kind, ErrorKind::ReplicaFailed, "a lost replica is not made anew");
     }
 }

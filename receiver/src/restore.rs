@@ -24,8 +24,9 @@ use crate::fold::push_range;
 use crate::history::History;
 use crate::lock::GroupLock;
 use crate::point::{At, Point, rfc3339};
+use crate::restoring::Restoring;
 use crate::state::replica_path;
-use crate::target::{self, Target};
+use crate::target::{self, Guarded, Place, Target};
 use crate::undo::{UndoPiece, damage};
 use crate::unpack::unpack_ahead;
 use crate::view::{in_frame_order, replay};
@@ -98,7 +99,9 @@ pub struct RestoreReport {
 /// [`ErrorKind::Busy`] naming the process that holds it, or what [`History::open`] says.
 pub fn open_bare(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<(GroupLock, Arc<History>)> {
     let lock = GroupLock::take(group_dir)?;
-    Ok((lock, History::open(disk, group_dir)?))
+    let history = History::open(disk, group_dir)?;
+    history.read_alone();
+    Ok((lock, history))
 }
 
 struct Planned {
@@ -106,26 +109,43 @@ struct Planned {
     name: String,
     size_bytes: u64,
     path: PathBuf,
+    place: Place,
 }
 
-/// Restores. `progress` is called with bytes done and bytes in all, often.
+/// Restores, with no other restore beside it. `progress` is called with bytes done and bytes in all, often.
 ///
 /// # Errors
-/// [`ErrorKind::NotPossible`] for the point, [`ErrorKind::Usage`] and [`ErrorKind::Busy`] for the target,
-/// [`ErrorKind::Corrupt`] naming file and offset; no target keeps its name then.
+/// As [`restore_as`].
 pub fn restore(
     history: &Arc<History>,
     request: &RestoreRequest,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<RestoreReport> {
+    let restoring = Restoring::alone(&request.at, &request.to);
+    restore_as(history, request, &Guarded::default(), &restoring, progress)
+}
+
+/// Restores. What the group itself is made of is guarded in any case.
+///
+/// # Errors
+/// [`ErrorKind::NotPossible`] for the point, or a target that is being restored to; [`ErrorKind::Usage`] and
+/// [`ErrorKind::Busy`] for the target, [`ErrorKind::Corrupt`] naming file and offset, [`ErrorKind::Cancelled`]; no target
+/// keeps its name then.
+pub fn restore_as(
+    history: &Arc<History>,
+    request: &RestoreRequest,
+    guarded: &Guarded,
+    restoring: &Restoring,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<RestoreReport> {
     let (point, _pin) = history.resolve_pinned(&request.at)?;
-    let planned = plan(history, request, point)?;
+    let planned = plan(history, request, point, guarded, restoring)?;
     let mut report = RestoreReport {
         group: history.state().name,
         lsn: point.moment.lsn,
         time: rfc3339(point.moment.time_ns),
         volumes: planned.iter().map(Planned::report).collect(),
-        undo_batches: history.newest_registered() - point.boundary,
+        undo_batches: history.newest_registered().saturating_sub(point.boundary),
         redo_bytes: redo_bytes(history, point)?,
         dry_run: request.dry_run,
         warnings: history.points().warnings,
@@ -133,25 +153,54 @@ pub fn restore(
     if request.dry_run {
         return Ok(report);
     }
-    let total_bytes = planned.iter().map(|volume| volume.size_bytes).sum();
-    let mut done_bytes = 0;
     let mut targets = Vec::new();
-    for volume in &planned {
-        let mut target = Target::create(&history.disk, &volume.path, volume.size_bytes)?;
-        let mut passed = |bytes| progress(done_bytes + bytes, total_bytes);
-        Content::new(history, point, volume)?.write(&mut target, &mut passed)?;
-        done_bytes += volume.size_bytes;
-        targets.push((volume.id, volume.size_bytes, target));
-    }
-    write_redo(history, point, &mut targets)?;
-    for (_, _, target) in &targets {
-        target.sync()?;
+    let written = write(history, request, point, &planned, &mut targets, restoring, progress);
+    if let Err(error) = written {
+        let left: Vec<String> = targets.iter().filter_map(|(_, _, target)| target.left()).collect();
+        return Err(if left.is_empty() {
+            error
+        } else {
+            Error { at: format!("{}; {}", error.at, left.join("; ")), ..error }
+        });
     }
     for (volume, (_, _, target)) in report.volumes.iter_mut().zip(targets) {
         volume.written_bytes = target.finish()?;
     }
+    let total_bytes = planned.iter().map(|volume| volume.size_bytes).sum();
     progress(total_bytes, total_bytes);
     Ok(report)
+}
+
+/// Writes and syncs all targets; none has its name yet.
+fn write(
+    history: &Arc<History>,
+    request: &RestoreRequest,
+    point: Point,
+    planned: &[Planned],
+    targets: &mut Vec<(VolumeId, u64, Target)>,
+    restoring: &Restoring,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let total_bytes = planned.iter().map(|volume| volume.size_bytes).sum();
+    let mut done_bytes = 0;
+    restoring.passed(0, total_bytes)?;
+    for volume in planned {
+        let go_on = || restoring.go_on();
+        let target = Target::create(&history.disk, &volume.place, volume.size_bytes, request.force, go_on)?;
+        targets.push((volume.id, volume.size_bytes, target));
+        let (_, _, target) = targets.last_mut().expect("just pushed");
+        let mut passed = |bytes| {
+            progress(done_bytes + bytes, total_bytes);
+            restoring.passed(done_bytes + bytes, total_bytes)
+        };
+        Content::new(history, point, volume)?.write(target, &mut passed)?;
+        done_bytes += volume.size_bytes;
+    }
+    write_redo(history, point, targets, restoring)?;
+    for (_, _, target) in &*targets {
+        target.sync()?;
+    }
+    restoring.go_on()
 }
 
 impl Planned {
@@ -162,7 +211,13 @@ impl Planned {
 }
 
 /// Which volumes go where; all targets are checked before the first is touched.
-fn plan(history: &History, request: &RestoreRequest, point: Point) -> Result<Vec<Planned>> {
+fn plan(
+    history: &History,
+    request: &RestoreRequest,
+    point: Point,
+    guarded: &Guarded,
+    restoring: &Restoring,
+) -> Result<Vec<Planned>> {
     let mut volumes = history.volumes_at(point.moment.lsn);
     if let Some(wanted) = &request.volume {
         let there: Vec<_> = volumes.iter().map(|(_, name, _)| name.clone()).collect();
@@ -178,25 +233,52 @@ fn plan(history: &History, request: &RestoreRequest, point: Point) -> Result<Vec
             format!("no volume exists at lsn {}", point.moment.lsn),
         ));
     }
-    let into_dir = volumes.len() > 1 || request.to.is_dir();
-    if into_dir && !request.dry_run {
+    let is_machine = history.disk.is_machine();
+    let mut guarded = guarded.clone();
+    guarded.add(&ours(history));
+    let into_dir = volumes.len() > 1 || (is_machine && request.to.is_dir());
+    if into_dir && is_machine {
+        target::refuse_dir(&request.to, &guarded)?;
+    }
+    let is_missing = into_dir && !(is_machine && request.to.is_dir());
+    if is_missing && !request.dry_run {
         let made = history.disk.create_dir(&request.to);
         made.map_err(|e| Error::io(format!("create directory {}", request.to.display()), e))?;
     }
-    let state = history.state();
-    let replicas: Vec<PathBuf> = state
-        .replicas
-        .iter()
-        .map(|known| replica_path(&history.group_dir, &known.path))
-        .map(|path| std::fs::canonicalize(&path).unwrap_or(path))
-        .collect();
     let mut planned = Vec::new();
     for (id, name, size_bytes) in volumes {
         let path = if into_dir { request.to.join(format!("{name}.img")) } else { request.to.clone() };
-        target::check(&*history.disk, &path, size_bytes, request.force, &replicas)?;
-        planned.push(Planned { id, name, size_bytes, path });
+        // Nothing can be in the way in a directory that is still to be made.
+        let place = match is_machine && !(is_missing && request.dry_run) {
+            true => Place::find(&path)?,
+            false => Place { path: path.clone(), is_device: false, exists: false },
+        };
+        planned.push(Planned { id, name, size_bytes, path, place });
+    }
+    if !request.dry_run {
+        // First of all, so that a restore that runs is named to the next.
+        restoring.claim(planned.iter().map(|volume| volume.place.path.clone()).collect())?;
+    }
+    for Planned { size_bytes, path, place, .. } in &planned {
+        if is_machine {
+            target::check(place, path, *size_bytes, request.force, &guarded)?;
+        } else {
+            target::check_apart(&*history.disk, path, request.force)?;
+        }
     }
     Ok(planned)
+}
+
+/// What no restore of this group may write to: the receiver's directory, and the replicas wherever they are.
+fn ours(history: &History) -> Guarded {
+    let mut guarded = Guarded::default();
+    let dir = history.group_dir.as_path();
+    let home = dir.parent().filter(|above| above.ends_with("groups")).and_then(Path::parent);
+    guarded.dir(home.unwrap_or(dir));
+    for known in &history.state().replicas {
+        guarded.file(replica_path(dir, &known.path));
+    }
+    guarded
 }
 
 fn redo_bytes(history: &History, point: Point) -> Result<u64> {
@@ -218,8 +300,14 @@ fn redo_bytes(history: &History, point: Point) -> Result<u64> {
 }
 
 /// Redo in its order: what is written twice is written twice, the page cache keeps only the last.
-fn write_redo(history: &History, point: Point, targets: &mut [(VolumeId, u64, Target)]) -> Result<()> {
+fn write_redo(
+    history: &History,
+    point: Point,
+    targets: &mut [(VolumeId, u64, Target)],
+    restoring: &Restoring,
+) -> Result<()> {
     replay(history, point.boundary_lsn, point.moment.lsn, |_, located| {
+        restoring.go_on()?;
         let record = &located.record;
         let Some((_, size_bytes, target)) = targets.iter_mut().find(|(id, _, _)| *id == record.volume) else {
             return Ok(());
@@ -279,12 +367,13 @@ impl<'a> Content<'a> {
         })
     }
 
-    fn write(mut self, target: &mut Target, passed: &mut dyn FnMut(u64)) -> Result<()> {
+    fn write(mut self, target: &mut Target, passed: &mut dyn FnMut(u64) -> Result<()>) -> Result<()> {
         let mut window_bytes = MAX_WINDOW_BYTES;
         let mut at = 0;
         while at < self.size_bytes {
             let window = at..self.size_bytes.min(at.saturating_add(window_bytes));
             let mut pieces = ExtentMap::new();
+            passed(at)?;
             let Some(laid) = self.lay(&mut pieces, &window, self.boundary, window_bytes)? else {
                 window_bytes = (window_bytes / 2).next_multiple_of(4096);
                 continue;
@@ -316,7 +405,7 @@ impl<'a> Content<'a> {
         window: &Range<u64>,
         mut pieces: ExtentMap<UndoPiece>,
         mut laid: u64,
-        passed: &mut dyn FnMut(u64),
+        passed: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         for range in worth_copying(&pieces, window) {
             self.copy_replica(target, range, passed)?;
@@ -351,6 +440,7 @@ impl<'a> Content<'a> {
         }
         drop(pieces);
         unpack_ahead(self.history, &frames, |index, segment, unpacked| {
+            passed(window.start)?;
             for (extent, at) in &writes[index] {
                 let bytes = unpacked.slice(*at, extent.end - extent.start, segment.path())?;
                 target.write(bytes, extent.start)?;
@@ -358,15 +448,14 @@ impl<'a> Content<'a> {
             Ok(())
         })?;
         target.start_writeback(window.clone())?;
-        passed(window.end);
-        Ok(())
+        passed(window.end)
     }
 
     fn copy_replica(
         &mut self,
         target: &mut Target,
         gap: Range<u64>,
-        passed: &mut dyn FnMut(u64),
+        passed: &mut dyn FnMut(u64) -> Result<()>,
     ) -> Result<()> {
         let path = &self.replica_path;
         let failed = |at: u64, e| Error::replica(format!("read replica {} at byte {at}", path.display()), e);
@@ -380,7 +469,7 @@ impl<'a> Content<'a> {
                 let got = self.replica.read_at(&mut self.buffer, from).map_err(|e| failed(from, e))?;
                 target.write_sparse(&self.buffer[..got], from)?;
                 from += bytes as u64;
-                passed(from);
+                passed(from)?;
             }
             if data.end >= gap.end {
                 break;

@@ -1,8 +1,9 @@
 //! What a group durably is: owner, checkpoint, batches, replicas.
 //!
-//! Stored in `groups/NAME/group`, a two-slot control file with slots of 32 KiB: room for 64 volumes; payload = version byte,
-//! then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`], in version 3 by postcard of its
-//! [`Exact`], too. Version 1 is read; version 3 is written only where there is such a window.
+//! Stored in `groups/NAME/group`, a two-slot control file with slots of 64 KiB (32 KiB before version 4): room for 64
+//! volumes; payload = version byte, then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`],
+//! in version 3 by postcard of its [`Exact`], too, in version 4 by postcard of `Option<Exact>` and of its [`Seen`]. Version 1 is
+//! read; versions 3 and 4 are written only where there is something of the kind.
 //! One owner writes it: the agent when it creates the group, from then on the applier.
 //!
 //! Invariants:
@@ -16,13 +17,16 @@ use std::sync::Arc;
 
 use journal::control::{TwoSlot, payload_bytes};
 use journal::io::Disk;
+use journal::segment::MAX_NUMBER;
 use journal::{GroupId, Lineage, Lsn, Position, VolumeId, VolumeUuid};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, ErrorKind, Result};
 
+pub(crate) mod seen;
 mod wishes;
 
+pub use seen::{Changed, Ended, Found, Mark, Seen};
 pub use wishes::{Back, Hold, MAX_HOLDS, Reached, Rewind, Wishes};
 
 /// Name of the control file in a group's directory.
@@ -30,14 +34,16 @@ pub const GROUP_FILE: &str = "group";
 const VERSION: u8 = 2;
 /// With an exact window that begins above the oldest point.
 const VERSION_WITH_STEPS: u8 = 3;
+/// With what was seen of the replicas.
+const VERSION_WITH_SEEN: u8 = 4;
 /// Before there were rewinds and holds.
 const VERSION_WITHOUT_WISHES: u8 = 1;
-/// Size of its slots. A replica takes about 280 bytes in its default place.
-const SLOT_BYTES: usize = 32 << 10;
+/// Size of its slots. A replica takes about 280 bytes in its default place, and its mark up to 400.
+const SLOT_BYTES: usize = 64 << 10;
 /// Kept free when a replica or a hold is added, for what grows later: numbers, a reason, a rewind and the next one, and of
-/// each replica a stamp.
-const RESERVE_BYTES: usize = 4096;
-const RESERVE_REPLICA_BYTES: usize = 40;
+/// each replica a stamp and a mark.
+const RESERVE_BYTES: usize = 8192;
+const RESERVE_REPLICA_BYTES: usize = 440;
 /// Longest reason that is kept.
 const MAX_REASON_BYTES: usize = 1024;
 
@@ -111,6 +117,9 @@ pub struct GroupState {
     pub heartbeat: Option<Moment>,
     /// Why nothing but a new epoch may be applied, where that is so.
     pub needs_resync: Option<String>,
+    /// What was seen of the replicas.
+    #[serde(skip)]
+    pub seen: Seen,
     /// What the operator asked for: rewinds and holds.
     #[serde(skip)]
     pub wishes: Wishes,
@@ -152,6 +161,7 @@ impl GroupState {
             heartbeat: None,
             needs_resync: None,
             wishes: Wishes::default(),
+            seen: Seen::default(),
             exact: None,
         }
     }
@@ -214,16 +224,57 @@ impl GroupState {
     fn encode(&self) -> Result<Vec<u8>> {
         let malformed =
             |e: postcard::Error| Error::new(ErrorKind::Malformed, format!("encode group state: {e}"));
-        let version = if self.exact.is_some() { VERSION_WITH_STEPS } else { VERSION };
+        let has_seen = self.seen != Seen::default();
+        let version = match self.exact {
+            _ if has_seen => VERSION_WITH_SEEN,
+            Some(_) => VERSION_WITH_STEPS,
+            None => VERSION,
+        };
         let state = postcard::to_extend(self, vec![version]).map_err(malformed)?;
         let state = postcard::to_extend(&self.wishes, state).map_err(malformed)?;
         match &self.exact {
+            exact if has_seen => {
+                let state = postcard::to_extend(exact, state).map_err(malformed)?;
+                postcard::to_extend(&self.seen, state).map_err(malformed)
+            }
             Some(exact) => postcard::to_extend(exact, state).map_err(malformed),
             None => Ok(state),
         }
     }
 
     fn decode(bytes: &[u8], path: &Path) -> Result<GroupState> {
+        let state = GroupState::decode_any(bytes, path)?;
+        match state.is_possible() {
+            true => Ok(state),
+            false => {
+                let at =
+                    format!("{}: group state: no group reaches such a batch, size or length", path.display());
+                Err(Error::new(ErrorKind::Malformed, at))
+            }
+        }
+    }
+
+    /// Whether its numbers are ones that a group can reach: they are added to, and counted up to. Lsns and epochs were
+    /// bounded where they were decoded.
+    fn is_possible(&self) -> bool {
+        let wishes = &self.wishes;
+        let batches = [self.applied_batch, self.oldest_batch, self.consistent_batch]
+            .into_iter()
+            .chain(self.exact.map(|exact| exact.batch))
+            .chain(self.seen.found.iter().map(|found| found.batch))
+            .chain(wishes.intent.iter().chain(&wishes.rewound).filter_map(|rewind| Some(rewind.back?.batch)));
+        let bytes = self.replicas.iter().map(|replica| replica.size_bytes).chain([self.events_bytes]);
+        let applied = self.applied_batch;
+        let in_order = self.oldest_batch <= applied.saturating_add(1)
+            && self.consistent_batch <= applied
+            && self.exact.is_none_or(|exact| exact.batch <= applied);
+        // One less than a segment may have: its successor's undo has a name, too.
+        in_order
+            && batches.into_iter().all(|batch| batch < MAX_NUMBER)
+            && bytes.into_iter().chain([self.events_file]).all(|number| number <= i64::MAX as u64)
+    }
+
+    fn decode_any(bytes: &[u8], path: &Path) -> Result<GroupState> {
         let malformed =
             |what: String| Error::new(ErrorKind::Malformed, format!("{}: {what}", path.display()));
         let broken = |e: postcard::Error| malformed(format!("group state: {e}"));
@@ -237,9 +288,15 @@ impl GroupState {
                 let (wishes, rest) = postcard::take_from_bytes(rest).map_err(broken)?;
                 Ok(GroupState { wishes, exact: Some(postcard::from_bytes(rest).map_err(broken)?), ..state })
             }
+            Some((&VERSION_WITH_SEEN, rest)) => {
+                let (state, rest) = postcard::take_from_bytes::<GroupState>(rest).map_err(broken)?;
+                let (wishes, rest) = postcard::take_from_bytes(rest).map_err(broken)?;
+                let (exact, rest) = postcard::take_from_bytes(rest).map_err(broken)?;
+                Ok(GroupState { wishes, exact, seen: postcard::from_bytes(rest).map_err(broken)?, ..state })
+            }
             Some((&VERSION_WITHOUT_WISHES, rest)) => postcard::from_bytes(rest).map_err(broken),
             Some((other, _)) => Err(malformed(format!(
-                "version {other} (this program reads up to {VERSION_WITH_STEPS}): upgrade it"
+                "version {other} (this program reads up to {VERSION_WITH_SEEN}): upgrade it"
             ))),
             None => Err(malformed("empty".into())),
         }
@@ -299,8 +356,13 @@ impl GroupStore {
             let end = (0..=why.len().min(MAX_REASON_BYTES)).rev().find(|at| why.is_char_boundary(*at));
             why.truncate(end.unwrap_or(0));
         }
-        let payload = state.encode()?;
+        let mut payload = state.encode()?;
         let most = self.slots.max_payload_bytes();
+        if payload.len() > most && !state.seen.marks.is_empty() {
+            // A file of an older version is smaller. Without marks the replicas are trusted by their stamps, as there.
+            state.seen.marks.clear();
+            payload = state.encode()?;
+        }
         if payload.len() > most {
             let at = format!("group {}: its state of {} bytes is over {most}", state.name, payload.len());
             return Err(Error::new(ErrorKind::ReplicaFailed, at));

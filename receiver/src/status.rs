@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mend::Repaired;
 use crate::point::ShownMoment;
+use crate::restoring::RestoreStatus;
 use crate::scrub::ScrubStatus;
 
 /// All groups of a daemon.
@@ -54,6 +55,12 @@ pub struct GroupStatus {
     /// What rotted of the journal and was fetched from the source again since this process started; the newest 100.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<Repaired>,
+    /// By how much the source's clock is ahead of this machine's; `None` while no source is heard.
+    #[serde(default)]
+    pub clock_skew_ms: Option<i64>,
+    /// Restores that run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub restores: Vec<RestoreStatus>,
 }
 
 /// A group that is rewound.
@@ -157,6 +164,8 @@ mod tests {
             rewound: None,
             scrub: None,
             repaired: Vec::new(),
+            restores: Vec::new(),
+            clock_skew_ms: Some(-3),
         };
         let status = Status { groups: vec![group] };
         let json = serde_json::to_value(&status).unwrap();

@@ -75,7 +75,7 @@ pub fn read_summary(disk: &dyn Disk, dir: &Path, number: u64, group: GroupId) ->
     let path = dir.join(file_name(number));
     let corrupt =
         |offset: usize, what: String| Error::corrupt(format!("{} at byte {offset}: {what}", path.display()));
-    let file = disk.open_read(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+    let file = disk.open_read_own(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
     let mut front = [0; SECTOR_BYTES + frame::HEADER_BYTES];
     match read_exact_at(&*file, &mut front, 0) {
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(corrupt(0, "cut short".into())),
@@ -390,7 +390,7 @@ impl UndoSegment {
     /// [`ErrorKind::Corrupt`] naming file and offset.
     pub fn open(disk: &dyn Disk, summary: &UndoSummary) -> Result<UndoSegment> {
         let path = &summary.path;
-        let file = disk.open_read(path).map_err(|e| missing_is_corrupt("open", path, e))?;
+        let file = disk.open_read_own(path).map_err(|e| missing_is_corrupt("open", path, e))?;
         let index = SegmentIndex::open(disk, path).map_err(damage)?;
         Ok(UndoSegment { summary: summary.clone(), file, index })
     }

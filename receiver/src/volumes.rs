@@ -12,6 +12,10 @@ use journal::record::{MAX_VOLUMES, VolumeRecord};
 use crate::state::ReplicaState;
 use crate::{Error, ErrorKind, Result};
 
+/// The largest volume that is taken: 1 PiB, beyond every disk, and small enough that no sum or product of sizes overflows. A
+/// replica is never shrunk, so a size that a broken source names once would stay.
+pub const MAX_VOLUME_BYTES: u64 = 1 << 50;
+
 /// What is to be done for the volumes of a batch.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct VolumePlan {
@@ -40,6 +44,9 @@ pub fn plan<'a>(
         };
         let anew = "to give up the old content and have it made anew, stop the receiver, put an empty file in the replica's \
                     place, and synchronise";
+        if *size_bytes > MAX_VOLUME_BYTES {
+            return refuse(format!("the source says {size_bytes} bytes, and the most is {MAX_VOLUME_BYTES}"));
+        }
         let mut all = known.iter().chain(&plan.new);
         if let Some(have) = all.clone().find(|have| have.id == id) {
             let from = plan.sizes.get(&id).copied().unwrap_or(have.size_bytes);
@@ -114,6 +121,10 @@ mod tests {
             let error = planned(&known, &[(id, bad)]).unwrap_err();
             assert_eq!(error.kind, ErrorKind::ReplicaFailed);
             assert!(error.at.contains(what) && error.at.contains("empty file"), "{}", error.at);
+        }
+        for far in [MAX_VOLUME_BYTES + 512, i64::MAX as u64 - 511] {
+            let error = planned(&known, &[(0, record(1, far, "a"))]).unwrap_err();
+            assert!(error.at.contains("the most is 1125899906842624"), "{}", error.at);
         }
         let both = [(0, record(1, 2048, "a")), (0, record(1, 1024, "a"))];
         assert!(planned(&known, &both).unwrap_err().at.contains("shrank from 2048 to 1024"));

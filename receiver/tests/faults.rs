@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use journal::io::{Disk, RealDisk};
+use journal::record::Op;
 use journal::sim_disk::SimDisk;
 use receiver::ErrorKind;
 use receiver::point::At;
 use receiver::retention::Policy;
 use receiver::thin::Steps;
+use receiver::view::View;
 use storage::*;
 
 const SIZES: [u64; 1] = [1 << 20];
@@ -257,7 +259,7 @@ fn a_replica_that_was_moved_or_put_back_keeps_its_history_and_a_changed_one_is_n
     // Moved by a tool that keeps whole seconds.
     set(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
     let (history, applier) = open(&disk, &dir, real.clone()).unwrap();
-    assert_eq!(applier.state().needs_resync, None);
+    assert_eq!(applier.state().seen.changed, None);
     assert_exact(&history, &source, point);
     applier.close().unwrap();
     let left = std::fs::metadata(&replica).unwrap().modified().unwrap();
@@ -266,7 +268,7 @@ fn a_replica_that_was_moved_or_put_back_keeps_its_history_and_a_changed_one_is_n
     set(left - Duration::from_secs(1));
     for _ in 0..2 {
         let (history, applier) = open(&disk, &dir, real.clone()).unwrap();
-        assert!(applier.state().needs_resync.is_some());
+        assert!(applier.state().seen.changed.is_some());
         let refused = history.resolve(&At::Lsn(point)).unwrap_err();
         assert!(
             refused.kind == ErrorKind::NotPossible && refused.at.contains("changed by others"),
@@ -280,16 +282,48 @@ fn a_replica_that_was_moved_or_put_back_keeps_its_history_and_a_changed_one_is_n
     // Put back as it was left.
     set(left);
     let (history, applier) = open(&disk, &dir, real.clone()).unwrap();
-    assert_eq!(applier.state().needs_resync, None);
+    assert_eq!(applier.state().seen.changed, None);
     assert_exact(&history, &source, point);
     applier.close().unwrap();
 
-    // A new epoch overwrites a changed one: only now its history ends.
+    // A new epoch does not overwrite a changed one: that takes an order, and only then the history ends.
     set(left - Duration::from_secs(1));
+    let changed = std::fs::read(&replica).unwrap();
     let (history, mut applier) = open(&disk, &dir, real).unwrap();
     begin(&mut source, &mut random, 10);
     let durable = group.receive(&source, usize::MAX, Some(&history));
-    applier.next_batch(&durable).unwrap();
-    assert_eq!((undo(), applier.state().oldest_batch != 0), (0, applier.state().first_consistent.is_some()));
+    assert_eq!(applier.next_batch(&durable).unwrap_err().kind, ErrorKind::NotPossible);
+    assert_eq!((undo(), std::fs::read(&replica).unwrap() == changed), (kept, true));
+    assert!(!history.points().ended.last().unwrap().is_over);
+    let report = applier.overwrite(&durable, 1).unwrap();
+    assert_eq!(undo(), 0);
+    let again = applier.overwrite(&durable, 1).unwrap_err();
+    assert_eq!(again.kind, ErrorKind::NotPossible, "nothing is wrong any more");
+    // What was received up to the order is passed over: it was made with another replica in mind.
+    assert_eq!(applier.next_batch(&durable).unwrap(), None);
+    source.epoch(11);
+    source.volume(0, SIZES[0]);
+    source.push(Op::ResyncBegin, 0, 0, 0, b"overwrite".to_vec());
+    let whole = source.model(source.last())["v0"].clone();
+    for (at, chunk) in whole.chunks(64 << 10).enumerate() {
+        source.push(Op::SyncSlot, 0, at as u64 * (64 << 10), chunk.len() as u64, chunk.to_vec());
+    }
+    source.push(Op::ResyncEnd, 0, 0, 0, Vec::new());
+    source.frame();
+    let durable = group.receive(&source, usize::MAX, Some(&history));
+    apply_all(&mut applier, &durable).unwrap();
+    assert_exact(&history, &source, source.last());
     assert_eq!(history.resolve(&At::Lsn(point)).unwrap_err().kind, ErrorKind::NotPossible);
+    let points = history.points();
+    assert!(
+        points.ended.iter().any(|end| end.is_over && end.why.contains("changed by others")),
+        "{points:?}"
+    );
+    // What others had left is a point of its own.
+    let at: At = report.found.unwrap().parse().unwrap();
+    let point = history.resolve(&at).unwrap();
+    let view = View::open(&history, point, "v0").unwrap();
+    let mut found = vec![0; changed.len()];
+    view.read_at(&mut found, 0).unwrap();
+    assert_same(&found, &changed, "what was found");
 }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use journal::Lsn;
+use journal::clock_step::ClockStep;
 use journal::io::{Disk, File, RealDisk};
 use journal::record::Op;
 use journal::sim_disk::SimDisk;
@@ -131,6 +132,7 @@ fn views_and_restores_are_exact_while_the_applier_runs() {
         source.random_change(&SIZES, &mut random);
         source.frame();
     }
+    let elsewhere = tempfile::tempdir().unwrap();
     let temporary = tempfile::tempdir().unwrap();
     let disk: Arc<dyn Disk> = Arc::new(RealDisk);
     let dir = temporary.path().join("groups/g");
@@ -171,7 +173,7 @@ fn views_and_restores_are_exact_while_the_applier_runs() {
         let restorer = scope.spawn(|| {
             let mut restores = 0;
             while running.load(Ordering::Relaxed) || restores == 0 {
-                let to = temporary.path().join(format!("out{restores}"));
+                let to = elsewhere.path().join(format!("out{restores}"));
                 restore(&history, &request(At::Lsn(fixed), &to), &mut |_, _| {}).unwrap();
                 for (name, expected) in &expected {
                     let found = std::fs::read(to.join(format!("{name}.img"))).unwrap();
@@ -203,13 +205,19 @@ fn views_and_restores_are_exact_while_the_applier_runs() {
     let mut real = settings(12_000);
     real.hold_replicas = true;
     let (history, mut applier) = open(&disk, &dir, real).unwrap();
-    let why = applier.state().needs_resync.clone().unwrap();
-    assert!(why.contains("v0.img was changed by others"), "{why}");
+    let why = applier.state().seen.changed.clone().unwrap().why;
+    assert!(why.contains("v0.img of volume v0 was changed by others"), "{why}");
     assert_eq!(history.resolve(&At::Latest).unwrap_err().kind, ErrorKind::NotPossible);
-    // What is left of the old epoch is refused; a new one repairs it.
+    // Nothing is applied before its overwriting is ordered.
     source.random_change(&SIZES, &mut random);
     source.frame();
     let durable = group.receive(&source, 1, Some(&history));
+    assert_eq!(applier.next_batch(&durable).unwrap_err().kind, ErrorKind::NotPossible);
+    let found = std::fs::read(&replica).unwrap();
+    let report = applier.overwrite(&durable, 1).unwrap();
+    assert!(report.found.is_some_and(|found| found.starts_with("found:")));
+    assert_same(&std::fs::read(&replica).unwrap(), &found, "an order alone writes nothing");
+    // What is left of the old epoch is passed over; a new one repairs it.
     assert_eq!(applier.next_batch(&durable).unwrap(), None);
     source.epoch(10);
     source.volume(0, SIZES[0]);
@@ -373,7 +381,7 @@ fn points_are_resolved_by_lsn_time_and_name_or_refused_with_the_nearest() {
     source.epoch(500);
     let mut random = Random(1);
     let end = source.resync(&SIZES, &mut random, "the ring was lost");
-    let jump = source.push(Op::ClockJump, 0, 0, 0, (-6_000_000_000_i64).to_le_bytes().to_vec());
+    let jump = source.push(Op::ClockJump, 0, 0, 0, (-4_000_000_000_i64).to_le_bytes().to_vec());
     let marked = source.bookmark("b0");
     for _ in 0..10 {
         source.random_change(&SIZES, &mut random);
@@ -421,7 +429,7 @@ fn points_are_resolved_by_lsn_time_and_name_or_refused_with_the_nearest() {
     assert_eq!((points.gaps[0].from_lsn, points.gaps[0].to_lsn), (before, Some(end)));
     assert_eq!(points.gaps[0].reason, "the ring was lost");
     assert_eq!(points.bookmarks.iter().filter(|bookmark| bookmark.name == "b0").count(), 3, "all are listed");
-    assert!(points.warnings.iter().any(|w| w.contains("-6000 ms") && w.contains(&jump.to_string())));
+    assert!(points.warnings.iter().any(|w| w.contains("-4000 ms") && w.contains(&jump.to_string())));
 
     // A resync that is under way: latest is the last point before it, whatever is applied.
     let last = source.last();
@@ -437,6 +445,29 @@ fn points_are_resolved_by_lsn_time_and_name_or_refused_with_the_nearest() {
     assert_exact(&history, &source, last);
     assert!(refused(At::Lsn(source.last())).contains("agent was killed"));
     assert_eq!(history.points().gaps[1].to_lsn, None);
+}
+
+#[test]
+fn a_source_that_doubts_earlier_points_is_told_and_takes_none_of_them_away() {
+    let mut source = live(33, 60);
+    let last = source.last();
+    let (_, _disk, mut group, history, mut applier) = applied(&source, 12_000);
+    source.push(Op::ResyncBegin, 0, 7, 5, b"a disk was changed".to_vec());
+    source.push(Op::SyncSlot, 0, 0, 4096, vec![0xAB; 4096]);
+    source.frame();
+    let durable = group.receive(&source, 1, Some(&history));
+    for applies in [false, true] {
+        if applies {
+            apply_all(&mut applier, &durable).unwrap();
+        }
+        assert_eq!(history.resolve(&At::Latest).unwrap().moment.lsn, last);
+        for lsn in source.points.iter().filter(|lsn| **lsn > Lsn(7)).step_by(9) {
+            assert_exact(&history, &source, *lsn);
+        }
+        let gap = history.points().gaps.pop().unwrap();
+        assert_eq!(gap.from_lsn, last, "it begins where it begins");
+        assert_eq!(gap.reason, "points after lsn 7 may lack what others wrote: a disk was changed");
+    }
 }
 
 #[test]
@@ -527,7 +558,8 @@ fn targets_are_not_overwritten_by_accident() {
 
     let (lock, history) = open_bare(Arc::clone(&disk), &dir).unwrap();
     assert_eq!(open_bare(Arc::clone(&disk), &dir).err().unwrap().kind, ErrorKind::Busy);
-    let to = temporary.path().join("one.img");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let to = elsewhere.path().join("one.img");
     let mut wanted = request(At::Latest, &to);
     wanted.volume = Some("v1".into());
     wanted.dry_run = true;
@@ -542,10 +574,18 @@ fn targets_are_not_overwritten_by_accident() {
     assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Usage);
     wanted.force = true;
     restore(&history, &wanted, &mut |_, _| {}).unwrap();
-    assert!(!temporary.path().join("one.img.partial").exists());
+    assert!(!elsewhere.path().join("one.img.partial").exists());
 
-    wanted.to = temporary.path().join("replica/g/v0.img");
-    assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Busy, "a replica");
+    std::fs::hard_link(dir.join("group"), elsewhere.path().join("second name")).unwrap();
+    for ours in [
+        temporary.path().join("replica/g/v0.img"),
+        temporary.path().join("new.img"),
+        dir.join("group"),
+        elsewhere.path().join("second name"),
+    ] {
+        wanted.to = ours;
+        assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Usage, "ours");
+    }
     wanted.to = to.clone();
     let held = receiver::replica::ReplicaHold::acquire(&to).unwrap();
     assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::Busy, "in use");
@@ -553,6 +593,40 @@ fn targets_are_not_overwritten_by_accident() {
     wanted.volume = Some("v7".into());
     assert_eq!(restore(&history, &wanted, &mut |_, _| {}).unwrap_err().kind, ErrorKind::NotPossible);
     drop(lock);
+}
+
+/// Ahead by a day for a while, then right: times of the stretch, and those held behind it, are refused with the nearest
+/// points; before and after it `time:` is exact.
+#[test]
+fn times_of_a_clock_that_was_wrong_are_refused() {
+    const DAY: u64 = 86_400_000_000_000;
+    let mut source = live(11, 60);
+    let good = source.records.last().unwrap().0;
+    let mut random = Random(2);
+    for _ in 0..5 {
+        source.random_change(&SIZES, &mut random);
+    }
+    let wrong = source.records.last().unwrap().0;
+    let shown_ns = wrong.time_ns;
+    let step = ClockStep {
+        by_ns: -DAY.cast_signed(),
+        since_lsn: good.lsn.next(),
+        since_time_ns: good.time_ns + 1,
+        shown_ns: shown_ns.saturating_sub(DAY).max(good.time_ns + 1),
+        is_measured: true,
+    };
+    source.push(Op::ClockJump, 0, 0, 0, step.encode().to_vec());
+    source.frame();
+    let (_, _, _, history, _) = applied(&source, 30_000);
+    let lsn = |time_ns| history.resolve(&At::Time(time_ns)).map(|point| point.moment.lsn);
+    assert_eq!(lsn(good.time_ns).unwrap(), good.lsn, "before the stretch");
+    for time_ns in [good.time_ns + 1, wrong.time_ns, wrong.time_ns + DAY / 2] {
+        let error = lsn(time_ns).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotPossible);
+        assert!(error.to_string().contains(&format!("lsn {} before", good.lsn)), "{error}");
+    }
+    assert_eq!(history.resolve(&At::Lsn(wrong.lsn)).unwrap().moment.lsn, wrong.lsn, "an lsn is no time");
+    assert!(history.points().warnings.iter().any(|warning| warning.contains("`time:` is refused there")));
 }
 
 /// A disk that counts the files that are opened for reading.

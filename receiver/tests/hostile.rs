@@ -138,6 +138,31 @@ fn a_newer_epoch_passes_over_records_that_were_refused() {
     }
 }
 
+/// What a record names is kept in the event log, which is read at each start: a number that is refused there must be refused
+/// before it gets there, or one frame shuts the group for good.
+#[test]
+fn no_event_is_kept_that_cannot_be_read_again() {
+    for op in [Op::Failed, Op::ClockJump] {
+        let (_, disk) = sim();
+        let mut random = Random(5);
+        let (mut source, mut group, point) = honest(&disk, &mut random);
+        let (history, mut applier) = open(&disk, Path::new(GROUP_DIR), settings(1 << 20)).unwrap();
+        let payload = match op {
+            Op::Failed => vec![0xFF; 8],
+            _ => [[0; 8], [0xFF; 8], [0; 8], [0; 8], [0; 8]].concat(),
+        };
+        source.push_unmodelled(op, 0, 0, payload);
+        source.frame();
+        let durable = group.receive_raw(&source, &history);
+        let error = apply_all(&mut applier, &durable).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Malformed, "{op:?}");
+        drop((history, applier));
+        let (history, applier) = open(&disk, Path::new(GROUP_DIR), settings(1 << 20)).unwrap();
+        assert_eq!(applier.state().checkpoint.lsn, point, "{op:?}");
+        assert_exact(&history, &source, point);
+    }
+}
+
 #[test]
 fn garbage_above_the_checkpoint_ends_the_window_and_nothing_else() {
     for flip in [false, true] {

@@ -214,6 +214,47 @@ async fn a_newer_connection_takes_over_and_the_older_learns_it() {
     handle.shutdown().await.unwrap();
 }
 
+/// A source that names an lsn out of reach is believed while it is there, and no longer.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_broken_source_claims_of_itself_ends_with_its_visit() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = site.start(&[&source]).await;
+    source.begin_epoch();
+    let far = 1 << 62;
+    let beat = |captured_lsn| Message::Heartbeat { captured_lsn, epoch: 1, time_ns: 5 };
+    let mut broken = site.connect(&source, &handle).await;
+    broken.sender.send(&beat(far)).await.unwrap();
+    broken.sender.send(&Message::ApplyNow { lsn: far }).await.unwrap();
+    let captured = async |lsn| {
+        let is_heard = async || {
+            while handle.status().groups[0].positions.captured_lsn.0 != lsn {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, is_heard()).await.expect("the heartbeat is heard, and counts")
+    };
+    captured(far).await;
+    let mut honest = site.connect(&source, &handle).await;
+    assert_eq!(broken.error().await.0, ErrorCode::GroupBusy);
+    honest.send(&source.frames).await;
+    honest.acknowledged(source.lsn).await;
+    honest.sender.send(&beat(source.lsn)).await.unwrap();
+    captured(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    let group = handle.status().groups[0].clone();
+    assert_eq!((group.positions.captured_lsn.0, group.rpo_ms), (source.lsn, Some(0)), "{group:?}");
+
+    // Numbers that no history reaches end the visit.
+    for message in [beat(u64::MAX), Message::ApplyNow { lsn: u64::MAX }] {
+        let mut broken = site.connect(&source, &handle).await;
+        broken.sender.send(&message).await.unwrap();
+        let (code, reason) = broken.error().await;
+        assert_eq!(code, ErrorCode::BadFrame, "{reason}");
+    }
+    handle.shutdown().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_bytes_of_one_source_do_not_touch_another() {
     let site = Site::new();
@@ -244,7 +285,7 @@ async fn hostile_bytes_of_one_source_do_not_touch_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_that_others_changed_waits_for_a_new_epoch() {
+async fn a_replica_that_others_changed_waits_for_an_order() {
     let site = Site::new();
     let mut source = site.source("g");
     let handle = site.start(&[&source]).await;
@@ -261,16 +302,26 @@ async fn a_replica_that_others_changed_waits_for_a_new_epoch() {
     let handle = site.start(&[&source]).await;
     source.write(10);
     let mut link = site.connect(&source, &handle).await;
-    assert_eq!(link.state.code, ReceiverCode::NeedsResync);
-    assert!(link.state.why.contains("vol1"), "{}", link.state.why);
-    assert_eq!(handle.status().groups[0].state, State::NeedsResync);
+    assert_eq!(link.state.code, ReceiverCode::ReplicaFailed);
+    assert!(link.state.why.contains("vol1") && link.state.why.contains("--overwrite"), "{}", link.state.why);
+    assert_eq!(handle.status().groups[0].state, State::Degraded);
     // Frames of the old epoch are kept, acknowledged and not applied.
     link.send(&source.frames).await;
     link.acknowledged(source.lsn).await;
     let refused = handle.wait(PATIENCE).await.unwrap_err();
     assert_eq!(refused.kind, receiver::ErrorKind::NotPossible);
     assert_equal(&replica, &vec![0xee; VOLUME_BYTES]);
-    // A new epoch brings everything anew.
+    // Not even a new epoch overwrites it.
+    source.begin_epoch();
+    source.write(10);
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    assert_equal(&replica, &vec![0xee; VOLUME_BYTES]);
+    let report = handle.overwrite("g").await.unwrap();
+    assert!(report.why.contains("vol1"), "{report:?}");
+    assert_eq!(handle.status().groups[0].state, State::NeedsResync);
+    assert_eq!(handle.overwrite("g").await.unwrap_err().kind, receiver::ErrorKind::NotPossible);
+    // A newer epoch brings everything anew.
     source.begin_epoch();
     source.write(10);
     link.send(&source.frames).await;
@@ -529,4 +580,71 @@ async fn rot_in_a_stored_segment_is_found_by_scrub_and_told_with_its_place() {
     let (group, mended) = tokio::time::timeout(PATIENCE, scrubbed(Some(found.finished))).await.unwrap();
     assert_eq!((group.state, mended.damage.len()), (State::Replicating, 0));
     handle.shutdown().await.unwrap();
+}
+
+/// A restore that is held in its first step: listed, alone on its target, and ended by its client or by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_is_listed_alone_on_its_target_and_ends_with_its_client_or_by_order() {
+    let site = Site::new();
+    let mut source = site.source("g");
+    let handle = std::sync::Arc::new(site.start(&[&source]).await);
+    source.begin_epoch();
+    source.write(40);
+    source.bookmark("here");
+    let mut link = site.connect(&source, &handle).await;
+    link.send(&source.frames).await;
+    link.acknowledged(source.lsn).await;
+    handle.wait(PATIENCE).await.unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let to = home.path().join("past.img");
+    let request = RestoreRequest {
+        at: At::Bookmark("here".into()),
+        to: to.clone(),
+        volume: Some("vol1".into()),
+        force: true,
+        dry_run: false,
+    };
+    for by_order in [false, true] {
+        let (begun, mut first) = tokio::sync::mpsc::channel(1);
+        let (go_on, hold) = std::sync::mpsc::sync_channel::<()>(1);
+        let (held, asked) = (handle.clone(), request.clone());
+        let restore = tokio::spawn(async move {
+            let step = move |_, _| {
+                let _ = begun.try_send(());
+                let _ = hold.recv();
+            };
+            held.restore("g", asked, step).await
+        });
+        first.recv().await.unwrap();
+        let listed = handle.status().groups[0].restores.clone();
+        assert_eq!((listed.len(), &listed[0].to, &*listed[0].at), (1, &to, "bookmark:here"));
+        let second =
+            handle.restore("g", RestoreRequest { at: At::Latest, ..request.clone() }, |_, _| {}).await;
+        let second = second.unwrap_err();
+        assert_eq!(second.kind, receiver::ErrorKind::NotPossible);
+        assert!(second.at.contains("bookmark:here") && second.at.contains("latest"), "{second}");
+        if by_order {
+            let ended = handle.clone();
+            let target = to.clone();
+            let cancel = tokio::spawn(async move { ended.cancel_restore(&target).await });
+            while !handle.status().groups[0].restores.iter().all(|restore| restore.cancelled) {
+                tokio::task::yield_now().await;
+            }
+            drop(go_on);
+            assert_eq!(cancel.await.unwrap().unwrap(), 1);
+            assert_eq!(restore.await.unwrap().unwrap_err().kind, receiver::ErrorKind::Cancelled);
+        } else {
+            restore.abort();
+            assert!(restore.await.unwrap_err().is_cancelled());
+            drop(go_on);
+            while !handle.status().groups[0].restores.is_empty() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 0, "nothing is left");
+    }
+    assert_eq!(handle.cancel_restore(&to).await.unwrap_err().kind, receiver::ErrorKind::NotPossible);
+    handle.restore("g", request, |_, _| {}).await.unwrap();
+    assert!(to.exists());
+    std::sync::Arc::into_inner(handle).unwrap().shutdown().await.unwrap();
 }

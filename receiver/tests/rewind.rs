@@ -362,7 +362,7 @@ fn a_replica_that_others_wrote_to_while_it_was_rewound_is_noticed() {
     // Not even a kill takes it for changed.
     drop((history, applier));
     let (history, mut applier) = open(&disk, &dir, real.clone()).unwrap();
-    assert_eq!(applier.state().needs_resync, None);
+    assert_eq!(applier.state().seen.changed, None);
     rewind(&mut applier, &At::Latest, &durable).unwrap();
     rewind(&mut applier, &At::Lsn(oldest), &durable).unwrap();
     let write = |byte: u8| {
@@ -374,8 +374,8 @@ fn a_replica_that_others_wrote_to_while_it_was_rewound_is_noticed() {
     let error = applier.rewind(&At::Latest, 1).unwrap_err();
     assert!(error.to_string().contains("changed by others"), "{error}");
     applier.resume(Lsn::ZERO).unwrap();
-    assert!(applier.state().needs_resync.as_ref().unwrap().contains("v0.img"));
-    assert!(applier.next_batch(&durable).unwrap().is_none(), "only a new epoch is applied");
+    assert!(applier.state().seen.changed.as_ref().unwrap().why.contains("v0.img"));
+    assert!(applier.next_batch(&durable).is_err(), "nothing is applied before it is ordered");
     assert!(history.resolve(&At::Latest).is_err());
 }
 

@@ -6,12 +6,14 @@
 //! | `af-journal` | `pipeline`: ring → frames → source journal |
 //! | `af-pack-N` | compression |
 //! | `af-sync` | opens the NBD sockets, then `resync`: copies what is dirty while writes go on |
+//! | `af-alive` | `alive`: says that the agent lives, for the one after it |
 //! | link task, `af-ship` | `link`: the connection, its acknowledgements, its reader |
-//! | upkeep task | clock jumps, the lsn lease |
+//! | upkeep task | clock jumps; starts `af-disks` |
+//! | `af-disks` | looks at the disks behind the front, keeps the lsn lease |
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -22,27 +24,34 @@ use kfilter::Op;
 use machine::{JoinHandle, Mutex, MutexGuard};
 use tokio::sync::{mpsc, watch};
 
+use crate::alive::{self, Heart};
 use crate::capture::nbd::{CapturedVolume, OnGap};
 use crate::capture::ring::{Front, InKernel};
 use crate::capture::{Refusal, Ring, Volume};
-use crate::clock::{JumpWatch, now_ns};
+use crate::clock::{ClockWatch, Times};
 use crate::disks::Ills;
 use crate::error::{Error, ErrorKind, Result};
 use crate::gaps;
+use crate::instance::Copy;
 use crate::link::{Link, LinkSettings};
+use crate::looks::Looks;
 use crate::pipeline::{BatchSettings, Pipeline, Shared};
 use crate::progress::Progress;
 use crate::resync::{Engine, Halt};
 use crate::start::{self, OpenRing, OpenVolume, Opened, Started};
-use crate::state::StateFile;
+use crate::state::{SourceState, StateFile};
 use crate::status::{Board, State, Status};
 use crate::surroundings::Surroundings;
 use crate::verify::Verification;
 
 /// How long a stop waits for clients' requests in flight.
 pub(crate) const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// How often it is looked whether the sockets are open.
+const SOCKETS_OPEN: Duration = Duration::from_millis(10);
 /// How often clocks and lease are looked at.
 const UPKEEP: Duration = Duration::from_secs(1);
+/// The same while the stream does not say yet that the clock was set.
+const TELL: Duration = Duration::from_millis(50);
 
 /// The source daemon.
 pub struct Replicator;
@@ -52,6 +61,7 @@ pub struct Handle {
     pub(crate) agent: Arc<Agent>,
     pub(crate) pipeline: Option<JoinHandle<Option<(Position, bool)>>>,
     pub(crate) sync: Option<JoinHandle<Option<()>>>,
+    pub(crate) alive: Option<JoinHandle<Option<()>>>,
     pub(crate) link: tokio::task::JoinHandle<()>,
     pub(crate) upkeep: tokio::task::JoinHandle<()>,
     pub(crate) stop_link: watch::Sender<bool>,
@@ -74,12 +84,20 @@ pub(crate) struct Agent {
     pub(crate) operator: Mutex<()>,
     /// Writes that neither a record nor a `failed` record tells of, as many as the synchronisation has seen.
     pub(crate) untold_seen: AtomicU64,
+    /// Of those the commands past the block layer.
+    pub(crate) unseen_seen: AtomicU64,
     /// Why the next synchronisation is due, where the ring cannot tell.
     pub(crate) due: Mutex<Option<String>>,
     /// What is wrong with the disks behind the front.
     pub(crate) ills: Mutex<Ills>,
+    /// The look at the disks that is under way.
+    pub(crate) looks: Looks,
     /// Comparison of the replica with the disks, by order.
     pub(crate) verification: Verification,
+    /// The same of disks that nothing proves to be unchanged, by the agent itself ([`crate::resync`]).
+    pub(crate) proof: Verification,
+    /// What tells us from a copy of us.
+    pub(crate) copy: Arc<Mutex<Copy>>,
     failure: watch::Sender<Option<Arc<Error>>>,
 }
 
@@ -101,10 +119,11 @@ impl Replicator {
         let identity = wire::Identity::load(&settings.identity_dir)
             .map_err(|error| Error::because(ErrorKind::Settings, "load this side's identity", error))?;
         let for_thread = (settings.clone(), surroundings.clone());
-        let (lock, started) = on_thread("af-start", move || {
+        let (lock, started, copy) = on_thread("af-start", move || {
             let (settings, surroundings) = &for_thread;
             let lock = lock_dir(&settings.dir)?;
-            Ok::<_, Error>((lock, start::start(settings, surroundings)?))
+            let started = start::start(settings, surroundings)?;
+            Ok::<_, Error>((lock, started, Copy::open(&surroundings.disk, &settings.dir)))
         })
         .await??;
         let ring_dir = start::ring_dir(&settings, &started.state);
@@ -125,6 +144,7 @@ impl Replicator {
         for out in known.volumes.iter().filter(|volume| volume.is_detached() && volume.present) {
             board.take_out(&out.name);
         }
+        let remembered = state.remembered();
         let state = Arc::new(Mutex::new(state));
         let (ring, volumes) = assemble(ring, volumes, &state, &board);
         let shared = Shared {
@@ -132,6 +152,7 @@ impl Replicator {
             progress: Arc::new(progress),
             board: board.clone(),
             state,
+            remembered,
             sync_cause: Arc::new(Mutex::new(cause.clone())),
             map: Arc::default(),
             health: Arc::default(),
@@ -143,7 +164,7 @@ impl Replicator {
             epoch_due: Arc::default(),
         };
         shared.set_tail(writer.as_ref().ok());
-        let untold = shared.ring.untold_writes();
+        let (untold, unseen) = (shared.ring.untold_writes(), shared.ring.unseen_commands());
         if let Err(why) = &writer {
             tracing::error!(%why, "the disk is served without protection");
             let why = format!(
@@ -166,11 +187,36 @@ impl Replicator {
             halt: Halt::default(),
             operator: Mutex::default(),
             untold_seen: AtomicU64::new(untold),
+            unseen_seen: AtomicU64::new(unseen),
             due: Mutex::default(),
             ills: Mutex::default(),
+            looks: Looks::default(),
             verification,
+            proof: Verification::default(),
+            copy: Arc::new(Mutex::new(copy)),
             failure: watch::Sender::new(None),
         });
+        let mut beats = None;
+        if agent.settings.capture == conf::Capture::Nbd {
+            let (first, dir) = (agent.clone(), ring_dir.clone());
+            // Before anybody is served.
+            match on_thread("af-alive", move || Heart::new(&first, &dir)).await? {
+                Ok(heart) => {
+                    beats = Some(agent.clone().spawn("af-alive", move |agent| {
+                        heart.run(agent);
+                        Some(())
+                    })?);
+                }
+                Err(error) => tracing::warn!(%error, "{}", alive::SILENT),
+            }
+        }
+        let first = agent.clone();
+        // It looks at what the last run has kept in the agent's directory.
+        let begin = move || {
+            let captured = Lsn(first.shared.ring.captured_lsn());
+            ClockWatch::begin(&first.settings.dir, Times::now(), captured, last_time_ns)
+        };
+        let clock = on_thread("af-clock", begin).await?;
         let pipeline = agent.clone().spawn("af-journal", move |agent| match pipeline.run(agent) {
             Ok(ended) => Some(ended),
             Err(error) => {
@@ -187,12 +233,14 @@ impl Replicator {
         })?;
         let (stop_link, stopped) = watch::channel(false);
         let link = LinkSettings::new(&agent.settings, identity, agent.surroundings.socket.clone())?;
-        let link = tokio::spawn(Link::new(link, agent.clone(), wanted).run(stopped));
-        let upkeep = tokio::spawn(upkeep(agent.clone(), last_time_ns));
+        let link = Link::new(link, agent.clone(), wanted).run(stopped);
+        let link = tokio::spawn(agent.clone().supervised("link", link));
+        let upkeep = tokio::spawn(agent.clone().supervised("upkeep", upkeep(agent.clone(), clock)));
         Ok(Handle {
             agent,
             pipeline: Some(pipeline),
             sync: Some(sync),
+            alive: beats,
             link,
             upkeep,
             stop_link,
@@ -301,11 +349,8 @@ impl Agent {
         let called = name.to_owned();
         let guarded = move || {
             let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| work(&self)));
-            ended.unwrap_or_else(|_| {
-                self.fail(Error::new(
-                    ErrorKind::Stopped,
-                    format!("thread {called} panicked; the log says where"),
-                ));
+            ended.unwrap_or_else(|panic| {
+                self.fail(panicked("thread", &called, &machine::said(&*panic)));
                 None
             })
         };
@@ -313,8 +358,23 @@ impl Agent {
             .map_err(|error| Error::because(ErrorKind::Io, format!("start thread {name}"), error))
     }
 
+    /// A task that lives as long as the run; its panic is a failure of the agent, never a silent end. What a link meets
+    /// ends its connection and no more ([`Link::run`]): this is for what nothing else has caught.
+    async fn supervised(self: Arc<Self>, name: &'static str, work: impl Future<Output = ()>) {
+        if let Err(said) = machine::caught(work).await {
+            self.fail(panicked("task", name, &said));
+        }
+    }
+
+    /// The state's file, to change it. ⚠ Whoever holds it may wait for a disk: never on the runtime's threads, and never to
+    /// read alone.
     pub(crate) fn state(&self) -> MutexGuard<'_, StateFile> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is remembered, without waiting for a disk.
+    pub(crate) fn remembered(&self) -> Arc<SourceState> {
+        self.shared.remembered.get()
     }
 
     /// Keeps orders of the operator off; `None` while one is carried out.
@@ -353,34 +413,44 @@ impl Agent {
     }
 }
 
+/// A thread or task of ours that ended by a fault of this program.
+fn panicked(what: &str, name: &str, said: &str) -> Error {
+    Error::new(
+        ErrorKind::Stopped,
+        format!("{what} {name} panicked ({said}): a fault of this program; its log says where"),
+    )
+}
+
 /// The state's name as status shows it.
 pub(crate) fn name_of(state: State) -> String {
     serde_json::to_value(state).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-/// Looks after the clocks and the lease once a second.
-async fn upkeep(agent: Arc<Agent>, last_time_ns: u64) {
-    let mut watch = JumpWatch::new(machine::now(), now_ns());
-    // A clock that stands before the newest record was set back while nothing ran.
-    let mut pending =
-        JumpWatch::new(machine::now(), last_time_ns).look(machine::now(), now_ns()).filter(|jump| *jump < 0);
-    let mut ticks = tokio::time::interval(UPKEEP);
+/// Looks after the clocks once a second, and has the disks looked at.
+async fn upkeep(agent: Arc<Agent>, mut watch: ClockWatch) {
+    let captured = |agent: &Agent| Lsn(agent.shared.ring.captured_lsn());
     loop {
-        ticks.tick().await;
         agent.notice_overflow();
-        agent.look_at_disks();
-        agent.shared.skipped.keep();
-        pending = watch.look(machine::now(), now_ns()).or(pending);
+        agent.look_aside();
+        watch.look(Times::now(), captured(&agent));
         // Between the start of an epoch and its synchronisation the stream has no place for it.
         if agent.shared.board.state().0 == State::Replicating
-            && let Some(jump_ns) = pending.take()
+            && let Some(step) = watch.pending()
+            && agent.shared.ring.event(Op::ClockJump, 0, &step.encode()).is_ok()
         {
-            tracing::warn!(jump_ns, "the clock jumped; `points` and `restore` will say so");
-            // A stream that takes no records now is a gap already.
-            let _ = agent.shared.ring.event(Op::ClockJump, 0, &jump_ns.to_le_bytes());
+            watch.told();
         }
-        let captured = Lsn(agent.shared.ring.captured_lsn());
-        if let Err(error) = agent.state().extend_lease(captured) {
+        // What the stream does not say yet is a point that could be asked for.
+        tokio::time::sleep(if watch.pending().is_some() { TELL } else { UPKEEP }).await;
+    }
+}
+
+impl Agent {
+    /// What the agent's own directory is to remember: never on the runtime's threads.
+    pub(crate) fn keep_state(&self) {
+        self.shared.skipped.keep();
+        let captured = Lsn(self.shared.ring.captured_lsn());
+        if let Err(error) = self.state().extend_lease(captured) {
             tracing::warn!(%error, "the lsn lease cannot be extended");
         }
     }
@@ -431,6 +501,13 @@ impl Handle {
     /// None today; the outcome says what happened.
     pub async fn wait(&self, at_most: Duration) -> Result<crate::wait::WaitOutcome> {
         crate::wait::until_on_replica(&self.agent, at_most).await
+    }
+
+    /// Resolves when the NBD sockets are open, where there are any.
+    pub async fn until_served(&self) {
+        while !self.agent.serving.load(Ordering::Acquire) {
+            tokio::time::sleep(SOCKETS_OPEN).await;
+        }
     }
 
     /// Resolves when the agent cannot go on.

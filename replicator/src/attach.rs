@@ -103,7 +103,7 @@ impl Agent {
         }
         let (state, why) = self.shared.board.state();
         let ring = &self.shared.ring;
-        let epoch = self.state().get().epoch;
+        let epoch = self.remembered().epoch;
         self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
         // First, so that nothing is copied of it that was written after its capture.
         let disk = volume.disk();
@@ -181,7 +181,7 @@ impl Agent {
     }
 
     fn known(&self, id: u32) -> Result<KnownVolume> {
-        let known = self.state().get().volumes.iter().find(|known| known.id.0 == id).cloned();
+        let known = self.remembered().volumes.iter().find(|known| known.id.0 == id).cloned();
         known.ok_or_else(|| Error::new(ErrorKind::Settings, format!("volume {id} is not known")))
     }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::time::Duration;
 
+use journal::{Lsn, Position};
 use quinn::Connection;
 use tokio::sync::{Mutex, mpsc};
 use wire::message::Message;
@@ -44,6 +45,8 @@ pub struct Questions {
     posted: Mutex<mpsc::Receiver<Asked>>,
     offered: AtomicU8,
     is_seeded: AtomicBool,
+    /// The epoch in which a receiver turned up that holds something of an earlier one; 0 where none did.
+    held_before: AtomicU64,
     connections: AtomicU64,
 }
 
@@ -61,6 +64,7 @@ impl Default for Questions {
             posted: Mutex::new(posted),
             offered: AtomicU8::new(UNKNOWN),
             is_seeded: AtomicBool::new(false),
+            held_before: AtomicU64::new(0),
             connections: AtomicU64::new(0),
         }
     }
@@ -69,8 +73,11 @@ impl Default for Questions {
 impl Questions {
     /// A receiver is connected, and what it offers. Before it is decided where its frames begin: whoever sees the old
     /// number afterwards decided about the same receiver.
-    pub fn offer(&self, features: u64) {
+    pub fn offer(&self, features: u64, resume: Option<&Position>, epoch: u64) {
         self.connections.fetch_add(1, Ordering::SeqCst);
+        if resume.is_some_and(|resume| resume.lsn > Lsn::ZERO && resume.epoch.number < epoch) {
+            self.held_before.store(epoch, Ordering::Release);
+        }
         self.is_seeded.store(features & wire::compare::SEEDED != 0, Ordering::Release);
         let offered = if features & wire::compare::FEATURE != 0 { YES } else { NO };
         self.offered.store(offered, Ordering::Release);
@@ -87,6 +94,12 @@ impl Questions {
     /// Whether that receiver's replicas hold something before the first synchronisation.
     pub fn is_seeded(&self) -> bool {
         self.is_seeded.load(Ordering::Acquire)
+    }
+
+    /// Whether a receiver turned up in this epoch that holds something of an earlier one: of a synchronisation that was
+    /// broken off.
+    pub fn holds_earlier(&self, epoch: u64) -> bool {
+        epoch > 0 && self.held_before.load(Ordering::Acquire) == epoch
     }
 
     /// Number of the newest connection.

@@ -35,12 +35,13 @@ pub(crate) enum Ill {
 pub(crate) type Ills = BTreeMap<u32, Ill>;
 
 impl Agent {
-    /// Looks at the disks behind the front.
+    /// Looks at the disks behind the front; blocks as long as one of them does not answer.
     pub(crate) fn look_at_disks(&self) {
         let before = self.ills();
         let mut found = Ills::new();
         for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
             let Some(served) = volume.served() else { continue };
+            self.looks.at(&volume.name);
             if let Some(ill) = self.look_at(volume, served, &settings.path, before.get(&volume.id)) {
                 found.insert(volume.id, ill);
             }
@@ -54,9 +55,22 @@ impl Agent {
         if let Some(why) = shrunk {
             self.shared.board.change(State::Degraded, why);
         } else if is_news {
-            let words = self.words();
-            self.shared.board.change_from(State::Replicating, State::Replicating, words, || true);
+            self.tell_words();
         }
+    }
+
+    /// Says beside the state what is to be said.
+    pub(crate) fn tell_words(&self) {
+        let words = self.words();
+        self.shared.board.change_from(State::Replicating, State::Replicating, words, || true);
+    }
+
+    /// Volumes that nothing proves to hold what was captured: id, name, and why. Those that are detached are synchronised
+    /// when they are attached again.
+    pub(crate) fn unproven(&self) -> Vec<(u32, String, String)> {
+        let state = self.remembered();
+        let known = state.volumes.iter().filter(|known| known.present && !known.is_detached());
+        known.filter_map(|known| Some((known.id.0, known.name.clone(), known.unproven.clone()?))).collect()
     }
 
     pub(crate) fn ills(&self) -> Ills {
@@ -139,7 +153,7 @@ impl Agent {
         self.shared.ring.set_mode_bitmap(CAUSE_AGENT)
     }
 
-    fn is_due(&self, cause: &str) {
+    pub(crate) fn is_due(&self, cause: &str) {
         *self.due.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause.to_owned());
     }
 
@@ -156,6 +170,9 @@ impl Agent {
         let gone = ills.values().map(|ill| match ill {
             Ill::Gone(why) | Ill::Shrunk(why) => why.clone(),
         });
-        out.into_iter().chain(gone).collect::<Vec<_>>().join("; ")
+        let unproven = self.unproven().into_iter().map(|(_, name, why)| {
+            format!("volume {name} is being compared with its replica, since nothing proves that nobody else changed it: {why}")
+        });
+        out.into_iter().chain(gone).chain(unproven).collect::<Vec<_>>().join("; ")
     }
 }

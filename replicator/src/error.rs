@@ -63,6 +63,22 @@ pub fn describe(error: &Error) -> String {
     told
 }
 
+/// Whether a disk had no room for it: it may be tried again when there is some.
+pub(crate) fn is_full(error: &Error) -> bool {
+    let mut behind = std::error::Error::source(error);
+    while let Some(source) = behind {
+        let journal = source.downcast_ref::<journal::Error>();
+        let system = source.downcast_ref::<std::io::Error>();
+        if journal.is_some_and(|error| error.kind == journal::ErrorKind::NoSpace)
+            || system.is_some_and(journal::is_full)
+        {
+            return true;
+        }
+        behind = source.source();
+    }
+    false
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.at)

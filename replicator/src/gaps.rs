@@ -1,6 +1,8 @@
 //! What the agent notices of gaps in capture, and says about them.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use journal::Lsn;
 use kfilter::dirty::{CAUSE_QUOTA, CAUSE_RING_FULL};
@@ -10,13 +12,16 @@ use machine::Mutex;
 use crate::agent::Agent;
 use crate::capture::{Refusal, Ring, Tap, Volume};
 use crate::clock::now_ns;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, describe, is_full};
 use crate::start;
-use crate::state::{Capturing, Gap, KnownVolume, StateFile};
+use crate::state::{Capturing, Gap, KnownVolume, SourceState, StateFile};
 use crate::status::State;
 
 /// Of granules that are sent whole because they were written into: between two looks, so that a stop need not wait.
 const FILL_BYTES: u64 = 64 << 20;
+/// Between two tries to write a full disk: so many looks whether a stop is wanted, with such pauses.
+const ROOM_LOOKS: u32 = 20;
+const ROOM_PAUSE: Duration = Duration::from_millis(50);
 
 impl Agent {
     /// That writes are only noted as dirty bits shows in the ring before anything else; the state follows as soon as
@@ -32,7 +37,7 @@ impl Agent {
 
     /// Why writes are not recorded, in an operator's words.
     pub(crate) fn gap_cause(&self) -> String {
-        if let Some(gap) = &self.state().get().needs_resync {
+        if let Some(gap) = &self.remembered().needs_resync {
             return gap.cause.clone();
         }
         if let Some(due) = &*self.due.lock().unwrap_or_else(PoisonError::into_inner) {
@@ -71,8 +76,8 @@ impl Agent {
     /// failed.)
     pub(crate) fn detached_between(&self) -> Option<&Arc<Volume>> {
         self.detached_and_dirty().find(|volume| {
-            let file = self.state();
-            let mut known = file.get().volumes.iter();
+            let state = self.remembered();
+            let mut known = state.volumes.iter();
             known.any(|known| known.id.0 == volume.id && known.capturing == Capturing::DetachedBetween)
         })
     }
@@ -86,7 +91,7 @@ impl Agent {
         let _one = self.operator.lock().unwrap_or_else(PoisonError::into_inner);
         match &*self.shared.ring {
             Ring::Front(front) => {
-                let epoch = self.state().get().epoch;
+                let epoch = self.remembered().epoch;
                 let renewed = front.region.renew(epoch.number, &epoch.id.0, first_lsn.0);
                 renewed.map_err(|refused| {
                     let at = format!("the ring refused to go into the new epoch: {refused:?}");
@@ -97,6 +102,33 @@ impl Agent {
             Ring::Kernel(kernel) => {
                 kernel.replace(start::kernel::renew(self, &kernel.group(), first_lsn)?);
                 self.shared.ring.tap().map(Some)
+            }
+        }
+    }
+
+    /// Changes the state, and waits for room where the disk has none: meanwhile the group says so. False at a stop.
+    ///
+    /// # Errors
+    /// Any other of the disk's.
+    pub(crate) fn update_when_room(&self, change: impl Fn(&mut SourceState)) -> Result<bool> {
+        loop {
+            let updated = self.state().update(&change);
+            match updated {
+                Ok(()) => return Ok(true),
+                Err(error) if is_full(&error) => {
+                    let why = format!(
+                        "the state file cannot be written: {}; it is tried again by itself",
+                        describe(&error)
+                    );
+                    self.shared.board.change(State::Degraded, why);
+                }
+                Err(error) => return Err(error),
+            }
+            for _ in 0..ROOM_LOOKS {
+                if self.halt.stop.load(Ordering::Acquire) {
+                    return Ok(false);
+                }
+                machine::sleep(ROOM_PAUSE);
             }
         }
     }
@@ -130,7 +162,7 @@ impl Agent {
     pub(crate) fn announce_volumes(&self) -> Result<()> {
         for volume in self.volumes.iter() {
             let Some(size_bytes) = self.shared.ring.size_bytes(volume.id) else { continue };
-            let known = self.state().get().volumes.iter().find(|known| known.id.0 == volume.id).cloned();
+            let known = self.remembered().volumes.iter().find(|known| known.id.0 == volume.id).cloned();
             let is_untold = self.shared.health.is_untold(volume.id);
             let Some(known) = known.filter(|known| is_untold || known.size_bytes < size_bytes) else {
                 continue;

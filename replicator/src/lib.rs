@@ -13,16 +13,22 @@
 //! ring becomes dirty bits.
 
 pub mod agent;
+mod alive;
 mod allocated;
+mod aside;
 mod attach;
 pub mod capture;
+mod cause;
+mod claim;
 pub mod clock;
 pub mod compare;
 mod disks;
 pub mod error;
 mod gaps;
 mod granules;
+mod instance;
 pub mod link;
+mod looks;
 pub mod pipeline;
 pub mod progress;
 mod refetch;

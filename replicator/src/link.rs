@@ -12,12 +12,17 @@ use bytes::Bytes;
 use journal::reader::Reader;
 use journal::tail::Tail;
 use journal::{Lsn, Position};
+use machine::text::Gate;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, MissedTickBehavior, interval, timeout};
+use wire::instance::ShownRun;
 use wire::message::{ErrorCode, Message, ReceiverCode, ReceiverState, VERSIONS, VolumeSummary};
-use wire::{Backoff, Client, ControlReceiver, ControlSender, Fingerprint, FrameWriter, Identity, Tuning};
+use wire::{
+    Backoff, Client, ControlReceiver, ControlSender, Fingerprint, FrameWriter, Identity, Instance, Tuning,
+};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, on_thread};
+use crate::claim::Claims;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::refetch;
@@ -75,12 +80,20 @@ pub struct Link {
     sent_before: u64,
     /// The epoch that was greeted with: what is said of an older one says nothing of the current one.
     epoch: u64,
+    /// What receivers may still make us believe.
+    claims: Claims,
+    /// Held while a gap is being remembered: one thread at a time waits for the state file's disk.
+    remembering: Arc<tokio::sync::Mutex<()>>,
+    /// What was said last of which copy we are.
+    instance: Option<Instance>,
+    /// Log lines that a receiver causes.
+    gate: Gate,
 }
 
-/// A receiver that claims to hold more than this is broken or hostile: what is remembered of it could never be passed.
-const MAX_PLAUSIBLE: u64 = 1 << 62;
 /// For each step of the greeting, and for the goodbye.
 const STEP: Duration = Duration::from_secs(10);
+/// For small files of our own, of which copy we are and of what we remember; a disk that takes longer is not waited for.
+const FILE: Duration = Duration::from_secs(2);
 
 /// How a connection ended.
 enum End {
@@ -95,7 +108,20 @@ enum End {
 impl Link {
     pub(crate) fn new(settings: LinkSettings, agent: Arc<Agent>, apply_now: mpsc::Receiver<Lsn>) -> Link {
         let receiver = ReceiverState { code: ReceiverCode::Ok, why: String::new() };
-        Link { settings, agent, apply_now, receiver, refused_at: None, sent_before: 0, epoch: 0 }
+        let claims = Claims::new(machine::now());
+        Link {
+            settings,
+            agent,
+            apply_now,
+            receiver,
+            refused_at: None,
+            sent_before: 0,
+            epoch: 0,
+            claims,
+            remembering: Arc::default(),
+            instance: None,
+            gate: Gate::default(),
+        }
     }
 
     /// Runs until stopped.
@@ -119,7 +145,10 @@ impl Link {
                 Ok(connection) => {
                     let address = connection.remote_address();
                     let end = tokio::select! {
-                        end = self.converse(&connection, address, &mut backoff, &mut stopped) => end,
+                        // What a receiver says ends its connection at worst: a fault of ours that it meets does no more.
+                        end = machine::caught(self.converse(&connection, address, &mut backoff, &mut stopped)) => {
+                            end.unwrap_or_else(|said| Ok(fault(&said)))
+                        }
                         _ = epochs.changed() => Ok(End::Lost("a new epoch begins".into())),
                     };
                     let end = end.unwrap_or_else(|error| End::Lost(describe(&error)));
@@ -138,7 +167,9 @@ impl Link {
                 End::Lost(why) => (why, false),
                 End::Stuck(why) => (why, true),
             };
-            tracing::warn!(receiver = %self.settings.peer.address, %why, "link down");
+            if let Some(held_back) = self.gate.due(&why) {
+                tracing::warn!(receiver = %self.settings.peer.address, %why, held_back, "link down");
+            }
             self.agent.shared.progress.peer_changed(|peer| {
                 peer.connected = None;
                 peer.trouble = why;
@@ -177,27 +208,39 @@ impl Link {
         let greeting = timeout(STEP, async {
             let (mut sender, mut receiver) = wire::framing::open(connection).await?;
             sender.send(&self.hello()).await?;
-            let answer = receiver.next().await?;
-            wire::Result::Ok((sender, receiver, answer))
+            let mut answer = receiver.next().await?;
+            let was_asked = answer == Some(Message::InstanceRequest);
+            if was_asked {
+                let Instance { run, token, previous } = self.offer().await;
+                sender.send(&Message::Instance { run, token, previous }).await?;
+                answer = receiver.next().await?;
+            }
+            wire::Result::Ok((sender, receiver, answer, was_asked))
         });
         let Ok(greeted) = greeting.await else {
             return Ok(End::Lost("the receiver did not answer the greeting".into()));
         };
-        let (mut sender, mut receiver, answer) = greeted?;
+        let (mut sender, mut receiver, answer, was_asked) = greeted?;
         let resume = match answer {
             Some(Message::Welcome { resume, state, features, .. }) => {
                 self.receiver = state;
-                self.agent.shared.progress.questions().offer(features);
-                resume.map(Position::from)
+                let resume = resume.map(Position::from);
+                let epoch = self.agent.remembered().epoch.number;
+                self.agent.shared.progress.questions().offer(features, resume.as_ref(), epoch);
+                if was_asked {
+                    self.answered().await;
+                }
+                resume
             }
-            Some(Message::Error { code, reason }) => return Ok(self.refusal(None, code, reason)),
+            Some(Message::Error { code, reason }) => return Ok(self.refusal(None, code, reason).await),
             _ => return Ok(End::Lost("the receiver answered the greeting with something else".into())),
         };
-        if resume.is_some_and(|resume| resume.epoch.number >= MAX_PLAUSIBLE || resume.lsn.0 >= MAX_PLAUSIBLE)
+        if let Some(claim) = &resume
+            && let Err(why) = self.claims.judge(claim, &self.agent.remembered(), machine::now())
         {
-            return Ok(End::Stuck("the receiver claims a position that no source ever reached".into()));
+            return Ok(End::Stuck(why));
         }
-        self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO);
+        self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO).await;
         // What it lost since we heard of it last, restored from a backup or begun anew, it does not hold any more.
         let held = resume.map_or(Lsn::ZERO, |resume| resume.lsn);
         self.agent.shared.progress.peer_changed(|peer| {
@@ -205,7 +248,7 @@ impl Link {
             peer.applied = peer.applied.min(held);
             peer.checkpoint = peer.checkpoint.min(held);
         });
-        let reader = match self.open_reader(resume) {
+        let reader = match self.open_reader(resume).await {
             Ok((reader, start)) => {
                 self.agent.shared.progress.starts_at(&start);
                 reader
@@ -214,12 +257,13 @@ impl Link {
                 return Ok(End::Lost(format!("the source journal cannot be read: {why}")));
             }
             Err(Unjoined::Apart(why)) => {
-                self.agent.needs_resync(self.epoch, resume.as_ref(), &why);
+                self.apart(resume, &why).await;
                 return Ok(End::Lost(why));
             }
         };
         backoff.reset();
-        tracing::info!(%address, resume = resume.map_or(0, |resume| resume.lsn.0), "link up");
+        let instance = self.instance.map(|instance| ShownRun(&instance.run).to_string());
+        tracing::info!(%address, instance, resume = resume.map_or(0, |resume| resume.lsn.0), "link up");
         self.agent.shared.progress.peer_changed(|peer| {
             peer.connected = Some(address.to_string());
             if !peer.stuck {
@@ -263,12 +307,79 @@ impl Link {
         Ok(end)
     }
 
+    /// What to say of which copy we are.
+    async fn offer(&mut self) -> Instance {
+        let copy = self.agent.copy.clone();
+        // A disk that hangs keeps the lock: then the last word is said again, and no thread waits behind the first.
+        let offer = move || copy.try_lock().ok().map(|mut copy| copy.offer());
+        if let Ok(Ok(Some(instance))) = timeout(FILE, on_thread("af-instance", offer)).await {
+            self.instance = Some(instance);
+        }
+        // Without any word yet: known as something that nobody has heard of.
+        self.instance.unwrap_or(Instance { run: [0; 16], token: [0; 16], previous: None })
+    }
+
+    /// The receiver took what was said.
+    async fn answered(&mut self) {
+        let copy = self.agent.copy.clone();
+        let answered = move || copy.try_lock().ok().map(|mut copy| copy.answered());
+        // What is not kept now is said again next time.
+        let _ = timeout(FILE, on_thread("af-instance", answered)).await;
+    }
+
+    /// Another copy of this source tried to take our place.
+    fn copy_seen(&self, address: &str, run: &[u8; 16], time_ns: u64) {
+        let at = jiff::Timestamp::from_nanosecond(i128::from(time_ns))
+            .map_or_else(|_| "?".to_owned(), |at| at.round(jiff::Unit::Second).unwrap_or(at).to_string());
+        let told = format!(
+            "another copy of this source (instance {}) tried to connect from {address}, last at {at}, and was refused: \
+             stop it, or give it an identity and a group of its own",
+            ShownRun(run)
+        );
+        if let Some(held_back) = self.gate.due(&format!("copy {address}")) {
+            tracing::warn!(held_back, "{told}");
+        }
+        self.agent.shared.progress.peer_changed(|peer| peer.copy = Some((machine::now(), told)));
+    }
+
+    /// The newest that a receiver can hold: nothing is sent that was not captured before.
+    fn newest(&self) -> (u64, Lsn) {
+        let epoch = self.agent.remembered().epoch.number;
+        let captured = Lsn(self.agent.shared.ring.captured_lsn());
+        self.agent.shared.progress.position().order().max((epoch, captured))
+    }
+
+    /// Our history and the receiver's do not join. Its numbers become ours as far as they were believed.
+    async fn apart(&mut self, resume: Option<Position>, why: &str) {
+        if let Some(claim) = &resume {
+            self.claims.take(claim, &self.agent.remembered());
+        }
+        self.needs_resync(resume, why).await;
+    }
+
+    /// What a receiver says is remembered by a thread: a state file whose disk hangs holds up neither heartbeats nor those who
+    /// ask for the state. Then the next verdict says the same.
+    async fn needs_resync(&self, resume: Option<Position>, why: &str) {
+        let Ok(one) = self.remembering.clone().try_lock_owned() else { return };
+        let (agent, epoch, why) = (self.agent.clone(), self.epoch, why.to_owned());
+        let remember = move || {
+            let _one = one;
+            agent.needs_resync(epoch, resume.as_ref(), &why);
+        };
+        match timeout(FILE, on_thread("af-remember", remember)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the gap cannot be remembered"),
+            Err(_) => tracing::warn!(
+                "the disk of the state file does not answer; the gap is remembered when it does"
+            ),
+        }
+    }
+
     fn hello(&self) -> Message {
-        let file = self.agent.state();
-        let state = file.get();
+        let state = self.agent.remembered();
         Message::Hello {
             versions: VERSIONS.to_vec(),
-            features: wire::compare::FEATURE | wire::refetch::FEATURE,
+            features: wire::compare::FEATURE | wire::refetch::FEATURE | wire::instance::FEATURE,
             group_id: state.group.0,
             group: self.agent.settings.group.clone(),
             lineage: state.lineage.0,
@@ -290,20 +401,32 @@ impl Link {
         }
     }
 
-    fn open_reader(&self, resume: Option<Position>) -> std::result::Result<(Reader, Position), Unjoined> {
+    /// Finds the place in the journal, on a thread: its disk may not answer.
+    async fn open_reader(
+        &self,
+        resume: Option<Position>,
+    ) -> std::result::Result<(Reader, Position), Unjoined> {
         if self.tail().is_none() {
             return Err(Unjoined::Transient("there is none".to_owned()));
         }
-        let disk = self.agent.surroundings.disk.clone();
-        let mut reader = Reader::open(disk, &self.agent.settings.dir.join("journal")).map_err(|error| {
-            if ship::is_transient(&error) {
-                Unjoined::Transient(error.to_string())
-            } else {
-                Unjoined::Apart(format!("the source journal cannot be read: {error}"))
-            }
-        })?;
-        let start = ship::choose_start(&mut reader, resume.as_ref(), self.agent.state().get())?;
-        Ok((reader, start))
+        let agent = self.agent.clone();
+        let open = move || {
+            let (disk, dir) = (agent.surroundings.disk.clone(), agent.settings.dir.join("journal"));
+            let mut reader = Reader::open(disk, &dir).map_err(|error| {
+                if ship::is_transient(&error) {
+                    Unjoined::Transient(error.to_string())
+                } else {
+                    Unjoined::Apart(format!("the source journal cannot be read: {error}"))
+                }
+            })?;
+            let start = ship::choose_start(&mut reader, resume.as_ref(), &agent.remembered())?;
+            Ok((reader, start))
+        };
+        match timeout(STEP, on_thread("af-seek", open)).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) => Err(Unjoined::Transient(error.to_string())),
+            Err(_) => Err(Unjoined::Transient("its disk does not answer".to_owned())),
+        }
     }
 
     fn tail(&self) -> Option<Arc<Tail>> {
@@ -347,15 +470,31 @@ impl Link {
                         if !(received_lsn >= applied_lsn && applied_lsn >= checkpoint_lsn) {
                             return Ok(End::Lost("the receiver's positions contradict each other".into()));
                         }
+                        if (epoch, Lsn(received_lsn)) > self.newest() {
+                            return Ok(End::Lost("the receiver acknowledges what was never sent".into()));
+                        }
                         let lsns = [received_lsn, applied_lsn, checkpoint_lsn].map(Lsn);
                         self.agent.shared.progress.acknowledged(epoch, lsns[0], lsns[1], lsns[2]);
                         if let Some(state) = state {
                             self.receiver = state;
                         }
-                        self.judge_receiver(epoch, lsns[2]);
+                        self.judge_receiver(epoch, lsns[2]).await;
                     }
-                    Some(Message::Error { code, reason }) => return Ok(self.refusal(resume, code, reason)),
+                    // Its clock, for nothing but to be compared with ours.
+                    Some(Message::Heartbeat { time_ns, .. }) => {
+                        self.agent.shared.progress.heard_clock(now_ns(), time_ns);
+                    }
+                    Some(Message::Error { code, reason }) => return Ok(self.refusal(resume, code, reason).await),
                     Some(Message::Bye { reason }) => return Ok(End::Lost(format!("the receiver left: {reason}"))),
+                    Some(Message::CopySeen { address, run, time_ns, is_up_to_date }) => {
+                        self.copy_seen(&address, &run, time_ns);
+                        if is_up_to_date {
+                            // What the copy has of us is out of date once the receiver holds a new token.
+                            self.answered().await;
+                            let Instance { run, token, previous } = self.offer().await;
+                            sender.send(&Message::Instance { run, token, previous }).await?;
+                        }
+                    }
                     Some(_) => {}
                     None => return Ok(End::Lost("the receiver closed the connection".into())),
                 },
@@ -364,7 +503,7 @@ impl Link {
                     // Time first: everything captured after it has a later lsn than the one read next.
                     let time_ns = now_ns();
                     let captured_lsn = self.agent.shared.ring.captured_lsn();
-                    let epoch = self.agent.state().get().epoch.number;
+                    let epoch = self.agent.remembered().epoch.number;
                     if self.agent.is_recording() {
                         sender.send(&Message::Heartbeat { captured_lsn, epoch, time_ns }).await?;
                     }
@@ -383,31 +522,32 @@ impl Link {
     ///
     /// A replica that needs a synchronisation is news only once the current epoch has reached it: until then that very
     /// synchronisation is on its way.
-    fn judge_receiver(&self, epoch: u64, checkpoint: Lsn) {
-        let (current, start) = {
-            let file = self.agent.state();
-            (file.get().epoch.number, file.get().epoch_start)
-        };
+    async fn judge_receiver(&self, epoch: u64, checkpoint: Lsn) {
+        let known = self.agent.remembered();
+        let (current, start) = (known.epoch.number, known.epoch_start);
         let ReceiverState { code, why } = &self.receiver;
         let on_its_way = *code == ReceiverCode::NeedsResync && (epoch < current || checkpoint <= start);
         let is_news = *code != ReceiverCode::Ok && !on_its_way;
         match code {
-            ReceiverCode::NeedsResync if is_news => self.agent.needs_resync(self.epoch, None, why),
+            ReceiverCode::NeedsResync if is_news => self.needs_resync(None, why).await,
             ReceiverCode::Fenced => self.agent.shared.board.change(State::Fenced, why.clone()),
             _ => {}
         }
         self.agent.shared.progress.peer_changed(|peer| {
             // A synchronisation comes by itself.
             peer.stuck = is_news && *code != ReceiverCode::NeedsResync;
+            peer.replica_failed = *code == ReceiverCode::ReplicaFailed;
             peer.trouble = if is_news { format!("receiver: {why}") } else { String::new() };
         });
     }
 
     /// What the receiver's refusal means for the next attempt. Frames out of order may be a hiccup; refused twice from the
     /// same start, the histories do not join.
-    fn refusal(&mut self, resume: Option<Position>, code: ErrorCode, reason: String) -> End {
+    async fn refusal(&mut self, resume: Option<Position>, code: ErrorCode, reason: String) -> End {
         let why = format!("the receiver refused: {reason}");
         match code {
+            // It says who is who itself.
+            ErrorCode::AnotherCopy => End::Stuck(reason),
             ErrorCode::GroupBusy | ErrorCode::Internal | ErrorCode::JournalFailed | ErrorCode::BadFrame => {
                 End::Lost(why)
             }
@@ -416,7 +556,7 @@ impl Link {
                 End::Lost(why)
             }
             ErrorCode::OutOfOrder | ErrorCode::ChainMismatch => {
-                self.agent.needs_resync(self.epoch, resume.as_ref(), &why);
+                self.apart(resume, &why).await;
                 End::Lost(why)
             }
             ErrorCode::Fenced => {
@@ -456,7 +596,7 @@ impl Agent {
     /// As [`needs_resync`](Self::needs_resync); the journal is set aside as well, lest the receiver ask for the same
     /// unreadable frame again.
     fn journal_is_damaged(&self, epoch: u64, why: &str) {
-        if self.state().get().epoch.number != epoch {
+        if self.remembered().epoch.number != epoch {
             return;
         }
         if let Err(error) = self.state().update(|state| state.journal_damaged = true) {
@@ -464,6 +604,11 @@ impl Agent {
         }
         self.needs_resync(epoch, None, why);
     }
+}
+
+/// A fault of this program, met by what a receiver said.
+fn fault(said: &str) -> End {
+    End::Stuck(format!("the link panicked ({said}): a fault of this program; it is tried again by itself"))
 }
 
 async fn send_frames(mut writer: FrameWriter, mut frames: mpsc::Receiver<Bytes>) -> wire::Result<String> {

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use journal::{Lsn, Position};
 use machine::{Condvar, Mutex, MutexGuard};
@@ -27,6 +27,20 @@ struct Entry {
     bytes: u64,
 }
 
+/// Clocks that differ by more are told.
+const SKEW_NS: u64 = 5_000_000_000;
+
+/// A copy of this source that has not tried to connect for so long is not shown any more.
+const COPY_SHOWN: Duration = Duration::from_secs(600);
+
+impl PeerView {
+    /// That another copy of this source tries to connect, while it does.
+    pub fn copy_words(&self) -> Option<&str> {
+        let (heard, words) = self.copy.as_ref()?;
+        (machine::since(*heard) < COPY_SHOWN).then_some(words)
+    }
+}
+
 /// What the receiver said last.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerView {
@@ -36,6 +50,10 @@ pub struct PeerView {
     pub trouble: String,
     /// The complaint is one that does not go away by itself.
     pub stuck: bool,
+    /// The receiver takes frames, and writes none to the replica.
+    pub replica_failed: bool,
+    /// By how much our clock is ahead of its, ns; `None` before it was heard.
+    pub clock_skew_ns: Option<i64>,
     /// Epoch that the positions belong to.
     pub epoch: u64,
     /// Durable in its journal.
@@ -44,6 +62,8 @@ pub struct PeerView {
     pub applied: Lsn,
     /// The replica durably is exactly this.
     pub checkpoint: Lsn,
+    /// Another copy of this source was refused at the receiver: from where and when, in words; and when we heard of it.
+    pub copy: Option<(Instant, String)>,
 }
 
 struct Inner {
@@ -136,6 +156,11 @@ impl Progress {
         self.epochs.send_modify(|_| ());
     }
 
+    /// The current epoch; unlike the state file never behind a lock that is held over a write to a disk.
+    pub fn epoch(&self) -> u64 {
+        *self.epochs.borrow()
+    }
+
     /// Follows the epochs that begin in this run.
     pub fn watch_epochs(&self) -> watch::Receiver<u64> {
         self.epochs.subscribe()
@@ -174,6 +199,22 @@ impl Progress {
             peer.received = received;
             peer.applied = applied;
             peer.checkpoint = checkpoint;
+        });
+    }
+
+    /// The receiver's clock shows `theirs_ns` when ours shows `ours_ns`.
+    pub fn heard_clock(&self, ours_ns: u64, theirs_ns: u64) {
+        let skew = i128::from(ours_ns) - i128::from(theirs_ns);
+        let skew_ns = i64::try_from(skew).unwrap_or(if skew < 0 { i64::MIN } else { i64::MAX });
+        self.peer.send_modify(|peer| {
+            let is_large = |skew: i64| skew.unsigned_abs() > SKEW_NS;
+            if is_large(skew_ns) && !peer.clock_skew_ns.is_some_and(is_large) {
+                tracing::warn!(
+                    skew_ms = skew_ns / 1_000_000,
+                    "the clocks of source and receiver differ: `time:` means this machine's"
+                );
+            }
+            peer.clock_skew_ns = Some(skew_ns);
         });
     }
 

@@ -9,16 +9,23 @@ use kfilter::Mode;
 use crate::agent::Agent;
 use crate::capture::Ring;
 use crate::clock::now_ns;
-use crate::status::{GroupStatus, VolumeStatus};
+use crate::progress::PeerView;
+use crate::status::{GroupStatus, State, VolumeStatus};
 
 impl Agent {
+    /// What is to be said of the ring's size; empty where it is as the settings want it.
+    fn ring_words(&self) -> String {
+        let (has, wanted) = (self.shared.ring.ring_bytes(), self.settings.ring.bytes);
+        if has < wanted { crate::start::rings::is_smaller(has, wanted) } else { String::new() }
+    }
+
     pub(crate) fn status(&self) -> GroupStatus {
         self.notice_overflow();
         let shared = &self.shared;
         // Downstream first: what is read later can only be further.
         let peer = shared.progress.peer();
         let journaled = shared.progress.position();
-        let epoch = self.state().get().epoch.number;
+        let epoch = shared.progress.epoch();
         let captured = Lsn(shared.ring.captured_lsn());
         // A receiver may hold more than this source ever captured (one of them was rolled back): that is trouble, told
         // elsewhere, and no position of ours.
@@ -35,15 +42,29 @@ impl Agent {
         let lost_ns = shared.ring.loss().map(|loss| loss.since_ns);
         let oldest_ns = if peer.received >= captured { None } else { oldest_ns };
         let behind_since = lost_ns.into_iter().chain(oldest_ns).min();
-        let lag_ns = behind_since.map_or(0, |since| now_ns().saturating_sub(since));
+        // Without a word of the receiver's on this epoch, nobody knows what it holds.
+        let is_told = peer.epoch == epoch && peer.received >= journaled.lsn.min(captured);
+        let lag_ns = match behind_since {
+            Some(since) => Some(now_ns().saturating_sub(since)),
+            None => is_told.then_some(0),
+        };
         let (state, why) = shared.board.state();
+        let link = self.link_words(&peer);
+        // What is captured and received is not protected as it should be, whoever is to blame.
+        let replica_failed = peer.replica_failed;
+        let worst = |state: State| match state {
+            State::Replicating if replica_failed => State::Degraded,
+            other => other,
+        };
+        let state = worst(state);
         // The receiver's complaint may be the very cause of the state.
         let why = if why.is_empty() || why.contains(peer.trouble.trim_start_matches("receiver: ")) {
             [why, peer.trouble.clone()].into_iter().find(|text| !text.is_empty()).unwrap_or_default()
         } else {
             format!("{why}; {}", peer.trouble)
         };
-        let why = [self.gone_words(), why]
+        let copy = peer.copy_words().unwrap_or_default().to_owned();
+        let why = [self.gone_words(), self.looks.words(), self.ring_words(), link, why, copy]
             .into_iter()
             .filter(|text| !text.is_empty())
             .collect::<Vec<_>>()
@@ -55,12 +76,13 @@ impl Agent {
             why,
             epoch,
             positions,
-            rpo_ms: lag_ns / 1_000_000,
+            rpo_ms: lag_ns.map(|lag_ns| lag_ns / 1_000_000),
             backlog_bytes,
             sent_bytes: shared.progress.sent_bytes(),
             skipped_bytes: shared.skipped.bytes(),
             journal_bytes: shared.journal_bytes.load(Ordering::Relaxed),
             ring_percent: percent(&shared.ring),
+            clock_skew_ms: peer.clock_skew_ns.filter(|_| peer.connected.is_some()).map(|ns| ns / 1_000_000),
             connected: peer.connected.is_some(),
             peer: peer.connected.unwrap_or_else(|| self.settings.receiver.address.clone()),
             kernel: shared.ring.counters(),
@@ -70,10 +92,13 @@ impl Agent {
                 .zip(&self.settings.volume)
                 .map(|(volume, settings)| VolumeStatus {
                     name: volume.name.clone(),
-                    state: shared.board.volume(&volume.name),
+                    state: worst(shared.board.volume(&volume.name)),
+                    // Of a device the ring's word first: the device itself may not answer.
                     size_bytes: volume
-                        .size_bytes()
+                        .served()
+                        .map(|served| served.size_bytes_now())
                         .or_else(|| shared.ring.size_bytes(volume.id))
+                        .or_else(|| volume.size_bytes())
                         .unwrap_or(0),
                     nbd_uri: (serving && volume.served().is_some())
                         .then(|| format!("nbd+unix:///{}?socket={}", volume.name, uri_path(&settings.nbd))),
@@ -82,6 +107,14 @@ impl Agent {
                 })
                 .collect(),
         }
+    }
+
+    /// That there is no link, where nothing else says so: `replicating` alone means that it is up.
+    fn link_words(&self, peer: &PeerView) -> String {
+        if peer.connected.is_some() || !peer.trouble.is_empty() {
+            return String::new();
+        }
+        format!("no link to the receiver {} yet", self.settings.receiver.address)
     }
 
     /// Devices that vanished while they were captured: nothing can be written to them, and nothing read again.

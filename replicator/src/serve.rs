@@ -15,6 +15,8 @@ impl Agent {
         if self.halt.stop.load(Ordering::Acquire) {
             return Ok(());
         }
+        // Together, not each: so much memory is all that the clients of this agent can take beside their connections' own.
+        let nbd::Settings { replies, writes, .. } = nbd::Settings::default();
         let volumes = if self.surroundings.serves { &*self.volumes } else { &[] };
         for (volume, settings) in volumes.iter().zip(&self.settings.volume) {
             // What the kernel captures needs no front.
@@ -25,6 +27,8 @@ impl Agent {
                 max_connections: usize::try_from(self.settings.nbd.max_connections).unwrap_or(16),
                 max_connections_per_export: usize::try_from(self.settings.nbd.max_connections).unwrap_or(16),
                 pool_threads: usize::try_from(self.settings.nbd.threads).unwrap_or(4),
+                replies: replies.clone(),
+                writes: writes.clone(),
                 ..nbd::Settings::default()
             };
             let server = nbd::Server::start(&listen, vec![volume.clone()], limits).map_err(|error| {

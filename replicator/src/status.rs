@@ -42,15 +42,18 @@ pub struct GroupStatus {
     pub name: String,
     /// Worst state of its volumes.
     pub state: State,
-    /// Cause, since when, how much; empty while replicating.
+    /// Cause, since when, how much; empty while replicating over a link.
     pub why: String,
     /// Epoch number.
     pub epoch: u64,
     /// `captured_lsn`, `journaled_lsn`, `received_lsn`, `applied_lsn`, `checkpoint_lsn`.
     #[serde(flatten)]
     pub positions: Positions,
-    /// Age of the oldest captured write that is not yet durable at the receiver, ms.
-    pub rpo_ms: u64,
+    /// Age of the oldest captured write that is not yet durable at the receiver, ms; `null` while that is not known.
+    pub rpo_ms: Option<u64>,
+    /// By how much this machine's clock is ahead of the receiver's; `None` while that is not heard.
+    #[serde(default)]
+    pub clock_skew_ms: Option<i64>,
     /// Journaled bytes that the receiver has not acknowledged.
     pub backlog_bytes: u64,
     /// Bytes of datagrams sent to the receiver since the agent started, as of the last heartbeat.
@@ -91,8 +94,11 @@ pub struct KernelCounters {
     pub late: u64,
     /// Writes that could not be followed, because too many were on their way; they only set bits.
     pub untracked: u64,
-    /// Writes whose pages could not be read; they only set bits.
+    /// Writes whose pages could not be read, or that took more than half of the ring; they only set bits.
     pub unreadable: u64,
+    /// Commands past the block layer (SG_IO and other passthrough) that may have written anywhere.
+    #[serde(default)]
+    pub unseen: u64,
     /// Writes on their way now.
     pub in_flight: u64,
     /// Mean time of a write in the hook, ns, while the module's parameter `measure` is on.
@@ -114,6 +120,7 @@ impl From<kfilter::ioctl::Status> for KernelCounters {
             late: status.late,
             untracked: status.untracked,
             unreadable: status.unreadable,
+            unseen: status.unseen,
             in_flight: status.in_flight,
             hook_ns_mean: status.hook_ns_total / (status.ring_writes + status.bitmap_writes).max(1),
             hook_ns_max: status.hook_ns_max,
@@ -270,7 +277,8 @@ mod tests {
             why: "w".into(),
             epoch: 1,
             positions: Positions::default(),
-            rpo_ms: 0,
+            rpo_ms: None,
+            clock_skew_ms: None,
             backlog_bytes: 0,
             sent_bytes: 0,
             skipped_bytes: 0,

@@ -2,15 +2,11 @@
 //!
 //! A daemon stands on the real ones; the simulation puts its own in, and nothing above them differs.
 
-use std::fs::File;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use journal::io::{Disk, RealDisk};
 use nbd::{Access, Backing};
-
-use crate::start::stamp;
 
 /// See the module.
 #[derive(Clone)]
@@ -32,20 +28,6 @@ pub trait Backings: Send + Sync {
     /// # Errors
     /// It is not there, not suitable, or held by somebody else.
     fn open(&self, path: &Path) -> Result<Backing, nbd::Error>;
-
-    /// What changes when somebody writes to it; `None` where nothing tells.
-    fn stamp(&self, path: &Path) -> Option<[u64; 3]>;
-
-    /// Which disk a path leads to, whatever is written to it; `None` where nothing tells.
-    fn identity(&self, _path: &Path) -> Option<[u64; 3]> {
-        None
-    }
-
-    /// Makes durable what its stamp is read from.
-    ///
-    /// # Errors
-    /// The system's.
-    fn settle(&self, path: &Path) -> io::Result<()>;
 }
 
 /// Files and devices of the system.
@@ -55,18 +37,6 @@ pub struct RealBackings;
 impl Backings for RealBackings {
     fn open(&self, path: &Path) -> Result<Backing, nbd::Error> {
         Backing::open(path, Access::ReadWrite)
-    }
-
-    fn stamp(&self, path: &Path) -> Option<[u64; 3]> {
-        stamp::of_path(path)
-    }
-
-    fn identity(&self, path: &Path) -> Option<[u64; 3]> {
-        stamp::identity_of(path)
-    }
-
-    fn settle(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
     }
 }
 

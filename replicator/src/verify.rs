@@ -5,13 +5,15 @@
 //! a lost machine a verification begins where an older copy says, which only looks at something twice.
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use machine::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{Agent, Handle, name_of};
+use crate::agent::{Agent, Handle, name_of, on_thread};
+use crate::aside::Aside;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::status::State;
@@ -20,6 +22,9 @@ use crate::status::State;
 const MAX_LISTED: usize = 10_000;
 /// Chunks that are looked at again; the same.
 const MAX_SUSPECTS: usize = 64 * 1024;
+
+/// How long an order waits for its file; a disk that takes longer keeps it when it answers.
+const KEPT: Duration = Duration::from_secs(2);
 
 /// What is wanted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,21 +120,36 @@ pub(crate) struct Run {
     pub volume: usize,
     pub offset: u64,
     pub suspects: Vec<Suspect>,
+    /// Only these; none: all.
+    #[serde(default)]
+    pub only: Vec<u32>,
 }
 
 /// The current verification, or the last one.
 #[derive(Debug, Default)]
 pub(crate) struct Verification {
     run: Mutex<Option<Run>>,
-    path: PathBuf,
+    /// None for a comparison by the agent itself.
+    file: Option<Aside>,
 }
 
 impl Verification {
+    /// Begins one for the agent itself, of volumes that nothing proves to be unchanged.
+    pub fn begin(&self, run: Run) {
+        *self.lock() = Some(run);
+    }
+
+    /// Ends that one.
+    pub fn end(&self) {
+        *self.lock() = None;
+    }
+
     /// What the file holds; a file that cannot be read is none.
     pub fn open(dir: &Path) -> Verification {
         let path = dir.join("verify");
         let run = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        Verification { run: Mutex::new(run), path }
+        let file = Aside::new(path, "after a restart the verification goes on at an older place");
+        Verification { run: Mutex::new(run), file: Some(file) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Run>> {
@@ -163,6 +183,16 @@ impl Verification {
         }
     }
 
+    /// By the operator's order.
+    fn stop(&self) -> Option<VerifyReport> {
+        let mut current = self.lock();
+        if let Some(run) = current.as_mut().filter(|run| run.report.state == Phase::Running) {
+            run.end(Phase::Stopped, "by order");
+            self.save(run);
+        }
+        current.as_ref().map(|run| run.report.clone())
+    }
+
     /// What it waits for.
     pub fn waits(&self, why: &str) {
         if let Some(run) = self.lock().as_mut().filter(|run| run.report.state == Phase::Running) {
@@ -170,14 +200,19 @@ impl Verification {
         }
     }
 
+    /// Keeps the run in the file; never waits for its disk.
     fn save(&self, run: &Run) {
-        let written = serde_json::to_vec(run).map_err(std::io::Error::from).and_then(|bytes| {
-            let new = self.path.with_extension("new");
-            std::fs::write(&new, bytes)?;
-            std::fs::rename(&new, &self.path)
-        });
-        if let Err(error) = written {
-            tracing::warn!(path = %self.path.display(), %error, "the verification's place cannot be kept");
+        let Some(file) = &self.file else { return };
+        match serde_json::to_vec(run) {
+            Ok(bytes) => file.put(bytes),
+            Err(error) => tracing::warn!(%error, "the verification's place cannot be kept"),
+        }
+    }
+
+    /// An order is answered when it is kept, unless the disk takes long.
+    fn settle(&self) {
+        if let Some(file) = &self.file {
+            let _ = file.settle(KEPT);
         }
     }
 }
@@ -253,6 +288,7 @@ impl Run {
         tracing::info!(
             ?state,
             why,
+            by_order = self.only.is_empty(),
             compared_bytes = report.compared_bytes,
             differing_bytes = report.differing_bytes,
             unreadable_bytes = report.unreadable_bytes,
@@ -271,8 +307,14 @@ impl Handle {
     ///
     /// # Errors
     /// The group is not consistent now, or another verification runs.
-    pub fn verify(&self, order: Order) -> Result<VerifyReport> {
-        self.agent.verify(order)
+    pub async fn verify(&self, order: Order) -> Result<VerifyReport> {
+        let agent = self.agent.clone();
+        let begun = on_thread("af-verify", move || {
+            let report = agent.verify(order);
+            agent.verification.settle();
+            report
+        });
+        begun.await?
     }
 
     /// The verification that runs, or the last one.
@@ -281,14 +323,17 @@ impl Handle {
     }
 
     /// Ends the verification that runs. What was repaired stays so.
-    pub fn stop_verification(&self) -> Option<VerifyReport> {
-        let verification = &self.agent.verification;
-        let mut current = verification.lock();
-        if let Some(run) = current.as_mut().filter(|run| run.report.state == Phase::Running) {
-            run.end(Phase::Stopped, "by order");
-            verification.save(run);
-        }
-        current.as_ref().map(|run| run.report.clone())
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub async fn stop_verification(&self) -> Result<Option<VerifyReport>> {
+        let agent = self.agent.clone();
+        let ended = on_thread("af-verify", move || {
+            let report = agent.verification.stop();
+            agent.verification.settle();
+            report
+        });
+        ended.await
     }
 }
 
@@ -372,6 +417,7 @@ mod tests {
         let mut news = run();
         news.offset = 64;
         verification.put(news.clone());
+        verification.settle();
         assert_eq!(Verification::open(dir.path()).running().unwrap().offset, 64);
         let mut other = news.clone();
         other.report.started_ns = 8;

@@ -63,7 +63,7 @@ pub(crate) async fn until_on_replica(agent: &Agent, at_most: Duration) -> Result
         if !synchronising {
             let lsn = *wanted.get_or_insert_with(|| Lsn(agent.shared.ring.captured_lsn()));
             // Positions of another epoch say nothing about this one, however high they are.
-            if seen.epoch == agent.state().get().epoch.number && seen.checkpoint >= lsn {
+            if seen.epoch == agent.remembered().epoch.number && seen.checkpoint >= lsn {
                 return Ok(WaitOutcome::Done { lsn });
             }
             // A full queue holds enough requests of this kind.

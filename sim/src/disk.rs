@@ -3,13 +3,15 @@
 use std::fmt;
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use journal::io::{Disk, File, Room as Space};
 use journal::sim_disk::SimDisk;
+use machine::disk::continuity::{Ends, Times};
+use machine::disk::{Continuity, DiskIdentity};
 use nbd::Store;
 use rustix::fs::{FallocateFlags, SeekFrom};
 
@@ -60,6 +62,12 @@ impl LifeDisk {
         self.slow_reads_us.store(us, Ordering::Relaxed);
     }
 
+    fn wrap(&self, path: &Path, file: Arc<dyn File>) -> Arc<dyn File> {
+        // Only what others may write to has times: disk images.
+        let image = path.extension().is_some_and(|extension| extension == "img").then(|| path.to_owned());
+        Arc::new(LifeFile { disk: self.clone(), file, image })
+    }
+
     fn live(&self) -> io::Result<()> {
         if self.dead.load(Ordering::Acquire) {
             Err(io::Error::other("this process was killed"))
@@ -90,17 +98,17 @@ const SYNC_US: u64 = 3000;
 impl Disk for LifeDisk {
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = self.step(QUICK_US, || self.below.create(path))?;
-        Ok(Arc::new(LifeFile { disk: self.clone(), file }))
+        Ok(self.wrap(path, file))
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = self.step(QUICK_US, || self.below.open(path))?;
-        Ok(Arc::new(LifeFile { disk: self.clone(), file }))
+        Ok(self.wrap(path, file))
     }
 
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = self.step(QUICK_US, || self.below.open_read(path))?;
-        Ok(Arc::new(LifeFile { disk: self.clone(), file }))
+        Ok(self.wrap(path, file))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -138,6 +146,17 @@ impl Disk for LifeDisk {
 struct LifeFile {
     disk: LifeDisk,
     file: Arc<dyn File>,
+    /// Its path, where it is a disk image.
+    image: Option<PathBuf>,
+}
+
+impl LifeFile {
+    /// It is changed by its owner. The clock of this mark never steps.
+    fn changed(&self) {
+        if let Some(path) = &self.image {
+            mark(&self.disk.below, path, self.disk.room.now_ns());
+        }
+    }
 }
 
 impl File for LifeFile {
@@ -147,11 +166,23 @@ impl File for LifeFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.disk.step(QUICK_US, || self.file.write_at(bytes, offset))
+        self.disk.step(QUICK_US, || {
+            self.file.write_at(bytes, offset)?;
+            self.changed();
+            Ok(())
+        })
     }
 
     fn sync(&self) -> io::Result<()> {
         self.disk.step(SYNC_US, || self.file.sync())
+    }
+
+    fn identity(&self) -> io::Result<Option<DiskIdentity>> {
+        Ok(self.image.as_ref().map(|path| identity_of(&self.disk.below, path)))
+    }
+
+    fn continuity(&self, ends: Ends) -> io::Result<Option<Continuity>> {
+        self.image.as_ref().map(|path| continuity_of(&self.disk.below, path, ends)).transpose()
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -160,7 +191,11 @@ impl File for LifeFile {
     }
 
     fn set_size(&self, bytes: u64) -> io::Result<()> {
-        self.disk.step(QUICK_US, || self.file.set_size(bytes))
+        self.disk.step(QUICK_US, || {
+            self.file.set_size(bytes)?;
+            self.changed();
+            Ok(())
+        })
     }
 
     fn allocate(&self, bytes: u64) -> io::Result<()> {
@@ -168,7 +203,11 @@ impl File for LifeFile {
     }
 
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()> {
-        self.disk.step(QUICK_US, || self.file.punch_hole(range))
+        self.disk.step(QUICK_US, || {
+            self.file.punch_hole(range)?;
+            self.changed();
+            Ok(())
+        })
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
@@ -181,14 +220,60 @@ impl File for LifeFile {
     }
 }
 
-/// A file of such a disk behind the NBD front.
-pub struct LifeStore(Arc<dyn File>);
+/// A file of such a disk behind the NBD front. Beside it lie its last change (`NAME.times`) and, once it was swapped, who it is
+/// (`NAME.identity`), 8 bytes each: with it they are copied, and rolled back.
+pub struct LifeStore {
+    file: Arc<dyn File>,
+    below: SimDisk,
+    path: PathBuf,
+}
 
 impl LifeStore {
-    /// The file.
-    pub fn new(file: Arc<dyn File>) -> LifeStore {
-        LifeStore(file)
+    /// The file at a path.
+    pub fn new(file: Arc<dyn File>, below: &SimDisk, path: &Path) -> LifeStore {
+        LifeStore { file, below: below.clone(), path: path.to_owned() }
     }
+
+    fn changed(&self) {
+        touch(&self.below, &self.path);
+    }
+}
+
+/// A disk is changed now.
+pub fn touch(below: &SimDisk, path: &Path) {
+    mark(below, path, machine::realtime_ns());
+}
+
+/// A disk is changed at this time.
+pub fn mark(below: &SimDisk, path: &Path, at_ns: u64) {
+    below.put(&path.with_extension("times"), at_ns.to_le_bytes().to_vec());
+}
+
+fn beside(below: &SimDisk, path: &Path, what: &str) -> Option<u64> {
+    let bytes = below.contents(&path.with_extension(what))?;
+    bytes.try_into().ok().map(u64::from_le_bytes)
+}
+
+fn identity_of(below: &SimDisk, path: &Path) -> DiskIdentity {
+    let by_path = || xxhash_rust::xxh3::xxh3_64(path.as_os_str().as_encoded_bytes());
+    DiskIdentity::Simulated(beside(below, path, "identity").unwrap_or_else(by_path))
+}
+
+fn continuity_of(below: &SimDisk, path: &Path, ends: Ends) -> io::Result<Continuity> {
+    let content = below.contents(path).ok_or(io::ErrorKind::NotFound)?;
+    let at = beside(below, path, "times").unwrap_or(0);
+    Ok(Continuity {
+        boot: [0; 16],
+        size_bytes: content.len() as u64,
+        ends: (ends == Ends::Read).then(|| xxhash_rust::xxh3::xxh3_128(&content).to_le_bytes()),
+        times: Some(Times { modified_ns: at, changed_ns: at, is_remote: false, is_shared: false }),
+        counters: None,
+    })
+}
+
+/// Another disk lies at a path from now on.
+pub fn identify(below: &SimDisk, path: &Path, who: u64) {
+    below.put(&path.with_extension("identity"), who.to_le_bytes().to_vec());
 }
 
 impl fmt::Debug for LifeStore {
@@ -199,7 +284,7 @@ impl fmt::Debug for LifeStore {
 
 impl Store for LifeStore {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        journal::io::read_exact_at(&*self.0, into, offset)
+        journal::io::read_exact_at(&*self.file, into, offset)
     }
 
     fn try_read_cached(&self, offset: u64, into: &mut [u8]) -> io::Result<bool> {
@@ -208,28 +293,39 @@ impl Store for LifeStore {
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_at(bytes, offset)
+        self.file.write_at(bytes, offset)?;
+        self.changed();
+        Ok(())
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, length_bytes: u64) -> io::Result<bool> {
         if how.contains(FallocateFlags::PUNCH_HOLE) {
-            self.0.punch_hole(offset..offset + length_bytes)?;
+            self.file.punch_hole(offset..offset + length_bytes)?;
+            self.changed();
             return Ok(true);
         }
         Ok(false)
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync()
+        self.file.sync()
     }
 
     fn seek(&self, to: SeekFrom) -> io::Result<Option<u64>> {
         match to {
-            SeekFrom::Data(at) => Ok(self.0.next_data(at)?.map(|data| data.start)),
+            SeekFrom::Data(at) => Ok(self.file.next_data(at)?.map(|data| data.start)),
             SeekFrom::Hole(at) => {
-                Ok(self.0.next_data(at)?.filter(|data| data.start <= at).map(|data| data.end).or(Some(at)))
+                Ok(self.file.next_data(at)?.filter(|data| data.start <= at).map(|data| data.end).or(Some(at)))
             }
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+
+    fn identity(&self) -> io::Result<DiskIdentity> {
+        Ok(identity_of(&self.below, &self.path))
+    }
+
+    fn continuity(&self, ends: Ends) -> io::Result<Continuity> {
+        continuity_of(&self.below, &self.path, ends)
     }
 }

@@ -11,6 +11,7 @@
 pub mod clients;
 pub mod disk;
 pub mod entropy;
+pub mod liar;
 pub mod model;
 pub mod net;
 pub mod room;

@@ -76,6 +76,8 @@ pub enum Back {
     PowerLost,
     /// Anything: it was restored from a backup.
     RolledBack,
+    /// Anything: others wrote to it, or it is another disk. What was not flushed may still be lost.
+    Edited,
 }
 
 /// The content of a block by its write.
@@ -110,7 +112,7 @@ impl Model {
         let mut inner = self.lock();
         let mut older = BTreeMap::new();
         if let Some(last) = inner.generations.last() {
-            if back == Back::Killed {
+            if matches!(back, Back::Killed | Back::Edited) {
                 older = last.unflushed();
             }
             match back {
@@ -124,7 +126,7 @@ impl Model {
                     last.check_flushed(&base)
                         .map_err(|why| format!("the source's disk after a power loss: {why}"))?;
                 }
-                Back::RolledBack => {}
+                Back::RolledBack | Back::Edited => {}
             }
         }
         let mut writers = Vec::new();
@@ -143,6 +145,11 @@ impl Model {
     /// From here to there two histories used the same lsns.
     pub fn ambiguous(&self, lsns: Range<u64>) {
         self.lock().ambiguous.push(lsns);
+    }
+
+    /// The newest lsn when the newest run began.
+    pub fn run_began(&self) -> u64 {
+        self.lock().generations.last().map_or(0, |last| last.from_lsn)
     }
 
     /// How many writers a run has, and where each writes: volume, blocks.

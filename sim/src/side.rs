@@ -174,16 +174,7 @@ impl Backings for SimBackings {
             |error| nbd::Error { kind: nbd::Kind::Io, at: path.display().to_string(), source: Some(error) };
         let file = self.disk.open(path).map_err(io)?;
         let size = file.size().map_err(io)?;
-        Ok(Backing::on(Box::new(LifeStore::new(file)), size))
-    }
-
-    fn stamp(&self, path: &Path) -> Option<[u64; 3]> {
-        let content = self.below.contents(path)?;
-        Some([xxhash_rust::xxh3::xxh3_64(&content), content.len() as u64, 0])
-    }
-
-    fn settle(&self, path: &Path) -> std::io::Result<()> {
-        self.disk.open(path)?.sync()
+        Ok(Backing::on(Box::new(LifeStore::new(file, &self.below, path)), size))
     }
 }
 

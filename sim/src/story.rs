@@ -1,5 +1,7 @@
 //! A story: a random course of load and failures, told by a seed, and what has to be true after each of them.
 
+mod directories;
+mod edges;
 mod events;
 mod promises;
 

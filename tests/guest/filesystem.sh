@@ -17,6 +17,7 @@ wait_for 20 test -s /d/early-mmap.0.0
 RING=128MiB pair a="$A"
 wait $load || fail "the load failed"
 step "a tree is copied, removed, cut, punched, trimmed, beside the same load"
+rm -rf /d/early-*
 four_ways /d "$seconds" late & load=$!
 cp -a /usr/lib/x86_64-linux-gnu/perl-base /usr/sbin/*fs* /usr/lib/udev/rules.d /d/
 sync

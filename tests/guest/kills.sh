@@ -2,7 +2,7 @@
 # The agent is killed with kill -9 under load, again and again, and replaced: the ring belongs to the kernel, so nothing is
 # lost and nothing is synchronised anew.
 . /mnt/guest/lib.sh
-rounds=20; [ "$LONG" = 0 ] || rounds=100
+rounds=8; [ "$LONG" = 0 ] || rounds=100
 A=$(disk 0)
 load_module
 mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d

@@ -1,17 +1,17 @@
 #!/bin/bash
-# A ring of 4 MiB and a stopped agent under load, five times: the application notices nothing, no write is lost, and after
+# A ring of 4 MiB and a stopped agent under load, three times: the application notices nothing, no write is lost, and after
 # the agent's return the replica equals the disk. The same load on an unprotected disk of the same kind says what is normal.
 . /mnt/guest/lib.sh
-rounds=5 seconds=5; [ "$LONG" = 0 ] || { rounds=20 seconds=20; }
+rounds=3 seconds=4; [ "$LONG" = 0 ] || { rounds=20 seconds=20; }
 A=$(disk 0) B=$(disk 1)
 load_module
 RING=4MiB pair a="$A"
 load=(--ioengine=io_uring --direct=1 --rw=randwrite --bs=16k --iodepth=4 --size=96m --rate_iops=300 --time_based --runtime=$seconds --verify=crc32c --do_verify=1 --verify_state_save=0)
 worst_bare=0 worst_ours=0
 milliseconds() { fio_json "$1" '.jobs[0].write.clat_ns.max / 1e6 | floor'; }
-# An emulated machine halts for tens of milliseconds now and then, on either side: a bound that is missed after five
-# rounds is looked at for ten more, with the longest of all on both sides.
-for ((round = 1; round <= rounds || (round <= 3 * rounds && worst_ours > worst_bare + 20); round++)); do
+# An emulated machine halts for tens of milliseconds now and then, on either side: a bound that is missed after all
+# rounds is looked at for twelve more, with the longest of all on both sides.
+for ((round = 1; round <= rounds || (round <= rounds + 12 && worst_ours > worst_bare + 20); round++)); do
     fio_on "$B" "bare$round" "${load[@]}"
     kill -STOP "$agent"
     fio_on "$A" "ours$round" "${load[@]}"

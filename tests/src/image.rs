@@ -1,6 +1,7 @@
 //! Disk images: compared, and read block by block.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,9 @@ const PIECE_BYTES: usize = 1 << 20;
 pub fn assert_equal(left: &Path, right: &Path) -> Result<()> {
     let open = |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
     let (a, b) = (open(left)?, open(right)?);
-    let (size, other) = (a.metadata()?.len(), b.metadata()?.len());
+    // A block device's metadata tells no size.
+    let end = |mut file: &File| file.seek(SeekFrom::End(0));
+    let (size, other) = (end(&a)?, end(&b)?);
     ensure!(size == other, "{} has {size} bytes, {} {other}", left.display(), right.display());
     let (mut x, mut y) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
     let mut at = 0;

@@ -36,6 +36,7 @@ pub mod load;
 pub mod nbd;
 pub mod nbd_client;
 pub mod oracle;
+pub mod outsider;
 pub mod program;
 pub mod rig;
 pub mod stamp;

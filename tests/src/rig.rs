@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 
 use crate::control::{Control, Group, poll};
 use crate::daemon::Daemon;
+use crate::nbd::Loop;
 use crate::program::{afterimage, afterimage_path};
 use crate::story::Home;
 
@@ -40,6 +41,8 @@ pub struct PairSpec<'a> {
     pub receiver: &'a str,
     /// The receiver's directory, if not one of its own.
     pub receiver_dir: Option<PathBuf>,
+    /// `NAME=VALUE` of the source's environment.
+    pub source_environment: Vec<String>,
 }
 
 /// The group that a [`Pair`] replicates.
@@ -52,8 +55,11 @@ pub struct Pair<'a> {
     receiver_dir: PathBuf,
     replicas: Vec<(String, PathBuf)>,
     ring_dir: PathBuf,
+    source_environment: Vec<String>,
     receiver_daemon: Option<Daemon>,
     source_daemon: Option<Daemon>,
+    /// Let go when the daemons are gone.
+    devices: Vec<Loop>,
     /// The source's control socket.
     pub source: Control,
     /// The receiver's control socket.
@@ -71,18 +77,39 @@ impl<'a> Pair<'a> {
         Ok(pair)
     }
 
-    /// As [`start`](Self::start), without waiting: what is to be synchronised is under way.
+    /// As [`start`](Self::start), with each replica on a block device: a loop device over a file that holds something else.
     ///
     /// # Errors
-    /// One of them cannot be started.
-    pub fn begin(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
-        let mut pair = Pair::prepare(home, spec)?;
+    /// There is no loop device; as [`start`](Self::start).
+    pub fn start_on_devices(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let mut pair = Pair::begin_on_devices(home, spec)?;
+        pair.until_served()?;
+        Ok(pair)
+    }
+
+    /// As [`start_on_devices`](Self::start_on_devices), without waiting: what is to be synchronised is under way.
+    ///
+    /// # Errors
+    /// There is no loop device; as [`start`](Self::start).
+    pub fn begin_on_devices(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let mut pair = Pair::prepare(home, spec, true)?;
         pair.start_receiver()?;
         pair.start_source()?;
         Ok(pair)
     }
 
-    fn prepare(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+    /// As [`start`](Self::start), without waiting: what is to be synchronised is under way.
+    ///
+    /// # Errors
+    /// One of them cannot be started.
+    pub fn begin(home: &'a Home, spec: &PairSpec<'_>) -> Result<Pair<'a>> {
+        let mut pair = Pair::prepare(home, spec, false)?;
+        pair.start_receiver()?;
+        pair.start_source()?;
+        Ok(pair)
+    }
+
+    fn prepare(home: &'a Home, spec: &PairSpec<'_>, on_devices: bool) -> Result<Pair<'a>> {
         let source_dir = home.path("source");
         let receiver_dir = spec.receiver_dir.clone().unwrap_or_else(|| home.path("receiver"));
         let new = |dir: &Path| -> Result<String> {
@@ -107,21 +134,36 @@ impl<'a> Pair<'a> {
                 &format!("[[volume]]\nname = \"{name}\"\npath = \"{}\"\nsize = {bytes}\n", path.display());
         }
         fs::write(home.path("source.toml"), text + spec.source)?;
+        let mut devices = Vec::new();
+        let (mut sections, mut replicas) = (String::new(), Vec::new());
+        for (name, bytes) in spec.volumes.iter().filter(|_| on_devices) {
+            let file = home.path(format!("{name}.device"));
+            fs::write(&file, vec![0xa5; usize::try_from(*bytes)?])?;
+            let device = Loop::attach(&file)?;
+            sections += &format!(
+                "[[replica]]\ngroup = \"{GROUP}\"\nvolume = \"{name}\"\npath = \"{}\"\n",
+                device.path().display()
+            );
+            replicas.push(((*name).to_owned(), device.path().to_owned()));
+            devices.push(device);
+        }
         let text = format!(
             "dir = \"{}\"\nlisten = \"127.0.0.1:{port}\"\n[[source]]\nidentity = \"{ours}\"\ngroups = [\"{GROUP}\"]\n",
             receiver_dir.display()
         );
-        fs::write(home.path("receiver.toml"), text + spec.receiver)?;
+        fs::write(home.path("receiver.toml"), text + spec.receiver + &sections)?;
         Ok(Pair {
             home,
             volumes: spec.volumes.iter().map(|(name, _)| (*name).to_owned()).collect(),
             source: Control::new(source_dir.join("control.sock")),
             receiver: Control::new(receiver_dir.join("control.sock")),
             receiver_dir,
-            replicas: Vec::new(),
+            replicas,
             ring_dir,
+            source_environment: spec.source_environment.clone(),
             receiver_daemon: None,
             source_daemon: None,
+            devices,
         })
     }
 
@@ -145,7 +187,16 @@ impl<'a> Pair<'a> {
     /// # Errors
     /// It cannot be started.
     pub fn start_source(&mut self) -> Result<()> {
-        self.source_daemon = Some(self.spawn("source", "replicate")?);
+        self.source_daemon = Some(match self.source_environment.as_slice() {
+            [] => self.spawn("source", "replicate")?,
+            environment => {
+                let (program, config) = (afterimage_path()?, self.home.path("source.toml"));
+                let (program, config) = (program.to_string_lossy(), config.to_string_lossy());
+                let command = [&*program, "replicate", "--config", &*config];
+                let args = environment.iter().map(String::as_str).chain(command);
+                Daemon::start(self.home, "source", Path::new("env"), args)?
+            }
+        });
         Ok(())
     }
 
@@ -181,6 +232,11 @@ impl<'a> Pair<'a> {
     /// There is none.
     pub fn lose_ring(&self) -> Result<()> {
         fs::remove_dir_all(&self.ring_dir).with_context(|| format!("remove {}", self.ring_dir.display()))
+    }
+
+    /// The directory of the source's rings.
+    pub fn ring_dir(&self) -> &Path {
+        &self.ring_dir
     }
 
     /// Where a volume lies at the source.
@@ -252,6 +308,7 @@ impl Drop for Pair<'_> {
     fn drop(&mut self) {
         self.source_daemon = None;
         self.receiver_daemon = None;
+        self.devices.clear();
         let _ = fs::remove_dir_all(&self.ring_dir);
     }
 }

@@ -1,14 +1,13 @@
 //! After an unclean end of the machine everything is in doubt and nearly everything is there: both sides hash, and only
 //! what differs is sent.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rand::Rng;
 use tests::control::Group;
 use tests::nbd_client::NbdClient;
+use tests::outsider::Outsider;
 use tests::rig::{GROUP, Pair, PairSpec};
 use tests::story;
 
@@ -23,7 +22,7 @@ fn only_what_differs_is_sent_after_an_unclean_end() -> Result<()> {
     story("comparison by hash", |home| {
         let mut random = home.rng();
         std::fs::create_dir_all(home.path("source"))?;
-        let disk = File::create(home.path("source").join("disk.img"))?;
+        let disk = Outsider::create(home.path("source").join("disk.img"))?;
         disk.set_len(SIZE)?;
         let mut piece = vec![0; 1 << 20];
         for at in (0..SIZE).step_by(piece.len()) {
@@ -82,7 +81,7 @@ fn a_receiver_that_lost_everything_is_not_given_a_part_for_the_whole() -> Result
     story("comparison, then a new receiver", |home| {
         let mut random = home.rng();
         std::fs::create_dir_all(home.path("source"))?;
-        let disk = File::create(home.path("source").join("disk.img"))?;
+        let disk = Outsider::create(home.path("source").join("disk.img"))?;
         let mut content = vec![0; 32 << 20];
         random.fill(content.as_mut_slice());
         disk.write_all_at(&content, 0)?;

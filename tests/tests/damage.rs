@@ -20,7 +20,7 @@ use tests::writer::{Pace, Writers};
 use tests::{Home, story};
 
 const FLIPS: usize = 60;
-const TRUNCATIONS: usize = 15;
+const TRUNCATIONS: usize = 60;
 const SECTOR: u64 = 512;
 const RECEIVER: &str =
     "[journal]\nsegment_bytes = \"4MiB\"\n[apply]\nmin_interval = \"200ms\"\nbatch_bytes = \"4MiB\"\n";

@@ -56,6 +56,8 @@ fn a_volume_grows_under_load() -> Result<()> {
         ensure!(points["gaps"].to_string().contains("grew"), "the gap is told: {points}");
         home.figure("64 to 72 MiB with content: synchronised by itself, replica equal");
 
+        // A disk that another process may write to is refused at a start.
+        drop(disk);
         ensure!(pair.source_daemon()?.stop()?.success(), "the source stops cleanly");
         pair.start_source()?;
         let group = pair.until_served()?;
@@ -89,6 +91,7 @@ fn a_shrunk_disk_is_told_and_repaired_when_it_has_its_size_back() -> Result<()> 
         // While nobody looks, it is refused.
         ensure!(pair.source_daemon()?.stop()?.success(), "the source stops cleanly");
         disk.set_len(16 * MIB)?;
+        drop(disk);
         pair.start_source()?;
         ensure!(!pair.source_daemon()?.ended()?.success(), "a shrunk disk is refused at a start");
         Ok(())

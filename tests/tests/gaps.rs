@@ -11,6 +11,7 @@ use tests::control::{Group, poll};
 use tests::history::{Area, History};
 use tests::image::Images;
 use tests::oracle::assert_prefix_consistent;
+use tests::outsider::Outsider;
 use tests::rig::{GROUP, Pair, PairSpec};
 use tests::writer::{Pace, Writers};
 use tests::{Home, story};
@@ -78,7 +79,7 @@ fn a_lost_ring_is_a_gap_with_a_reason() -> Result<()> {
 }
 
 #[test]
-fn a_replica_that_others_changed_is_not_built_upon() -> Result<()> {
+fn a_replica_that_others_changed_is_overwritten_by_order_only() -> Result<()> {
     story("replica changed", |home| {
         let mut pair = pair(home)?;
         let history = Arc::new(History::new(home.seed(), vec![vec![Area { volume: 0, blocks: 0..2048 }]]));
@@ -93,6 +94,13 @@ fn a_replica_that_others_changed_is_not_built_upon() -> Result<()> {
         pair.start_receiver()?;
         // The source's disk goes on meanwhile, and nobody restarts anything.
         write(&history, &pair, 200, 2)?;
+        let told =
+            |group: &Group| group.why().contains("changed by others") && group.state() != "replicating";
+        pair.source.until("the receiver's complaint", MINUTE, told)?;
+        let mut left = [0; 25];
+        File::open(pair.replica("disk"))?.read_exact_at(&mut left, 5 << 20)?;
+        ensure!(&left == b"somebody used the replica", "it was overwritten without an order");
+        pair.receiver.command(&["resync", GROUP, "--overwrite"])?.expect(0)?;
         let newer = |group: &Group| group.number("epoch") > epoch && group.state() == "replicating";
         let group = pair.source.until("a new epoch", MINUTE, newer)?;
         pair.assert_replica_equals_source()?;
@@ -123,7 +131,7 @@ fn a_source_lost_in_the_middle_of_a_resync_leaves_its_last_consistent_point_one_
     story("source lost in a resync", |home| {
         let mut random = home.rng();
         std::fs::create_dir_all(home.path("source"))?;
-        let disk = File::create(home.path("source").join("disk.img"))?;
+        let disk = Outsider::create(home.path("source").join("disk.img"))?;
         let mut content = vec![0; usize::try_from(SIZE)?];
         random.fill(content.as_mut_slice());
         disk.write_all_at(&content, 0)?;

@@ -3,6 +3,9 @@
 //! Each test is one scenario of `guest/`, run by `vm/run.sh` in QEMU without any hardware help; it ends with the replica
 //! compared with the disk, byte for byte, and with a kernel that has not complained. The laboratory and the module are
 //! made when they are missing. `AFTERIMAGE_LONG=1` runs the longer forms.
+//!
+//! Short scenarios that want the same disks share a boot (`several`). What sleeps most of its time is in `asleep`: such
+//! guests take half a place beside the others (`.config/nextest.toml`).
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -23,8 +26,8 @@ fn boot(scenario: &str, options: &[&str], arguments: &[&str]) -> Result<i32> {
     }
     let mut run = Command::new(script("run.sh"));
     // A host that does other things as well makes a guest several times slower.
-    run.args(["--timeout", "1200"]).arg(scenario).args(options);
-    if env::var_os("AFTERIMAGE_LONG").is_some() {
+    run.args(["--timeout", "1500"]).arg(scenario).args(options);
+    if is_long() {
         run.args(["--long", "--timeout", "7200"]);
     }
     run.arg("--").args(arguments);
@@ -32,6 +35,10 @@ fn boot(scenario: &str, options: &[&str], arguments: &[&str]) -> Result<i32> {
     run.env("AFTERIMAGE_GUEST_BIN", env!("CARGO_BIN_EXE_afterimage-guest"));
     let status = run.status().context("run.sh")?;
     status.code().context("run.sh was killed")
+}
+
+fn is_long() -> bool {
+    env::var_os("AFTERIMAGE_LONG").is_some()
 }
 
 fn guest(scenario: &str, options: &[&str], arguments: &[&str]) -> Result<()> {
@@ -42,9 +49,15 @@ fn guest(scenario: &str, options: &[&str], arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Several scenarios in one boot.
+fn several(options: &[&str], scenarios: &[&str]) -> Result<()> {
+    guest("several", options, scenarios)
+}
+
 #[test]
-fn the_stock_kernel_boots_and_takes_the_module() -> Result<()> {
-    guest("boot", &["--disk", "64M", "--disk", "32M,nvme"], &[])
+fn the_stock_kernel_takes_the_module_which_withstands_nonsense() -> Result<()> {
+    let disks = ["--disk", "64M", "--disk", "64M", "--disk", "64M", "--disk", "64M,nvme"];
+    several(&disks, &["boot", "fuzz"])
 }
 
 #[test]
@@ -59,42 +72,29 @@ fn a_scenario_that_fails_hangs_or_upsets_the_kernel_is_noticed() -> Result<()> {
 
 #[test]
 fn a_busy_ext4_is_captured_live() -> Result<()> {
-    guest("filesystem", &["--disk", "320M"], &["ext4"])
+    guest("filesystem", &["--disk", "128M"], &["ext4"])
 }
 
 #[test]
 fn a_busy_xfs_is_captured_live() -> Result<()> {
-    guest("filesystem", &["--disk", "400M"], &["xfs"])
+    // The least that mkfs.xfs takes.
+    guest("filesystem", &["--disk", "304M"], &["xfs"])
 }
 
 #[test]
 fn a_busy_btrfs_is_captured_live() -> Result<()> {
-    guest("filesystem", &["--disk", "400M"], &["btrfs"])
+    guest("filesystem", &["--disk", "256M"], &["btrfs"])
 }
 
 #[test]
-fn two_disks_are_one_group() -> Result<()> {
-    guest("topology", &["--disk", "160M", "--disk", "160M,nvme"], &["two"])
+fn two_disks_a_partition_or_a_growing_lvm_volume_are_captured() -> Result<()> {
+    let disks = ["--disk", "112M", "--disk", "96M,nvme"];
+    several(&disks, &["topology two", "topology partition", "topology lvm"])
 }
 
 #[test]
-fn a_partition_is_captured_alone() -> Result<()> {
-    guest("topology", &["--disk", "160M"], &["partition"])
-}
-
-#[test]
-fn an_lvm_volume_is_captured_and_grows() -> Result<()> {
-    guest("topology", &["--disk", "128M", "--disk", "128M"], &["lvm"])
-}
-
-#[test]
-fn restores_equal_what_dm_log_writes_saw_above_us() -> Result<()> {
-    guest("witness", &["--disk", "160M", "--disk", "1G"], &["under"])
-}
-
-#[test]
-fn restores_equal_what_dm_log_writes_saw_below_us() -> Result<()> {
-    guest("witness", &["--disk", "160M", "--disk", "1G"], &["on"])
+fn restores_equal_what_dm_log_writes_saw_above_and_below_us() -> Result<()> {
+    several(&["--disk", "96M", "--disk", "1G"], &["witness under", "witness on"])
 }
 
 #[test]
@@ -103,53 +103,42 @@ fn a_full_ring_and_a_stopped_agent_cost_the_application_nothing() -> Result<()> 
 }
 
 #[test]
-fn an_attach_misses_no_write_on_its_way() -> Result<()> {
-    guest("races", &["--disk", "48M,bps=1200000"], &["attach"])
-}
-
-#[test]
-fn a_resync_misses_no_write_on_its_way() -> Result<()> {
-    guest("races", &["--disk", "48M,bps=1200000"], &["resync"])
-}
-
-#[test]
-fn an_attach_misses_no_write_that_waits_for_its_cgroup() -> Result<()> {
-    guest("races", &["--disk", "48M"], &["cgroup"])
-}
-
-#[test]
-fn a_write_held_back_for_a_minute_is_waited_for() -> Result<()> {
-    guest("races", &["--disk", "64M"], &["held"])
-}
-
-#[test]
 fn a_disk_with_content_in_use_is_taken_under_protection() -> Result<()> {
-    guest("online", &["--disk", "200M", "--timeout", "1500"], &[])
+    guest("online", &["--disk", if is_long() { "200M" } else { "128M" }], &[])
 }
 
 #[test]
 fn orders_that_cross_and_agents_that_die_leave_a_group_that_gets_well() -> Result<()> {
-    guest("abuse", &["--disk", "48M", "--disk", "56M", "--timeout", "1500"], &[])
+    guest("abuse", &["--disk", "48M", "--disk", "56M"], &[])
 }
 
 #[test]
 fn killed_agents_lose_nothing() -> Result<()> {
-    guest("kills", &["--disk", "160M"], &[])
+    guest("kills", &["--disk", "96M"], &[])
 }
 
 #[test]
-fn failing_writes_of_a_disk_stay_its_own() -> Result<()> {
-    guest("failing", &["--disk", "64M", "--disk", "64M"], &["disk"])
+fn failing_writes_stay_their_own_and_refused_attempts_are_void() -> Result<()> {
+    several(&["--disk", "64M", "--disk", "64M"], &["failing disk", "failing dm", "failing nowait"])
 }
 
-#[test]
-fn failing_writes_of_a_mapped_device_stay_its_own() -> Result<()> {
-    guest("failing", &["--disk", "64M", "--disk", "64M"], &["dm"])
-}
+mod asleep {
+    use super::*;
 
-#[test]
-fn refused_attempts_are_void() -> Result<()> {
-    guest("failing", &["--disk", "96M"], &["nowait"])
+    #[test]
+    fn neither_an_attach_nor_a_resync_misses_a_write_on_its_way() -> Result<()> {
+        several(&["--disk", "48M,bps=1200000"], &["races attach", "races resync"])
+    }
+
+    #[test]
+    fn an_attach_misses_no_write_that_waits_for_its_cgroup() -> Result<()> {
+        guest("races", &["--disk", "48M"], &["cgroup"])
+    }
+
+    #[test]
+    fn a_write_held_back_for_a_minute_is_waited_for() -> Result<()> {
+        guest("races", &["--disk", "64M"], &["held"])
+    }
 }
 
 #[test]
@@ -158,15 +147,10 @@ fn a_clean_reboot_leaves_no_gap() -> Result<()> {
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/install.sh");
     outcome(Command::new(install).arg(dest.path()).env("AFTERIMAGE_BIN", afterimage_path()?))?.expect(0)?;
     let tree = format!("{}=files/dest", dest.path().display());
-    guest("reboot", &["--disk", "96M", "--init", "systemd", "--file", &tree], &[])
+    guest("reboot", &["--disk", "64M", "--init", "systemd", "--file", &tree], &[])
 }
 
 #[test]
 fn the_module_comes_and_goes_under_load() -> Result<()> {
-    guest("lifecycle", &["--disk", "256M", "--disk", "128M", "--disk", "64M", "--timeout", "1500"], &[])
-}
-
-#[test]
-fn the_kernel_device_withstands_nonsense() -> Result<()> {
-    guest("fuzz", &["--disk", "64M", "--disk", "64M", "--disk", "64M", "--disk", "64M"], &[])
+    guest("lifecycle", &["--disk", "96M", "--disk", "64M", "--disk", "64M"], &[])
 }

@@ -31,7 +31,7 @@ fn history(home: &Home) -> Arc<History> {
 }
 
 fn spec() -> PairSpec<'static> {
-    PairSpec { volumes: &VOLUMES, source: SOURCE, receiver: RECEIVER, receiver_dir: None }
+    PairSpec { volumes: &VOLUMES, source: SOURCE, receiver: RECEIVER, ..PairSpec::default() }
 }
 
 #[test]

@@ -240,6 +240,7 @@ fn tell(
         source: &source,
         receiver: &settings,
         receiver_dir: Some(disks.receiver.place.join("receiver")),
+        ..PairSpec::default()
     };
     let mut pair = Pair::start(home, &spec)?;
     pair.replica_at("disk", &place);

@@ -23,13 +23,17 @@ fn the_installed_tree_is_complete_and_its_module_builds() -> Result<()> {
     story("packaging", |home| {
         let dest = home.path("dest");
         let install = repository().join("scripts/install.sh");
-        outcome(Command::new(install).arg(&dest).env("AFTERIMAGE_BIN", afterimage_path()?))?.expect(0)?;
+        outcome(Command::new(install).env("DESTDIR", &dest).env("AFTERIMAGE_BIN", afterimage_path()?))?
+            .expect(0)?;
         for file in [
             "usr/bin/afterimage",
             "usr/lib/systemd/system/afterimage-replicate@.service",
             "usr/lib/systemd/system/afterimage-receive@.service",
             "usr/lib/udev/rules.d/60-kfilter.rules",
             "usr/lib/modules-load.d/afterimage.conf",
+            "usr/share/doc/afterimage/operations.md",
+            "usr/share/doc/afterimage/LICENSE-APACHE",
+            "usr/share/doc/afterimage/LICENSE-GPL-2.0",
         ] {
             ensure!(dest.join(file).is_file(), "{file} is missing");
         }

@@ -1,7 +1,6 @@
 //! Stops and starts, and what each leaves behind.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +12,7 @@ use tests::history::{Area, History};
 use tests::image::{Images, assert_equal};
 use tests::nbd_client::NbdClient;
 use tests::oracle::assert_prefix_consistent;
+use tests::outsider::Outsider;
 use tests::program::{afterimage, need, outcome};
 use tests::rig::{GROUP, Pair, PairSpec};
 use tests::story;
@@ -116,7 +116,7 @@ fn a_bare_directory_is_enough_to_restore() -> Result<()> {
 fn a_disk_with_content_is_synchronised_before_it_is_served() -> Result<()> {
     story("up --disk", |home| {
         let path = home.path("disk.img");
-        let disk = File::create(&path)?;
+        let disk = Outsider::create(&path)?;
         disk.set_len(64 << 20)?;
         let mut bytes = vec![0; 1 << 20];
         for mib in [0u64, 7, 8, 40, 63] {
@@ -141,7 +141,6 @@ fn a_disk_with_content_is_synchronised_before_it_is_served() -> Result<()> {
         let epoch = up.control.group()?.number("epoch");
         ensure!(up.stop()?.success(), "stops cleanly");
         disk.write_all_at(b"changed by somebody else", 20 << 20)?;
-        disk.sync_all()?;
         let group = up.again(&[])?;
         ensure!(group.number("epoch") > epoch, "a change from outside begins a new epoch: {}", group.0);
         up.control.wait()?;

@@ -48,8 +48,11 @@ bootstrap() { # SUITE-TREE PACKAGES SUITES...
 }
 
 host_tools() {
-    command -v mmdebstrap mke2fs zstd unshare timeout > /dev/null && return
-    [ "$(id -u)" = 0 ] || die "mmdebstrap, e2fsprogs and zstd are needed: install them, or run as root"
+    local tool missing=''
+    # One by one: `command -v` of several succeeds as soon as one of them is there.
+    for tool in mmdebstrap mke2fs zstd unshare timeout; do command -v "$tool" > /dev/null || missing+=" $tool"; done
+    [ -n "$missing" ] || return 0
+    [ "$(id -u)" = 0 ] || die "missing:$missing; install mmdebstrap, e2fsprogs and zstd, or run as root"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mmdebstrap e2fsprogs zstd kmod > /dev/null
 }

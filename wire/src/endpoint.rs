@@ -19,6 +19,10 @@ use crate::tuning::{Side, Tuning};
 
 /// Addresses of one name that are tried.
 const MAX_ADDRESSES: usize = 8;
+/// Clients that knock at the same moment …
+const MAX_INCOMING: usize = 256;
+/// … and bytes of each: the packets of one hello of TLS.
+const INCOMING_BYTES: u64 = 16 << 10;
 
 /// The source's end. One socket for its whole life; a connection at a time.
 #[derive(Debug, Clone)]
@@ -147,6 +151,11 @@ impl Server {
         let tls = QuicServerConfig::try_from(tls::server(identity, accept)?).map_err(no_suite)?;
         let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
         config.transport_config(tuning.transport(Side::Server)?);
+        // What is kept of clients that knock until their handshake is begun, which is at once.
+        config
+            .max_incoming(MAX_INCOMING)
+            .incoming_buffer_size(INCOMING_BYTES)
+            .incoming_buffer_size_total(INCOMING_BYTES * MAX_INCOMING as u64);
         Ok(Server { endpoint: stand(socket, Some(config), identity)?, buffers: None })
     }
 
@@ -299,9 +308,9 @@ mod tests {
         to_receiver.send(&asked).await.unwrap();
         let (mut to_source, mut from_source) = framing::accept(&accepted).await.unwrap();
         assert_eq!(from_source.next().await.unwrap(), Some(asked));
-        let reason = "x".repeat(60_000);
-        to_source.send(&Message::Bye { reason: reason.clone() }).await.unwrap();
-        assert_eq!(from_receiver.next().await.unwrap(), Some(Message::Bye { reason }));
+        let long = Message::Hashes { applied_lsn: 1, hashes: vec![7; 60_000] };
+        to_source.send(&long).await.unwrap();
+        assert_eq!(from_receiver.next().await.unwrap(), Some(long));
         tokio::join!(to_receiver.finish(), async { assert_eq!(from_source.next().await.unwrap(), None) });
 
         accepted.close(quinn::VarInt::from_u32(0), b"done");

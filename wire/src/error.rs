@@ -74,7 +74,8 @@ impl Error {
             ConnectionError::TransportError(_) | ConnectionError::VersionMismatch => ErrorKind::Malformed,
             _ => ErrorKind::Lost,
         };
-        Error::because(kind, at, source)
+        // A close carries words of the peer, which need not even have shown who it is.
+        Error::because(kind, at, machine::text::tidy(&source.to_string()).into_owned())
     }
 
     pub(crate) fn reading(at: &str, source: ReadError) -> Error {

@@ -7,8 +7,12 @@
 //! The encoding is append-only: variants and the codes of enums are added at the end and never reordered, fields are never
 //! added to a variant (a new variant is), and what a peer may send follows from the version and features agreed in `Hello`
 //! and `Welcome`. Golden bytes below hold this. Identifiers are plain bytes here; `journal` gives them their names.
+//!
+//! What a peer says in words is made harmless as it is decoded ([`machine::text`]): one line, short, nothing that a terminal
+//! would obey. So it is nowhere kept, shown or logged as it came.
 
 use journal::{Epoch, EpochId, Lineage, Lsn};
+use machine::text::{tidy_in_place, tidy_to};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -19,6 +23,10 @@ pub const ENCODING: u8 = 1;
 pub const VERSIONS: [u16; 1] = [1];
 /// The most bytes of one message, its first byte included.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
+/// The most volumes of one hello: more than any group has.
+pub const MAX_VOLUMES: usize = 256;
+/// The most bytes of a name; a sound one has 64.
+const MAX_NAME_BYTES: usize = 128;
 
 /// A place in a group's history, as [`journal::Position`] has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -128,6 +136,8 @@ pub enum ErrorCode {
     NotPossible,
     /// A fault of the sender of this message.
     Internal,
+    /// Another copy of this source serves the group. Said only to a source that offered [`crate::instance::FEATURE`].
+    AnotherCopy,
 }
 
 /// A control message. Variants are appended, never moved.
@@ -249,9 +259,72 @@ pub enum Message {
         /// These bytes.
         bytes: Vec<u8>,
     },
+    /// Receiver, before the welcome, to a source that offers it: which copy are you? See [`crate::instance`].
+    InstanceRequest,
+    /// Source, in answer; again whenever it has a new token.
+    Instance {
+        /// Drawn by the process at its start.
+        run: [u8; 16],
+        /// From now on.
+        token: [u8; 16],
+        /// The last one that was answered.
+        previous: Option<[u8; 16]>,
+    },
+    /// Receiver: another copy of this source tried to connect, and was refused.
+    CopySeen {
+        /// From where.
+        address: String,
+        /// Its run.
+        run: [u8; 16],
+        /// The receiver's realtime clock.
+        time_ns: u64,
+        /// Whether it came with the token of this very connection, so that a new one is due.
+        is_up_to_date: bool,
+    },
 }
 
 impl Message {
+    /// Makes harmless what a peer says in words.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Malformed`]: more volumes than any group has.
+    fn tidied(mut self) -> Result<Message> {
+        let name = |text: &mut String| {
+            if let std::borrow::Cow::Owned(tidied) = tidy_to(text, MAX_NAME_BYTES) {
+                *text = tidied;
+            }
+        };
+        match &mut self {
+            Message::Hello { group, volumes, agent, .. } => {
+                if volumes.len() > MAX_VOLUMES {
+                    let at = format!("a hello of {} volumes, the most is {MAX_VOLUMES}", volumes.len());
+                    return Err(Error::new(ErrorKind::Malformed, at));
+                }
+                name(group);
+                name(agent);
+                volumes.iter_mut().for_each(|volume| name(&mut volume.name));
+            }
+            Message::Welcome { state, agent, .. } => {
+                tidy_in_place(&mut state.why);
+                name(agent);
+            }
+            Message::Ack { state: Some(state), .. } => tidy_in_place(&mut state.why),
+            Message::Error { reason, .. } | Message::Bye { reason } => tidy_in_place(reason),
+            Message::CopySeen { address, .. } => name(address),
+            Message::Ack { state: None, .. }
+            | Message::Heartbeat { .. }
+            | Message::Throttle { .. }
+            | Message::ApplyNow { .. }
+            | Message::HashRequest { .. }
+            | Message::Hashes { .. }
+            | Message::FrameRequest { .. }
+            | Message::FramePart { .. }
+            | Message::InstanceRequest
+            | Message::Instance { .. } => {}
+        }
+        Ok(self)
+    }
+
     /// The message's bytes.
     ///
     /// # Errors
@@ -278,12 +351,12 @@ impl Message {
                 "control message in encoding {first}, this program reads {ENCODING}"
             )));
         }
-        let (message, rest) = postcard::take_from_bytes(body)
+        let (message, rest) = postcard::take_from_bytes::<Message>(body)
             .map_err(|e| Error::because(ErrorKind::Malformed, "decode control message", e))?;
         if !rest.is_empty() {
             return Err(malformed(format!("control message with {} bytes left over", rest.len())));
         }
-        Ok(message)
+        message.tidied()
     }
 }
 
@@ -359,6 +432,19 @@ mod tests {
                 "010a010101010101010101010101010101010203030303030303030303030303030303ac02ffffffffffffffffff01ad02",
             ),
             (Message::FramePart { left_bytes: 512, bytes: vec![8, 9] }, "010b8004020809"),
+            (Message::InstanceRequest, "010c"),
+            (
+                Message::Instance { run: [1; 16], token: [2; 16], previous: None },
+                "010d010101010101010101010101010101010202020202020202020202020202020200",
+            ),
+            (
+                Message::Instance { run: [1; 16], token: [2; 16], previous: Some([3; 16]) },
+                "010d01010101010101010101010101010101020202020202020202020202020202020103030303030303030303030303030303",
+            ),
+            (
+                Message::CopySeen { address: "a".into(), run: [1; 16], time_ns: 2, is_up_to_date: true },
+                "010e0161010101010101010101010101010101010201",
+            ),
         ]
     }
 
@@ -391,9 +477,10 @@ mod tests {
             E::Fenced,
             E::NotPossible,
             E::Internal,
+            E::AnotherCopy,
         ]
         .map(number);
-        assert_eq!(error, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+        assert_eq!(error, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
     }
 
     fn number(code: impl Serialize) -> u8 {
@@ -417,6 +504,60 @@ mod tests {
         refused(&[ENCODING, 7, 0xff, 0xff, 0xff, 0xff, 0x0f, b'x']);
         let long = Message::Bye { reason: "r".repeat(MAX_MESSAGE_BYTES) };
         assert_eq!(long.encode().unwrap_err().kind, ErrorKind::TooLong);
+    }
+
+    /// What a peer may write is a constant's length and one line before anything else sees it.
+    #[test]
+    fn words_of_a_peer_are_harmless_once_decoded() {
+        let hostile = "\u{1b}]0;x\u{7}\n\u{202e}".repeat(3000);
+        let volume = |name: &str| VolumeSummary {
+            id: 1,
+            uuid: [1; 16],
+            name: name.into(),
+            size_bytes: u64::MAX,
+            sector_bytes: u32::MAX,
+        };
+        let hello = |volumes| Message::Hello {
+            versions: vec![1],
+            features: u64::MAX,
+            group_id: [1; 16],
+            group: "g\u{1b}".repeat(500),
+            lineage: [1; 16],
+            epoch: u64::MAX,
+            epoch_id: [1; 16],
+            volumes,
+            agent: hostile[..9000].to_owned(),
+        };
+        let why = || state(ReceiverCode::Stopped, &hostile);
+        let messages = [
+            hello(vec![volume(&hostile[..9000])]),
+            Message::Welcome {
+                version: 1,
+                features: 0,
+                resume: None,
+                state: why(),
+                agent: "\u{9b}2J".into(),
+            },
+            Message::Ack { epoch: 1, received_lsn: 1, applied_lsn: 1, checkpoint_lsn: 1, state: Some(why()) },
+            Message::Error { code: ErrorCode::Internal, reason: hostile.clone() },
+            Message::Bye { reason: hostile.clone() },
+            Message::CopySeen { address: hostile.clone(), run: [1; 16], time_ns: 1, is_up_to_date: false },
+        ];
+        for message in messages {
+            let decoded = Message::decode(&message.encode().unwrap()).unwrap();
+            let text = match decoded {
+                Message::Hello { group, agent, volumes, .. } => format!("{group}{agent}{}", volumes[0].name),
+                Message::Welcome { state, agent, .. } => format!("{}{agent}", state.why),
+                Message::Ack { state: Some(state), .. } => state.why,
+                Message::Error { reason, .. } | Message::Bye { reason } => reason,
+                Message::CopySeen { address, .. } => address,
+                other => panic!("{other:?}"),
+            };
+            assert!(text.len() <= 1100 && !text.is_empty(), "{} bytes", text.len());
+            assert!(!text.contains(|c: char| c.is_control() || c == '\u{202e}'), "{text}");
+        }
+        let many = hello(vec![volume("v"); MAX_VOLUMES + 1]).encode().unwrap();
+        assert_eq!(Message::decode(&many).unwrap_err().kind, ErrorKind::Malformed);
     }
 
     #[test]

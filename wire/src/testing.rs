@@ -35,12 +35,14 @@ pub struct Pair {
 }
 
 pub async fn pair() -> Pair {
-    let (source, receiver) = (identity(), identity());
-    let server = server(&receiver, &source);
-    let client = Client::new(&source, receiver.fingerprint(), &Tuning::default()).unwrap();
+    let (source, theirs) = (identity(), identity());
+    let server = server(&theirs, &source);
+    let client = Client::new(&source, theirs.fingerprint(), &Tuning::default()).unwrap();
     let address = address(&server);
     let (connected, accepted) = tokio::join!(client.connect(&address, TIMEOUT), async {
         handshake(server.accept().await.unwrap()).await
     });
-    Pair { source: connected.unwrap(), receiver: accepted.unwrap().0, _ends: (client, server) }
+    let receiver = accepted.unwrap().0;
+    Tuning::default().admit(&receiver).unwrap();
+    Pair { source: connected.unwrap(), receiver, _ends: (client, server) }
 }

@@ -35,11 +35,12 @@ pub(crate) fn provider() -> CryptoProvider {
 /// TLS for a client that speaks to `pinned` only.
 pub(crate) fn client(identity: &Identity, pinned: Fingerprint) -> Result<ClientConfig> {
     let accept: Accept = Arc::new(move |seen| *seen == pinned);
+    let expected = Expected::Receiver(pinned);
     let mut config = ClientConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(setup)?
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Pinned::new(accept)))
+        .with_custom_certificate_verifier(Arc::new(Pinned::new(accept, expected)))
         .with_client_auth_cert(identity.chain(), identity.key())
         .map_err(setup)?;
     config.alpn_protocols = vec![ALPN.to_vec()];
@@ -54,7 +55,7 @@ pub(crate) fn server(identity: &Identity, accept: Accept) -> Result<ServerConfig
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(setup)?
-        .with_client_cert_verifier(Arc::new(Pinned::new(accept)))
+        .with_client_cert_verifier(Arc::new(Pinned::new(accept, Expected::Sources)))
         .with_single_cert(identity.chain(), identity.key())
         .map_err(setup)?;
     config.alpn_protocols = vec![ALPN.to_vec()];
@@ -71,12 +72,13 @@ fn setup(e: rustls::Error) -> Error {
 /// The verifier of both sides.
 struct Pinned {
     accept: Accept,
+    expected: Expected,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl Pinned {
-    fn new(accept: Accept) -> Pinned {
-        Pinned { accept, algorithms: provider().signature_verification_algorithms }
+    fn new(accept: Accept, expected: Expected) -> Pinned {
+        Pinned { accept, expected, algorithms: provider().signature_verification_algorithms }
     }
 
     fn check(&self, certificate: &CertificateDer<'_>) -> std::result::Result<(), rustls::Error> {
@@ -84,7 +86,7 @@ impl Pinned {
         if (self.accept)(&seen) {
             return Ok(());
         }
-        let other = OtherError(Arc::new(NotPinned(seen)));
+        let other = OtherError(Arc::new(NotPinned { seen, expected: self.expected }));
         Err(rustls::Error::InvalidCertificate(CertificateError::Other(other)))
     }
 
@@ -98,13 +100,37 @@ impl Pinned {
     }
 }
 
+/// Who was expected: by which setting of which side.
+#[derive(Clone, Copy, Debug)]
+enum Expected {
+    /// At the source: this receiver.
+    Receiver(Fingerprint),
+    /// At the receiver: one of its sources.
+    Sources,
+}
+
 /// The refusal as both sides will read it: QUIC carries it to the peer.
 #[derive(Debug)]
-struct NotPinned(Fingerprint);
+struct NotPinned {
+    seen: Fingerprint,
+    expected: Expected,
+}
 
 impl fmt::Display for NotPinned {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "identity {} is not pinned here", self.0)
+        let seen = self.seen;
+        match self.expected {
+            Expected::Sources => write!(
+                f,
+                "the source's identity {seen} stands in no [[source]] of the receiver's settings; if it is right (`afterimage \
+                 identity show` at the source), set identity = \"{seen}\" there and restart the receiver"
+            ),
+            Expected::Receiver(pinned) => write!(
+                f,
+                "the receiver's identity is {seen}, and [receiver] identity in the source's settings says {pinned}; if the \
+                 former is right (`afterimage identity show` at the receiver), paste it there and restart the source"
+            ),
+        }
     }
 }
 

@@ -52,6 +52,11 @@ const QUESTION_STREAMS: u32 = 1;
 /// Uni streams of frames that a source may have open at once.
 const FRAME_STREAMS: u32 = 16;
 
+/// What a source may send before it was admitted: a hello, and the answer to a question of the greeting.
+const GREETING_WINDOW_BYTES: u64 = 128 << 10;
+/// What a receiver may send before we have read it: acknowledgements, answers of at most 64 KiB.
+const ANSWERS_WINDOW_BYTES: u64 = 1 << 20;
+
 /// What the peer may open.
 #[derive(Clone, Copy)]
 pub(crate) enum Side {
@@ -75,16 +80,25 @@ impl Tuning {
         }
         let idle =
             IdleTimeout::try_from(self.idle_timeout).map_err(|_| refuse("idle timeout is too long"))?;
-        let (bidi, uni) = match side {
-            Side::Client => (QUESTION_STREAMS, 0),
-            Side::Server => (1 + QUESTION_STREAMS, FRAME_STREAMS),
+        let (bidi, uni, most) = match side {
+            Side::Client => (QUESTION_STREAMS, 0, ANSWERS_WINDOW_BYTES),
+            // The rest when it was admitted.
+            Side::Server => (1, 0, GREETING_WINDOW_BYTES),
+        };
+        // Judged whole, also where less is granted at first.
+        let (stream, connection) = (window(self.stream_window_bytes)?, window(self.connection_window_bytes)?);
+        let at_first = |window: VarInt| window.min(VarInt::from_u64(most).unwrap_or(window));
+        let stream = match side {
+            Side::Client => at_first(stream),
+            // Cannot be raised later; the connection's bounds it.
+            Side::Server => stream,
         };
         let mut mtu_discovery = MtuDiscoveryConfig::default();
         mtu_discovery.upper_bound(self.mtu_bytes);
         let mut transport = TransportConfig::default();
         transport
-            .stream_receive_window(window(self.stream_window_bytes)?)
-            .receive_window(window(self.connection_window_bytes)?)
+            .stream_receive_window(stream)
+            .receive_window(at_first(connection))
             .send_window(self.send_window_bytes)
             .max_concurrent_bidi_streams(VarInt::from_u32(bidi))
             .max_concurrent_uni_streams(VarInt::from_u32(uni))
@@ -96,6 +110,19 @@ impl Tuning {
             .send_fairness(false)
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
         Ok(Arc::new(transport))
+    }
+
+    /// Lets a source that has its group's place send frames.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Setting`], which [`Tuning::transport`] has found before.
+    pub fn admit(&self, connection: &quinn::Connection) -> Result<()> {
+        let window = VarInt::from_u64(self.connection_window_bytes)
+            .map_err(|_| Error::new(ErrorKind::Setting, "quic settings: a window is beyond 2^62 bytes"))?;
+        connection.set_receive_window(window);
+        connection.set_max_concurrent_bi_streams(VarInt::from_u32(1 + QUESTION_STREAMS));
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(FRAME_STREAMS));
+        Ok(())
     }
 }
 

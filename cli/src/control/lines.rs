@@ -8,12 +8,14 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame};
 use tokio::sync::mpsc;
 
-use super::{Desk, Line, RestoreOrder, stopped, stopping};
+use super::{Desk, Line, RestoreOrder, carried, stopped, stopping};
 
-/// Runs the restore beside the connection; its lines arrive in order, the result last. It goes on to its end also when
-/// whoever asked for it goes away: its target is whole, or does not have its name.
+/// Runs the restore beside the connection; its lines arrive in order, the result last. It ends when the connection does:
+/// who interrupts the command means the restore, too.
 pub fn start(desk: Desk, order: RestoreOrder, lines: usize) -> mpsc::Receiver<Line> {
     let (sender, receiver) = mpsc::channel(lines);
+    let RestoreOrder { group, at, to, .. } = &order;
+    let line = format!("restore {group} --at {at} --to {}", to.display());
     tokio::spawn(async move {
         let (progress, mut reports) = mpsc::channel(1);
         let forward = async {
@@ -22,10 +24,14 @@ pub fn start(desk: Desk, order: RestoreOrder, lines: usize) -> mpsc::Receiver<Li
                 let _ = sender.try_send(Line::Progress(report));
             }
         };
-        let work = async { tokio::join!(desk.backend.restore(order, progress), forward).0 };
+        let work = async { tokio::join!(carried(line, desk.backend.restore(order, progress)), forward).0 };
         let outcome = tokio::select! {
             outcome = work => outcome,
             () = stopped(desk.stop.clone()) => Err(stopping()),
+            () = sender.closed() => {
+                tracing::info!("a restore ends, since the command that ordered it has gone");
+                return;
+            }
         };
         drop(desk);
         let last = match outcome {

@@ -4,7 +4,20 @@ use super::*;
 use crate::client::Client;
 use crate::status::Group;
 
-struct Fake;
+#[derive(Default)]
+struct Fake {
+    /// Told when a restore that goes on for ever is waited for no more.
+    dropped: Arc<tokio::sync::Notify>,
+}
+
+/// Tells when it is dropped.
+struct Told(Arc<tokio::sync::Notify>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
 
 impl Backend for Fake {
     fn status(&self) -> Status {
@@ -57,6 +70,10 @@ impl Backend for Fake {
             for done_bytes in 0..3 {
                 progress.send(Progress { done_bytes, total_bytes: 3 }).await.unwrap();
             }
+            if order.at == "lsn:2" {
+                let _told = Told(self.dropped.clone());
+                std::future::pending::<()>().await;
+            }
             if order.at == "lsn:1" {
                 return Err(Fault::new(Kind::Corrupt, "a.seg at 512"));
             }
@@ -68,7 +85,7 @@ impl Backend for Fake {
 async fn served() -> (tempfile::TempDir, Server, Client) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("control.sock");
-    let server = Server::start(&path, Arc::new(Fake)).await.unwrap();
+    let server = Server::start(&path, Arc::new(Fake::default())).await.unwrap();
     (dir, server, Client::at(path))
 }
 
@@ -136,18 +153,36 @@ async fn a_restore_streams_progress_and_ends_with_its_result_or_its_fault() {
 }
 
 #[tokio::test]
+async fn a_restore_ends_with_the_connection_that_asked_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("control.sock");
+    let fake = Fake::default();
+    let dropped = fake.dropped.clone();
+    let server = Server::start(&path, Arc::new(fake)).await.unwrap();
+    let (begun, mut first) = tokio::sync::mpsc::channel(1);
+    let asked = tokio::spawn(async move {
+        let body = json!({ "group": "g", "at": "lsn:2", "to": "/t" });
+        Client::at(path).stream("/v1/restore", &body, |_| _ = begun.try_send(())).await
+    });
+    first.recv().await.unwrap();
+    asked.abort();
+    dropped.notified().await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_served_socket_is_never_taken_and_a_dead_one_is() {
     let (dir, server, client) = served().await;
     let path = dir.path().join("control.sock");
-    let second = Server::start(&path, Arc::new(Fake)).await.err().unwrap();
+    let second = Server::start(&path, Arc::new(Fake::default())).await.err().unwrap();
     assert_eq!(kind(second), Kind::Busy);
     assert!(client.get("/v1/status").await.is_ok(), "the first still answers");
     server.stop().await;
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "a dead daemon's socket");
-    let server = Server::start(&path, Arc::new(Fake)).await.unwrap();
+    let server = Server::start(&path, Arc::new(Fake::default())).await.unwrap();
     assert!(client.get("/v1/status").await.is_ok());
     server.stop().await;
     let long = dir.path().join("x".repeat(120));
-    assert_eq!(kind(Server::start(&long, Arc::new(Fake)).await.err().unwrap()), Kind::Usage);
+    assert_eq!(kind(Server::start(&long, Arc::new(Fake::default())).await.err().unwrap()), Kind::Usage);
 }

@@ -8,7 +8,7 @@ use ::journal::compress::Decoder;
 use ::journal::frame::FrameHeader;
 use ::journal::io::Disk;
 use ::journal::reader::Reader;
-use ::journal::record::{Op, Record, Records};
+use ::journal::record::{InDoubt, Op, Record, Records};
 use ::journal::segment::{self, SegmentKind};
 use ::journal::tail::Limit;
 use ::journal::walk::{Item, SegmentFile, Walk};
@@ -103,7 +103,11 @@ impl Printer {
 
 fn as_text(kind: &str, record: &Record, payload: &[u8]) -> String {
     let note = match record.op {
-        Op::Bookmark | Op::ResyncBegin => format!(" {:?}", String::from_utf8_lossy(payload)),
+        Op::ResyncBegin => {
+            let doubt = InDoubt::of(record).map(|doubt| format!(" in doubt after lsn {}", doubt.after));
+            format!("{} {:?}", doubt.unwrap_or_default(), String::from_utf8_lossy(payload))
+        }
+        Op::Bookmark => format!(" {:?}", String::from_utf8_lossy(payload)),
         _ => String::new(),
     };
     let (op, extent) = (op_name(record.op), record.extent);

@@ -35,8 +35,10 @@ struct Listed {
 pub fn list(disk: &dyn Disk, args: &JournalArgs) -> Result<()> {
     let mut rows = Vec::new();
     for dir in dirs(&args.dir)? {
-        for (number, path) in segment::list(disk, &dir)? {
-            let listed = look(disk, number, path);
+        let segments = segment::list(disk, &dir)?;
+        let last = segments.last().map(|(number, _)| *number);
+        for (number, path) in segments {
+            let listed = look(disk, number, path, last == Some(number));
             if args.json {
                 output::line(serde_json::to_string(&listed)?)?;
             } else {
@@ -53,7 +55,7 @@ pub fn list(disk: &dyn Disk, args: &JournalArgs) -> Result<()> {
     ))
 }
 
-fn look(disk: &dyn Disk, number: u64, path: PathBuf) -> Listed {
+fn look(disk: &dyn Disk, number: u64, path: PathBuf, is_last: bool) -> Listed {
     let mut listed = Listed {
         file: path.clone(),
         kind: "unknown",
@@ -67,13 +69,13 @@ fn look(disk: &dyn Disk, number: u64, path: PathBuf) -> Listed {
         last_time: None,
         damage: None,
     };
-    let looked = SegmentFile::open(disk, &path, number).and_then(|segment| listed.fill(&segment));
+    let looked = SegmentFile::open(disk, &path, number).and_then(|segment| listed.fill(&segment, is_last));
     listed.damage = looked.err().map(|error| error.to_string());
     listed
 }
 
 impl Listed {
-    fn fill(&mut self, segment: &SegmentFile) -> ::journal::Result<()> {
+    fn fill(&mut self, segment: &SegmentFile, is_last: bool) -> ::journal::Result<()> {
         self.bytes = segment.size;
         self.epoch = segment.header.start.epoch.number;
         self.kind = match segment.header.kind {
@@ -87,7 +89,7 @@ impl Listed {
                     self.add((frame.first_lsn, frame.first_time_ns), (frame.last_lsn, frame.last_time_ns));
                 }
             }
-            // Without a footer it is the one being written, which ends where its frames end.
+            // Without a footer the last one is being written, and ends where its frames end. No other may lack it.
             Err(error) if error.kind == ErrorKind::Corrupt => {
                 let mut walk = Walk::new(segment);
                 loop {
@@ -99,9 +101,8 @@ impl Listed {
                             );
                         }
                         Item::Mark(_) => {}
-                        Item::End => break,
-                        // A footer stands here, and did not hold.
-                        Item::Footer => return Err(error),
+                        Item::End if is_last && segment.header.kind == SegmentKind::Journal => break,
+                        Item::End | Item::Footer => return Err(error),
                     }
                 }
             }

@@ -1,5 +1,6 @@
 //! Hosts for tests: a ring on the heap, and one that shows its memory after every store.
 
+mod handover;
 mod model;
 mod stops;
 
@@ -9,8 +10,9 @@ use super::memory::{Host, Memory, index};
 use super::reservation::Token;
 use super::ring::{Captured, Reserver, Ring};
 use super::span::Span;
+use core::cell::{Cell, RefCell};
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::{boxed::Box, vec, vec::Vec};
 
@@ -34,6 +36,12 @@ pub struct Heap {
     _lines: Box<[Line]>,
     span: Span,
     hook: Option<Hook>,
+    /// Called whenever the lock is free again, but not by what it calls itself.
+    between: RefCell<Option<Box<dyn Fn()>>>,
+    is_between: Cell<bool>,
+    /// Accesses in all, and the most of them in one hold of the lock.
+    accesses: AtomicU64,
+    longest_hold: AtomicU64,
     reserver: Mutex<Reserver>,
 }
 
@@ -54,7 +62,16 @@ impl Heap {
         let base = NonNull::new(lines.as_mut_ptr().cast()).unwrap();
         // SAFETY: aligned by `Line`, valid as long as `_lines` beside it, which nobody else touches.
         let span = unsafe { Span::new(base, bytes) };
-        Self { _lines: lines, span, hook: None, reserver: Mutex::new(Reserver::new()) }
+        Self {
+            _lines: lines,
+            span,
+            hook: None,
+            between: RefCell::new(None),
+            is_between: Cell::new(false),
+            accesses: AtomicU64::new(0),
+            longest_hold: AtomicU64::new(0),
+            reserver: Mutex::new(Reserver::new()),
+        }
     }
 
     /// What a dead owner left.
@@ -68,6 +85,19 @@ impl Heap {
     pub fn hooked(mut self, hook: Hook) -> Self {
         self.hook = Some(hook);
         self
+    }
+
+    pub fn set_between(&self, between: impl Fn() + 'static) {
+        *self.between.borrow_mut() = Some(Box::new(between));
+    }
+
+    /// The most accesses in one hold of the lock since the last call.
+    pub fn take_longest_hold(&self) -> u64 {
+        self.longest_hold.swap(0, Ordering::Relaxed)
+    }
+
+    fn touch(&self) {
+        self.accesses.fetch_add(1, Ordering::Relaxed);
     }
 
     /// A copy of the whole memory.
@@ -89,16 +119,20 @@ unsafe impl Memory for Heap {
         self.span.len()
     }
     fn load32(&self, at: u64, order: Ordering) -> u32 {
+        self.touch();
         self.span.load32(at, order)
     }
     fn load64(&self, at: u64, order: Ordering) -> u64 {
+        self.touch();
         self.span.load64(at, order)
     }
     fn store32(&self, at: u64, value: u32, order: Ordering) {
+        self.touch();
         self.span.store32(at, value, order);
         self.stored();
     }
     fn store64(&self, at: u64, value: u64, order: Ordering) {
+        self.touch();
         self.span.store64(at, value, order);
         self.stored();
     }
@@ -108,11 +142,13 @@ unsafe impl Memory for Heap {
         old
     }
     fn or64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
+        self.touch();
         let old = self.span.or64(at, bits, order);
         self.stored();
         old
     }
     fn and64(&self, at: u64, bits: u64, order: Ordering) -> u64 {
+        self.touch();
         let old = self.span.and64(at, bits, order);
         self.stored();
         old
@@ -140,7 +176,21 @@ unsafe impl Host for Heap {
         self
     }
     fn locked<R>(&self, critical: impl FnOnce(&mut Reserver) -> R) -> R {
-        critical(&mut self.reserver.lock().unwrap_or_else(PoisonError::into_inner))
+        let result = {
+            let mut reserver = self.reserver.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = self.accesses.load(Ordering::Relaxed);
+            let result = critical(&mut reserver);
+            let held = self.accesses.load(Ordering::Relaxed) - before;
+            self.longest_hold.fetch_max(held, Ordering::Relaxed);
+            result
+        };
+        if let Some(between) = &*self.between.borrow()
+            && !self.is_between.replace(true)
+        {
+            between();
+            self.is_between.set(false);
+        }
+        result
     }
     fn published(&self) {}
 }

@@ -23,12 +23,13 @@ use super::now_ns;
 use super::orders::{Answer, Order, Orders};
 use super::progress::{Progress, Stall};
 use super::schedule::HASTE;
-use crate::apply::{Applier, ApplySettings, Expired, ResumeReport, RewindReport};
+use crate::apply::{Applier, ApplySettings, Expired, OverwriteReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
 use crate::ingest::queue::Ingest;
 use crate::point::At;
 use crate::retention::Policy;
+use crate::room::GroupRoom;
 use crate::scrub::Scrub;
 use crate::thin::Steps;
 
@@ -55,6 +56,7 @@ pub(super) struct Parts {
     pub ingest: Ingest,
     pub progress: watch::Sender<Progress>,
     pub scrub: Arc<Scrub>,
+    pub room: Arc<GroupRoom>,
 }
 
 /// See the module.
@@ -144,6 +146,9 @@ impl ApplyThread {
             self.parts.bell.ring(|schedule| schedule.hold(at));
             return Ok(());
         }
+        if let Some(why) = self.no_room() {
+            return self.stalled(Error::new(ErrorKind::NoSpace, why));
+        }
         let Some(applier) = &mut self.applier else { return Ok(()) };
         let durable = self.parts.progress.borrow().durable;
         match applier.next_batch(&durable) {
@@ -175,6 +180,26 @@ impl ApplyThread {
         }
     }
 
+    /// Why the next batch, made as small as can be, has no room: what it writes and what it keeps of what it overwrites. A
+    /// rewind goes on: it is the operator's.
+    fn no_room(&mut self) -> Option<String> {
+        let room = self.parts.room.clone();
+        let applier = self.applier.as_mut().filter(|applier| room.is_limited() && !applier.is_rewinding())?;
+        let (replica_bytes, undo_bytes) = applier.taken_bytes();
+        room.measured(replica_bytes, undo_bytes);
+        let waiting = self.parts.bell.bytes_waiting();
+        let why = loop {
+            let need = applier.batch_bytes().min(waiting).saturating_mul(2);
+            match room.refusal(need) {
+                Some(_) if applier.halve_batch() => {}
+                why => break why,
+            }
+        };
+        // What cannot be applied is not taken either.
+        room.set_stalled(why.clone());
+        why
+    }
+
     /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
     /// Until then the failed applier still keeps house.
     fn stalled(&mut self, error: Error) -> Result<()> {
@@ -187,12 +212,18 @@ impl ApplyThread {
         let why = error.in_full();
         let stall = match error.kind {
             ErrorKind::ReplicaFailed | ErrorKind::Busy => Stall::ReplicaFailed(why),
+            _ if self.is_changed() => Stall::ReplicaFailed(why),
             ErrorKind::Corrupt => self.suspect(why),
             _ => Stall::Stopped(why),
         };
         self.parts.bell.ring(|schedule| schedule.hold(retry_at));
         self.publish(self.checkpoint(), Some(stall));
         Ok(())
+    }
+
+    /// Whether others changed a replica.
+    fn is_changed(&self) -> bool {
+        self.applier.as_ref().is_some_and(|applier| applier.state().seen.changed.is_some())
     }
 
     /// What cannot be read may be rot in the journal: the scrub thread looks, and mends what the source still holds. What it
@@ -248,6 +279,8 @@ impl ApplyThread {
         match order {
             Order::Rewind(at, answer) => answered(answer, self.rewind(&at)),
             Order::Resume(answer) => answered(answer, self.resume()),
+            Order::Overwrite(answer) => answered(answer, self.overwrite()),
+            Order::Check(answer) => answered(answer, self.check()),
             Order::LookAgain => {
                 self.suspected = None;
                 // One that fares well was not kept from anything.
@@ -341,6 +374,38 @@ impl ApplyThread {
         Ok(report)
     }
 
+    /// Has replicas that others changed overwritten by the next epoch.
+    fn overwrite(&mut self) -> Result<OverwriteReport> {
+        let durable = self.parts.progress.borrow().durable;
+        let report = self.applier()?.overwrite(&durable, now_ns())?;
+        self.reopen_at = None;
+        let state = self.applier()?.state();
+        let (checkpoint, stall) = (state.checkpoint.lsn, Stall::of(state));
+        self.publish(checkpoint, stall);
+        self.wait_again();
+        self.parts.bell.ring(|schedule| schedule.release());
+        Ok(report)
+    }
+
+    /// Looks whether the replicas are what was left, and says so before a reader rests on them.
+    fn check(&mut self) -> Result<()> {
+        let Some(applier) = &mut self.applier else { return Ok(()) };
+        if self.reopen_at.is_some() {
+            return Ok(());
+        }
+        match applier.check_replicas() {
+            Ok(()) => {
+                let state = applier.state();
+                if state.seen.changed.is_some() && state.wishes.rewound.is_some() {
+                    let (checkpoint, stall) = (state.checkpoint.lsn, Stall::of(state));
+                    self.publish(checkpoint, stall);
+                }
+                Ok(())
+            }
+            Err(error) => self.stalled(error),
+        }
+    }
+
     /// What lies behind the checkpoint waits, also if it was applied once.
     fn wait_again(&self) {
         let (checkpoint, durable) = {
@@ -407,12 +472,15 @@ impl ApplyThread {
 
     /// Heartbeats and retention.
     fn keep_house(&mut self) -> Result<()> {
+        self.check()?;
         let Some(applier) = &mut self.applier else { return Ok(()) };
         let durable = self.parts.progress.borrow().durable.lsn;
         let beat = lock(&self.parts.heartbeats).durable(durable);
         let kept = beat.map_or(Ok(()), |beat| applier.keep_heartbeat(beat));
         let segments = lock(&self.parts.segments).clone();
-        match kept.and_then(|()| applier.expire(&self.policy, &segments)) {
+        let quota_bytes = self.parts.room.history_quota(self.policy.quota_bytes);
+        let policy = Policy { quota_bytes, ..self.policy };
+        match kept.and_then(|()| applier.expire(&policy, &segments)) {
             Ok(expired) => {
                 self.follow(&expired);
                 self.merge();

@@ -21,15 +21,16 @@ use tokio::sync::watch;
 use wire::message::ErrorCode;
 
 use super::apply_thread::{ApplyThread, Parts};
-use super::attach::{Attached, Berth};
+use super::attach::{Attached, Berth, Newcomer};
 use super::bell::Bell;
-use super::clock::ReceiptClock;
+use super::clock::{ReceiptClock, now_ns};
 use super::failure::{self, Failure};
 use super::heartbeats::Heartbeats;
 use super::orders::{Order, Orders};
 use super::progress::Progress;
 use super::schedule::Pace;
-use crate::error::{Error, Result};
+use crate::copies::Copies;
+use crate::error::{Error, ErrorKind, Result};
 use crate::history::History;
 use crate::ingest::queue::Ingest;
 use crate::ingest::thread::{Durable, Place, Runner};
@@ -37,6 +38,7 @@ use crate::ingest::{IngestCore, Refusal};
 use crate::lock::GroupLock;
 use crate::mend::Mender;
 use crate::refetch::Fetcher;
+use crate::room::{GroupRoom, Rooms};
 use crate::scrub::Scrub;
 use crate::state::{GroupState, GroupStore, Moment, journal_dir};
 
@@ -64,6 +66,8 @@ pub struct Setup {
     pub settings: Arc<conf::Receiver>,
     /// Where final errors go.
     pub failure: Failure,
+    /// What all groups share.
+    pub rooms: Arc<Rooms>,
 }
 
 impl Setup {
@@ -133,11 +137,16 @@ impl Group {
         ring_for_backlog(&bell, &writer, state.checkpoint.lsn);
         let told = Told { bell: bell.clone(), history: history.clone(), segments: segments.clone() };
         let core = IngestCore::new(state.group, writer.appended())?;
+        // Undo of one batch, and the segment and its spare that a roll makes meanwhile.
+        let reserve_bytes = setup.settings.apply.undo_bytes + 2 * setup.settings.journal.segment_bytes;
+        let max_bytes = setup.settings.max_bytes(name);
+        let rooms = setup.rooms.clone();
+        let room = GroupRoom::new(rooms, setup.disk.clone(), dir.clone(), name, max_bytes, reserve_bytes);
         let place = Place {
             disk: setup.disk.clone(),
             dir: journal_dir(&dir),
-            // Undo of one batch, and the segment and its spare that a roll makes meanwhile.
-            reserve_bytes: setup.settings.apply.undo_bytes + 2 * setup.settings.journal.segment_bytes,
+            room: room.clone(),
+            reserve_bytes,
             clock: ReceiptClock::after(history.newest_receipt_ns()),
         };
         let (ingest, runner) = Runner::new(core, writer, progress.clone(), told, place);
@@ -166,7 +175,9 @@ impl Group {
             ingest: ingest.clone(),
             progress: progress.clone(),
             scrub: scrub.clone(),
+            room,
         };
+        let copies = Copies::open(&setup.disk, &dir);
         let apply = ApplyThread::open(setup, name, parts)?;
         let (scrubbed, disk, scrubbed_dir) = (scrub.clone(), setup.disk.clone(), dir.clone());
         // 3. Threads last: nothing is announced before everything is recovered.
@@ -191,7 +202,7 @@ impl Group {
             heartbeats,
             orders,
             scrub,
-            berth: Berth::default(),
+            berth: Berth::new(name, copies),
             hashing: Arc::new(tokio::sync::Semaphore::new(1)),
             fetcher,
             threads: Mutex::new(threads),
@@ -215,8 +226,11 @@ impl Group {
         }
         if claim.id != self.id {
             let what = format!(
-                "group {} here is {}, the source's is {}: it is another group of the same name",
-                self.name, self.id, claim.id
+                "group {} here is {}, the source's is {}: it is another group of the same name. If the source lost its \
+                 directory, bring it back from a backup; or choose a new `group` in the source's settings, add it to \
+                 `groups` of its [[source]] here and restart this receiver: it is synchronised as a new group, and the \
+                 history of {} stays",
+                self.name, self.id, claim.id, self.name
             );
             return Err(Refusal::new(ErrorCode::GroupNotYours, what));
         }
@@ -231,10 +245,27 @@ impl Group {
     /// Makes a connection the group's one connection.
     ///
     /// # Errors
-    /// The receiver is stopping.
-    pub async fn attach(&self, peer: String) -> std::result::Result<Attached, Refusal> {
-        let stopping = |_| Refusal::new(ErrorCode::JournalFailed, "the receiver is stopping");
-        self.berth.attach(&self.ingest, peer).await.map_err(stopping)
+    /// Another copy of the source has the place, or the receiver is stopping.
+    pub async fn attach(&self, newcomer: Newcomer) -> std::result::Result<Attached, Refusal> {
+        let attached = self.berth.attach(&self.ingest, newcomer).await?;
+        // What an earlier visit claimed, and cannot be held against anything here, ends with this one.
+        lock(&self.heartbeats).begin_visit();
+        self.bell.ring(|schedule| schedule.forget_wanted());
+        Ok(attached)
+    }
+
+    /// The source of this session has a new token.
+    pub async fn goes_on(&self, attached: &Attached, instance: wire::Instance) {
+        self.berth.goes_on(&attached.session, instance).await;
+    }
+
+    /// The next copy of the source that comes is the one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotPossible`] while one is connected.
+    pub async fn admit(&self) -> Result<()> {
+        let admitted = self.berth.admit().await;
+        admitted.map_err(|why| Error::new(ErrorKind::NotPossible, why))?
     }
 
     /// Where the group stands, now and from now on.
@@ -263,7 +294,7 @@ impl Group {
 
     /// The source spoke of its newest lsn.
     pub fn heartbeat(&self, beat: Moment) {
-        lock(&self.heartbeats).heard(beat, machine::now());
+        lock(&self.heartbeats).heard(beat, machine::now(), now_ns());
     }
 
     /// Applies up to `lsn` without waiting for fuller batches.
@@ -365,6 +396,6 @@ impl Durable for Told {
     }
 }
 
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

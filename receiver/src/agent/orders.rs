@@ -10,7 +10,7 @@ use machine::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use super::bell::Bell;
-use crate::apply::{HoldReport, ResumeReport, RewindReport};
+use crate::apply::{HoldReport, OverwriteReport, ResumeReport, RewindReport};
 use crate::error::{Error, ErrorKind, Result};
 use crate::point::At;
 
@@ -23,6 +23,10 @@ pub enum Order {
     Rewind(At, Answer<RewindReport>),
     /// Roll forward again.
     Resume(Answer<ResumeReport>),
+    /// Overwrite replicas that others changed, by a new epoch.
+    Overwrite(Answer<OverwriteReport>),
+    /// Look whether the replicas are what was left.
+    Check(Answer<()>),
     /// What could not be read can be, or is known to be lost: try again. Nobody waits for it.
     LookAgain,
     /// Keep a bookmark from retention, or let it go.

@@ -35,9 +35,9 @@ pub struct Progress {
 pub enum Stall {
     /// The replica stands at an earlier point, or is on its way there, by the operator's wish.
     Rewound(String),
-    /// The replica is not what we left: only a new epoch repairs it.
+    /// The replica is given up, or its overwriting is ordered: only a new epoch repairs it.
     NeedsResync(String),
-    /// The replica could not be written; tried again.
+    /// The replica cannot be written, or others changed it and it is left alone; looked at again.
     ReplicaFailed(String),
     /// Something else (no room for undo, damage in the journal); tried again.
     Stopped(String),
@@ -53,7 +53,9 @@ impl Stall {
                 if rewind.at == format!("lsn:{lsn}") { String::new() } else { format!("{}, ", rewind.at) };
             format!("to lsn {lsn} ({asked}{time})")
         };
-        let also = state.needs_resync.as_ref().map_or(String::new(), |why| format!("; besides, {why}"));
+        let changed = state.changed_words();
+        let also = changed.as_ref().or(state.needs_resync.as_ref());
+        let also = also.map_or(String::new(), |why| format!("; besides, {why}"));
         let why = match (&wishes.intent, &wishes.rewound) {
             (Some(intent), _) => format!("is being rewound {}{also}", told(intent)),
             (None, Some(rewound)) => format!(
@@ -62,7 +64,10 @@ impl Stall {
                 rfc3339(rewound.since_ns),
                 state.name
             ),
-            (None, None) => return state.needs_resync.clone().map(Stall::NeedsResync),
+            (None, None) => {
+                let changed = changed.map(Stall::ReplicaFailed);
+                return changed.or_else(|| state.needs_resync.clone().map(Stall::NeedsResync));
+            }
         };
         Some(Stall::Rewound(why))
     }

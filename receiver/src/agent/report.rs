@@ -17,9 +17,9 @@ use crate::status::{GroupStatus, HistoryStatus, RewoundStatus, State, UsedStatus
 /// The status of an open group.
 pub(super) fn group(group: &Group) -> GroupStatus {
     let progress = group.progress().borrow().clone();
-    let (newest, heard_at) = {
+    let (newest, heard_at, skew_ms) = {
         let beats = lock(&group.heartbeats);
-        (beats.newest(), beats.heard_at())
+        (beats.newest(), beats.heard_at(), beats.skew_ms())
     };
     let received = progress.durable.lsn;
     // Some of these come from a peer and from files: shown in their order, whatever they say.
@@ -51,6 +51,9 @@ pub(super) fn group(group: &Group) -> GroupStatus {
         // The replica follows as ever; what is damaged is the way back.
         state = state.max(State::Degraded);
         why = Some(why.map_or(found.clone(), |why| format!("{why}; besides, {found}")));
+    }
+    if let Some(copy) = group.berth.copy_words() {
+        why = Some(why.map_or(copy.clone(), |why| format!("{why}; besides, {copy}")));
     }
     let volumes = durable.replicas.iter().map(|replica| VolumeStatus {
         name: replica.name.clone(),
@@ -84,6 +87,9 @@ pub(super) fn group(group: &Group) -> GroupStatus {
         }),
         scrub,
         repaired: group.scrub.repaired(),
+        restores: Vec::new(),
+        // Of a clock that is not heard nothing is known.
+        clock_skew_ms: skew_ms.filter(|_| group.berth.peer().is_some()),
     }
 }
 
@@ -105,6 +111,8 @@ pub(super) fn broken(name: &str, why: &str) -> GroupStatus {
         rewound: None,
         scrub: None,
         repaired: Vec::new(),
+        restores: Vec::new(),
+        clock_skew_ms: None,
     }
 }
 
@@ -140,6 +148,8 @@ fn rpo_ms(
     connected: bool,
 ) -> Option<u64> {
     let behind_ms = match positions.captured_lsn > positions.received_lsn {
+        // Nothing is durable yet: since when is not known.
+        true if progress.durable_time_ns == 0 => return None,
         true => newest_ns?.saturating_sub(progress.durable_time_ns) / 1_000_000,
         false => 0,
     };
@@ -149,7 +159,10 @@ fn rpo_ms(
     let silent_ms = match heard_at {
         Some(at) => u64::try_from(machine::since(at).as_millis()).unwrap_or(u64::MAX),
         // Not heard since our start: only the clocks can say.
-        None => now_ns().saturating_sub(newest_ns.unwrap_or(progress.durable_time_ns)) / 1_000_000,
+        None => {
+            let known = newest_ns.or((progress.durable_time_ns > 0).then_some(progress.durable_time_ns));
+            now_ns().saturating_sub(known?) / 1_000_000
+        }
     };
     (positions.captured_lsn.0 > 0).then(|| behind_ms.saturating_add(silent_ms))
 }

@@ -104,6 +104,11 @@ impl Schedule {
         self.wanted = self.wanted.max(lsn);
     }
 
+    /// What was asked for is forgotten: another source asks from now on.
+    pub fn forget_wanted(&mut self) {
+        self.wanted = Lsn::ZERO;
+    }
+
     /// Nothing is tried before `until`: the last try failed.
     pub fn hold(&mut self, until: Instant) {
         self.held_until = Some(until);
@@ -207,6 +212,12 @@ mod tests {
         schedule.want(Lsn(u64::MAX));
         schedule.received(Lsn(5), 512, t0 + 20 * MS);
         assert_eq!(schedule.due(Lsn(4), t0 + 20 * MS), Due::At(t0 + 260 * MS));
+        // And only as long as it is there.
+        schedule.forget_wanted();
+        assert!(
+            matches!(schedule.due(Lsn(4), t0 + 20 * MS), Due::At(at) if at > t0 + 260 * MS),
+            "the usual pace"
+        );
     }
 
     #[test]

@@ -54,6 +54,7 @@ impl Applier {
                 ));
             }
             (false, None) => {
+                self.check_replicas()?;
                 // ⚠ Pinned until the hold is in force: retention may be about to drop the point.
                 let (point, _pin) = self.history.resolve_pinned(&At::Bookmark(name.to_owned()))?;
                 state.wishes.holds.push(Hold { name: name.to_owned(), at: point.moment, since_ns: now_ns });

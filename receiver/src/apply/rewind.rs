@@ -17,9 +17,11 @@
 use std::collections::BTreeMap;
 
 use journal::{Lsn, Position, VolumeId};
+use machine::disk::continuity::Ends;
 use serde::{Deserialize, Serialize};
 
-use super::{Applier, BatchDone, note_changed};
+use super::overwrite::note_changed;
+use super::{Applier, BatchDone};
 use crate::past::Past;
 use crate::point::{At, Point, rfc3339};
 use crate::state::{Back, GroupState, Reached, Rewind, undo_dir};
@@ -86,6 +88,11 @@ impl Applier {
         }
         self.finish_cut()?;
         self.check_unchanged()?;
+        if let At::Found(_) = at {
+            let at =
+                format!("{at} is what others left in the replica, and no point of the source: restore it");
+            return Err(Error::new(ErrorKind::NotPossible, at));
+        }
         let (point, _pin) = self.history.resolve_pinned(at)?;
         let Point { moment, boundary, boundary_lsn } = point;
         let exact = self.store.state().exact_start().start;
@@ -143,12 +150,13 @@ impl Applier {
         let mut state = self.store.state().clone();
         (state.wishes.intent, state.wishes.rewound) = (None, None);
         // Somebody may have written to the replica while it stood still.
-        note_changed(&self.group_dir, &mut state, self.settings.hold_replicas);
+        let replica_of = |id| self.replicas.get(&id);
+        note_changed(&*self.disk, &self.group_dir, &mut state, replica_of, crate::agent::now_ns())?;
         let report = ResumeReport {
             group: state.name.clone(),
             from_lsn: state.checkpoint.lsn,
             received_lsn,
-            warnings: state.needs_resync.clone().into_iter().collect(),
+            warnings: state.needs_resync.clone().into_iter().chain(state.changed_words()).collect(),
         };
         self.store.store(state)?;
         self.gatherer.reset();
@@ -169,14 +177,11 @@ impl Applier {
         Ok(())
     }
 
-    /// A replica that others wrote to while it stood at the point of an earlier rewind is no base for another.
-    fn check_unchanged(&self) -> Result<()> {
-        let mut state = self.store.state().clone();
-        if state.wishes.rewound.is_none() || state.needs_resync.is_some() {
-            return Ok(());
-        }
-        note_changed(&self.group_dir, &mut state, self.settings.hold_replicas);
-        state.needs_resync.map_or(Ok(()), |why| Err(Error::new(ErrorKind::NotPossible, why)))
+    /// A replica that others wrote to is no base for a rewind, also where it stands at the point of an earlier one.
+    fn check_unchanged(&mut self) -> Result<()> {
+        self.check_replicas()?;
+        let words = self.store.state().changed_words();
+        words.map_or(Ok(()), |why| Err(Error::new(ErrorKind::NotPossible, why)))
     }
 
     /// The point up to which is applied, where a rewind asks for one ahead.
@@ -245,7 +250,8 @@ impl Applier {
         }
         // 4. The checkpoint: from here on the replicas are exactly the point.
         let from_lsn = self.store.state().checkpoint.lsn;
-        let state = self.state_back(order, back, &sizes);
+        let mut state = self.state_back(order, back, &sizes);
+        state.seen.marks = self.marks(Ends::Skip)?;
         self.store.store(state)?;
         self.cut = None;
         // What was passed over is met again.
@@ -350,6 +356,7 @@ impl Applier {
             replica.shrink(known.size_bytes)?;
             known.stamp = replica.settled_stamp()?;
         }
+        state.seen.marks = self.marks(Ends::Read)?;
         self.store.store(state)?;
         self.follow_state();
         Ok(())

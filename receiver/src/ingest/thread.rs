@@ -27,6 +27,7 @@ use super::{IngestCore, Refusal, Step};
 use crate::agent::progress::Progress;
 use crate::agent::{ReceiptClock, Times};
 use crate::error::{Error, Result};
+use crate::room::GroupRoom;
 
 /// Bytes after which the journal is synced even though more is waiting.
 const SYNC_BYTES: u64 = 4 << 20;
@@ -36,6 +37,8 @@ const SYNC_DELAY: Duration = Duration::from_millis(5);
 const FULL_RETRY: Duration = Duration::from_millis(200);
 /// Bytes after which the disk is asked for its room again.
 const ROOM_BYTES: u64 = 8 << 20;
+/// The same where the group's own room has a limit.
+const LOOK_BYTES: u64 = 1 << 20;
 /// The reserve is at most this part of a file system: on a small one batches shrink instead.
 const RESERVE_PART: u64 = 16;
 
@@ -59,6 +62,8 @@ pub struct Place {
     pub dir: PathBuf,
     /// Bytes left to apply, while it has something to do.
     pub reserve_bytes: u64,
+    /// What the group may take.
+    pub room: Arc<GroupRoom>,
     /// Counts receipts.
     pub clock: ReceiptClock,
 }
@@ -241,15 +246,26 @@ impl<D: Durable> Runner<D> {
 
     /// Why a frame must wait although it would fit: the room that is left is needed to apply what waits already.
     fn reserve_needed(&mut self, frame_bytes: u64) -> Option<String> {
+        let group = &self.place.room;
+        if let Some(why) = group.stalled() {
+            return Some(why);
+        }
         if let Some(left) = self.known_room_bytes.checked_sub(frame_bytes) {
             self.known_room_bytes = left;
             return None;
         }
+        group.journal_takes(self.writer.journal_bytes());
+        if group.is_limited()
+            && let Some(why) = group.refusal(frame_bytes.max(LOOK_BYTES))
+        {
+            return Some(why);
+        }
+        let known_bytes = if group.is_limited() { LOOK_BYTES } else { ROOM_BYTES };
         // Where the room cannot be known the disk itself will say that it is full.
         let room = self.place.disk.room(&self.place.dir).ok().flatten()?;
         let reserve_bytes = self.place.reserve_bytes.min(room.total_bytes / RESERVE_PART);
         if room.free_bytes >= reserve_bytes {
-            self.known_room_bytes = ROOM_BYTES.min(room.free_bytes - reserve_bytes);
+            self.known_room_bytes = known_bytes.min(room.free_bytes - reserve_bytes);
             return None;
         }
         (self.newest > self.progress.borrow().checkpoint).then(|| {
@@ -334,6 +350,7 @@ mod tests {
     use super::super::tests::{GROUP, LINEAGE, frame, opening, stamp};
     use super::*;
     use crate::error::ErrorKind;
+    use crate::room::Rooms;
     use journal::record::Op;
     use journal::sim_disk::SimDisk;
     use journal::writer::WriterOptions;
@@ -368,31 +385,38 @@ mod tests {
         applied: watch::Sender<Progress>,
         told: Told,
         thread: JoinHandle<Result<()>>,
+        room: Arc<GroupRoom>,
         chain: u64,
         lsn: u64,
     }
 
     impl Bench {
         fn new() -> Bench {
-            let disk = SimDisk::new();
+            Bench::of(SimDisk::new(), "g", Rooms::new(1), None)
+        }
+
+        /// A group of several, on a disk that they share.
+        fn of(disk: SimDisk, name: &str, rooms: Arc<Rooms>, max_bytes: Option<u64>) -> Bench {
             let options = WriterOptions { group: GROUP, segment_bytes: 1 << 20 };
             let start = Position::epoch_start(LINEAGE, Epoch::default(), Lsn::ZERO);
-            let dir = Path::new("/g/journal");
+            let dir = &Path::new("/").join(name).join("journal");
             let writer = Writer::create(Arc::new(disk.clone()), dir, options, start, 1).unwrap();
             let progress = watch::Sender::new(Progress::at(&writer, Lsn::ZERO));
             let core = IngestCore::new(GROUP, start).unwrap();
             let told = Told::default();
             let receiver = progress.subscribe();
+            let room = GroupRoom::new(rooms, Arc::new(disk.clone()), dir.into(), name, max_bytes, 1 << 20);
             let place = Place {
                 disk: Arc::new(disk.clone()),
                 dir: dir.to_path_buf(),
                 reserve_bytes: 1 << 20,
+                room: room.clone(),
                 clock: ReceiptClock::after(0),
             };
             let applied = progress.clone();
             let (ingest, runner) = Runner::new(core, writer, progress, told.clone(), place);
             let thread = std::thread::spawn(move || runner.run());
-            Bench { disk, ingest, progress: receiver, applied, told, thread, chain: 0, lsn: 9 }
+            Bench { disk, ingest, progress: receiver, applied, told, thread, room, chain: 0, lsn: 9 }
         }
 
         /// The next frame of a stream that begins with an opening.
@@ -474,6 +498,78 @@ mod tests {
         let last = bench.lsn;
         let done = bench.until(|progress| progress.durable.lsn.0 == last).await;
         assert_eq!((done.full, done.durable.chain), (None, bench.chain));
+        bench.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_group_that_floods_the_disk_stops_and_another_goes_on_being_acknowledged() {
+        let (disk, rooms) = (SimDisk::new(), Rooms::new(2));
+        let mut flood = Bench::of(disk.clone(), "flood", rooms.clone(), None);
+        let mut quiet = Bench::of(disk.clone(), "quiet", rooms, None);
+        let (one, other) = (Session::new(), Session::new());
+        for bench in [&mut flood, &mut quiet] {
+            let opening = bench.next();
+            bench.submit(&one, opening).await;
+            bench.ingest.settle().await.unwrap();
+        }
+        disk.set_capacity(Some(64 << 20));
+        let flooding = tokio::spawn(async move {
+            // Until it is held up for good, its queue takes some more.
+            for _ in 0..200_000 {
+                let (header, bytes) = flood.next();
+                // Everything is applied at once, and takes no other room.
+                flood.applied.send_modify(|progress| progress.checkpoint = progress.durable.lsn);
+                let sent =
+                    timeout(Duration::from_millis(400), flood.ingest.submit(&one, header, bytes)).await;
+                if sent.is_err() {
+                    break;
+                }
+            }
+            let stuck = flood.until(|progress| progress.full.is_some()).await;
+            (flood, stuck)
+        });
+        let (flood, stuck) = flooding.await.unwrap();
+        assert!(stuck.full.unwrap().contains("each of its 2 groups"));
+        let free = (64 << 20) - disk.used_bytes();
+        assert!(free >= 7 << 20, "{free} bytes are left to the other");
+        // A journal segment of its own and more: all of it is acknowledged.
+        for _ in 0..2 * (1 << 20) / 1024 {
+            let next = quiet.next();
+            quiet.submit(&other, next).await;
+        }
+        let settled = quiet.ingest.settle().await.unwrap();
+        assert_eq!((settled.lsn, quiet.progress.borrow().full.clone()), (Lsn(quiet.lsn), None));
+        quiet.end().unwrap();
+        flood.end().unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_is_beyond_max_bytes_is_not_acknowledged() {
+        let mut bench = Bench::of(SimDisk::new(), "g", Rooms::new(1), Some(64 << 20));
+        let session = Session::new();
+        let opening = bench.next();
+        bench.submit(&session, opening).await;
+        let before = bench.ingest.settle().await.unwrap();
+        bench.room.measured(64 << 20, 0);
+        for _ in 0..2 * LOOK_BYTES / 1024 {
+            let next = bench.next();
+            bench.submit(&session, next).await;
+        }
+        let stuck = bench.until(|progress| progress.full.is_some()).await;
+        assert!(stuck.full.unwrap().contains("max_bytes"));
+        assert!(stuck.durable.lsn >= before.lsn && stuck.durable.lsn.0 < bench.lsn);
+        // History was shortened, or a hold released.
+        bench.room.measured(1 << 20, 0);
+        let last = bench.lsn;
+        bench.until(|progress| progress.durable.lsn.0 == last && progress.full.is_none()).await;
+        // What cannot be applied is not taken.
+        bench.room.set_stalled(Some("no room to apply".into()));
+        let next = bench.next();
+        bench.submit(&session, next).await;
+        bench.until(|progress| progress.full.as_deref() == Some("no room to apply")).await;
+        bench.room.set_stalled(None);
+        let last = bench.lsn;
+        bench.until(|progress| progress.durable.lsn.0 == last).await;
         bench.end().unwrap();
     }
 

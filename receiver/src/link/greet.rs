@@ -23,6 +23,13 @@ pub(super) struct Greeting {
     pub agent: String,
 }
 
+impl Greeting {
+    /// Whether the source says which copy it is, and wants to hear of others.
+    pub fn tells_copies(&self) -> bool {
+        self.features & wire::instance::FEATURE != 0
+    }
+}
+
 /// Finds or creates the group that the peer may send.
 pub(super) async fn greet(
     shared: &Arc<Shared>,

@@ -133,20 +133,121 @@ impl Question {
 
     fn hashes(&self, file: &dyn File) -> std::io::Result<Vec<u8>> {
         let chunk_bytes = u64::from(self.chunk_bytes);
+        let ends_early = |at: u64| {
+            let error = format!("it ends at byte {at}");
+            Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, error))
+        };
         let mut chunk = vec![0; self.chunk_bytes as usize];
+        let mut hasher = compare::Hasher::new(self.key);
         let mut hashes = Vec::new();
         let end = self.offset + self.length;
+        let size = file.size()?;
+        if size < end {
+            return ends_early(size);
+        }
         let mut at = self.offset;
+        // The data at or behind `at`. A write that comes while we read may be missed, as in what is read.
+        let mut data = at..at;
         while at < end {
             let bytes = usize::try_from(chunk_bytes.min(end - at)).unwrap_or(0);
-            let read = file.read_at(&mut chunk[..bytes], at)?;
-            if read < bytes {
-                let error = format!("it ends at byte {}", at + read as u64);
-                return Err(std::io::Error::new(std::io::ErrorKind::UnexpectedEof, error));
+            if data.end <= at {
+                data = file.next_data(at)?.unwrap_or(u64::MAX..u64::MAX);
             }
-            hashes.extend_from_slice(&compare::hash(&self.key, &chunk[..bytes]));
+            if data.start >= at + bytes as u64 {
+                hashes.extend_from_slice(&hasher.zeros(bytes));
+            } else {
+                let read = file.read_at(&mut chunk[..bytes], at)?;
+                if read < bytes {
+                    return ends_early(at + read as u64);
+                }
+                hashes.extend_from_slice(&hasher.hash(&chunk[..bytes]));
+            }
             at += chunk_bytes;
         }
         Ok(hashes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use journal::io::{Disk, RealDisk};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Sums what is read.
+    struct Counting(Arc<dyn File>, AtomicU64);
+
+    impl File for Counting {
+        fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+            self.1.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            self.0.read_at(buffer, offset)
+        }
+        fn write_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+            self.0.write_at(bytes, offset)
+        }
+        fn sync(&self) -> std::io::Result<()> {
+            self.0.sync()
+        }
+        fn size(&self) -> std::io::Result<u64> {
+            self.0.size()
+        }
+        fn set_size(&self, bytes: u64) -> std::io::Result<()> {
+            self.0.set_size(bytes)
+        }
+        fn allocate(&self, bytes: u64) -> std::io::Result<()> {
+            self.0.allocate(bytes)
+        }
+        fn punch_hole(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
+            self.0.punch_hole(range)
+        }
+        fn next_data(&self, offset: u64) -> std::io::Result<Option<std::ops::Range<u64>>> {
+            self.0.next_data(offset)
+        }
+        fn start_writeback(&self, range: std::ops::Range<u64>) -> std::io::Result<()> {
+            self.0.start_writeback(range)
+        }
+    }
+
+    /// 64 GiB with 2 MiB of content: answered by content, not by size; and no hash differs from what reading gives.
+    #[test]
+    fn holes_are_not_read_and_hash_as_zeros() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = RealDisk.create(&dir.path().join("v.img")).unwrap();
+        let size = 64 << 30;
+        file.set_size(size).unwrap();
+        for at in [0, size - (1 << 20)] {
+            file.write_at(&vec![7; 1 << 20], at).unwrap();
+        }
+        let counting = Counting(file.clone(), AtomicU64::new(0));
+        let question = |offset, length, chunk_bytes| Question {
+            volume: VolumeId(0),
+            offset,
+            length,
+            chunk_bytes,
+            epoch: 1,
+            after: Lsn(0),
+            key: [9; 32],
+        };
+        let mut data = 0;
+        for offset in (0..size).step_by(1 << 30) {
+            let hashes = question(offset, 1 << 30, 1 << 20).hashes(&counting).unwrap();
+            let zeros = compare::Hasher::new([9; 32]).zeros(1 << 20);
+            data += hashes.chunks(compare::HASH_BYTES).filter(|hash| **hash != zeros).count();
+        }
+        assert_eq!(data, 2);
+        assert!(
+            counting.1.load(Ordering::Relaxed) <= 8 << 20,
+            "{} bytes read",
+            counting.1.load(Ordering::Relaxed)
+        );
+        // Around the end of the data, in small chunks, and cut by the volume's end.
+        for (offset, length) in [((1 << 20) - 8192, 16384), (size - (1 << 20) - 4096, (1 << 20) + 4096)] {
+            let mut bytes = vec![0; usize::try_from(length).unwrap()];
+            file.read_at(&mut bytes, offset).unwrap();
+            let read: Vec<u8> = bytes.chunks(4096).flat_map(|chunk| compare::hash(&[9; 32], chunk)).collect();
+            assert_eq!(question(offset, length, 4096).hashes(&counting).unwrap(), read);
+        }
+        assert!(question(size - 4096, 8192, 4096).hashes(&counting).is_err(), "it ends before");
     }
 }

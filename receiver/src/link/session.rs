@@ -15,14 +15,14 @@ use quinn::Connection;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use wire::message::{ErrorCode, Message, ReceiverState};
-use wire::{ControlReceiver, ControlSender, Fingerprint, FrameReader};
+use wire::{ControlReceiver, ControlSender, Fingerprint, FrameReader, Instance};
 
 use super::greet::Greeting;
-use super::{CLOSED, Chain, FAREWELL_TIMEOUT, farewell, stopping};
-use crate::agent::Shared;
-use crate::agent::attach::Attached;
+use super::{CLOSED, Chain, FAREWELL_TIMEOUT, GREETING_TIMEOUT, farewell, stopping};
+use crate::agent::attach::{Attached, CopySeen, Newcomer, Notice};
 use crate::agent::group::Group;
 use crate::agent::progress::Progress;
+use crate::agent::{Shared, now_ns};
 use crate::ingest::Refusal;
 use crate::state::Moment;
 
@@ -71,15 +71,28 @@ impl From<wire::Error> for End {
 }
 
 /// Runs a session of a greeted peer to its end.
-pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, hello: &Greeting) -> End {
-    let who = format!("{} {}", wires.peer, wires.identity);
-    let attached = match group.attach(who).await {
+///
+/// `greeted` is called once it has its group's place.
+pub(super) async fn run(
+    mut wires: Wires,
+    group: &Arc<Group>,
+    shared: &Shared,
+    hello: &Greeting,
+    greeted: impl FnOnce(),
+) -> End {
+    let attached = match attach(&mut wires, group, hello).await {
         Ok(attached) => attached,
-        Err(refusal) => {
+        Err(End::Refused(refusal)) => {
             farewell(wires.sender, refusal.clone()).await;
             return End::Refused(refusal);
         }
+        Err(end) => return end,
     };
+    // From here on it may send: at most one connection of a group has these windows.
+    greeted();
+    if let Err(error) = shared.tuning.admit(&wires.connection) {
+        return error.into();
+    }
     let mut progress = group.progress();
     let state = progress.borrow_and_update().receiver_state();
     let welcome = Message::Welcome {
@@ -94,6 +107,7 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, h
     }
     let Wires { connection, sender, receiver, .. } = wires;
     let (end, ended) = oneshot::channel();
+    let notices = attached.notices.clone();
     let reading = async {
         let reason = first_end(&connection, receiver, group, shared, &attached, hello.features).await;
         // Nothing more is handed to ingest: a newer connection need not wait for our goodbye.
@@ -102,11 +116,46 @@ pub(super) async fn run(mut wires: Wires, group: &Arc<Group>, shared: &Shared, h
         let _ = end.send(reason);
     };
     let speaking = async {
-        let end = speak(sender, progress, state, ended).await;
+        let notices = Notices { notices, tells: hello.tells_copies(), told: None };
+        let end = speak(sender, progress, state, notices, ended).await;
         connection.close(CLOSED.into(), b"");
         end
     };
     tokio::join!(reading, speaking).1
+}
+
+/// Asks which copy of the source it is, where it can tell, and gives it the group's place.
+async fn attach(wires: &mut Wires, group: &Group, hello: &Greeting) -> Result<Attached, End> {
+    let mut instance = None;
+    if hello.tells_copies() {
+        wires.sender.send(&Message::InstanceRequest).await?;
+        match timeout(GREETING_TIMEOUT, wires.receiver.next()).await {
+            Ok(Ok(Some(Message::Instance { run, token, previous }))) => {
+                instance = Some(Instance { run, token, previous });
+            }
+            Ok(Ok(Some(_))) => {
+                return Err(End::Refused(Refusal::new(
+                    ErrorCode::BadFrame,
+                    "not the answer to what was asked",
+                )));
+            }
+            Ok(Ok(None)) => return Err(End::Lost("the source closed the control stream".to_owned())),
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => return Err(End::Lost("the source did not say in time which copy it is".to_owned())),
+        }
+    }
+    let newcomer = Newcomer {
+        address: wires.peer,
+        who: format!("{} {}", wires.peer, wires.identity),
+        instance,
+        connection: wires.connection.clone(),
+    };
+    let gone = wires.connection.closed();
+    tokio::select! {
+        attached = group.attach(newcomer) => attached.map_err(End::Refused),
+        // One that has left waits for no place.
+        error = gone => Err(wire::Error::connection("attach", error).into()),
+    }
 }
 
 /// What this side offers for a group.
@@ -136,7 +185,7 @@ async fn first_end(
             End::Refused(Refusal::new(ErrorCode::JournalFailed, "the receiver failed and stops acknowledging"))
         }
         _ = stop.wait_for(|stop| *stop) => End::Refused(stopping()),
-        end = control(receiver, group) => end,
+        end = control(receiver, group, attached) => end,
         end = super::questions::answer(connection, group) => end,
         error = group.refetch(connection, features) => error.into(),
         end = frames(connection, group, attached) => end,
@@ -167,13 +216,22 @@ async fn frames(connection: &Connection, group: &Group, attached: &Attached) -> 
 }
 
 /// Control messages of the source.
-async fn control(mut receiver: ControlReceiver, group: &Group) -> End {
+async fn control(mut receiver: ControlReceiver, group: &Group, attached: &Attached) -> End {
     loop {
         match receiver.next().await {
+            Ok(Some(Message::Heartbeat { captured_lsn: lsn, .. } | Message::ApplyNow { lsn }))
+                if lsn > Lsn::MAX.0 =>
+            {
+                let what = format!("lsn {lsn} is beyond what a position can be");
+                return End::Refused(Refusal::new(ErrorCode::BadFrame, what));
+            }
             Ok(Some(Message::Heartbeat { captured_lsn, time_ns, .. })) => {
                 group.heartbeat(Moment { lsn: Lsn(captured_lsn), time_ns });
             }
             Ok(Some(Message::ApplyNow { lsn })) => group.apply_now(Lsn(lsn)),
+            Ok(Some(Message::Instance { run, token, previous })) => {
+                group.goes_on(attached, Instance { run, token, previous }).await;
+            }
             Ok(Some(Message::Bye { reason })) => return End::Bye(reason),
             Ok(Some(Message::Error { reason, .. })) => return End::Bye(reason),
             Ok(Some(_)) => {
@@ -193,22 +251,38 @@ async fn speak(
     mut sender: ControlSender,
     mut progress: watch::Receiver<Progress>,
     mut told: ReceiverState,
+    mut notices: Notices,
     mut ended: oneshot::Receiver<End>,
 ) -> End {
     let mut beat = interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut copies = None;
     let end = loop {
-        let changed = tokio::select! {
+        let is_beat = tokio::select! {
             biased;
             end = &mut ended => break end,
-            changed = progress.changed() => changed.is_ok(),
+            changed = progress.changed() => match changed {
+                Ok(()) => false,
+                Err(_) => break Ok(End::Refused(stopping())),
+            },
+            copy = notices.next() => {
+                copies = copy;
+                true
+            }
             _ = beat.tick() => true,
         };
-        if !changed {
-            break Ok(End::Refused(stopping()));
-        }
         let (ack, state) = acknowledgement(&progress.borrow_and_update(), &told);
-        let mut sent = pin!(sender.send(&ack));
+        // Our clock, so that both sides see how they differ; a source of before that passes over it.
+        let Message::Ack { epoch, received_lsn: captured_lsn, .. } = ack else { unreachable!("just made") };
+        let clock = is_beat.then(|| Message::Heartbeat { captured_lsn, epoch, time_ns: now_ns() });
+        let copy = copies.take();
+        let mut sent = pin!(async {
+            sender.send(&ack).await?;
+            for more in [&clock, &copy].into_iter().flatten() {
+                sender.send(more).await?;
+            }
+            Ok::<_, wire::Error>(())
+        });
         let sent = tokio::select! {
             sent = &mut sent => sent,
             // A peer that does not read its acknowledgements is not waited for.
@@ -228,6 +302,30 @@ async fn speak(
         farewell(sender, refusal.clone()).await;
     }
     end
+}
+
+/// What the berth wants said: something at least, and what of a copy is new.
+struct Notices {
+    notices: watch::Receiver<Notice>,
+    /// Whether the peer's program knows the message.
+    tells: bool,
+    told: Option<CopySeen>,
+}
+
+impl Notices {
+    /// Cancel-safe.
+    async fn next(&mut self) -> Option<Message> {
+        if self.notices.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        let copy = self.notices.borrow_and_update().copy.clone();
+        if !self.tells || self.told == copy {
+            return None;
+        }
+        self.told.clone_from(&copy);
+        let CopySeen { address, run, time_ns, is_up_to_date } = copy?;
+        Some(Message::CopySeen { address, run, time_ns, is_up_to_date })
+    }
 }
 
 /// The acknowledgement for where the group stands; the state goes along when it is not what was told last.

@@ -78,7 +78,12 @@ impl Inner {
         for level in 1..=MAX_LEVEL {
             let span = Node::span(level);
             let mut first = oldest.next_multiple_of(span) + 1;
-            while first + (span - 1) <= self.state.applied_batch {
+            // Over the batches that are there, not over the numbers that should be: the state may name any.
+            while let Some((held, _)) = self.batches.range(first..).next() {
+                first = (held - 1) / span * span + 1;
+                if first + (span - 1) > self.state.applied_batch {
+                    break;
+                }
                 let node = Node { level, first };
                 if !self.merged.contains(&node) && !self.hopeless.contains(&node) && self.has_parts(node) {
                     return Some(node);

@@ -112,6 +112,7 @@ fn names_mean_nodes() {
         "1-1.idx",
         "x",
         "6-00000000000000000001.idx",
+        "1-18446744073709551601.idx",
     ] {
         assert_eq!(Node::of_name(name), None, "{name}");
     }

@@ -104,6 +104,24 @@ mod tests {
     }
 
     /// Added to, never edited: these bytes are on disks.
+    /// They are added to, counted up to, and become lengths, and the file may be a stranger's.
+    #[test]
+    fn numbers_that_no_group_reaches_are_refused() {
+        let bad = |change: &dyn Fn(&mut GroupState)| {
+            let mut state = state();
+            change(&mut state);
+            let error = GroupState::decode(&state.encode().unwrap(), Path::new("x")).unwrap_err();
+            assert!(error.to_string().contains("no group reaches"), "{error}");
+        };
+        let far = journal::segment::MAX_NUMBER;
+        bad(&|state| state.applied_batch = far);
+        bad(&|state| state.oldest_batch = state.applied_batch + 2);
+        bad(&|state| state.consistent_batch = state.applied_batch + 1);
+        bad(&|state| state.events_bytes = u64::MAX);
+        bad(&|state| state.events_file = u64::MAX);
+        bad(&|state| state.exact = Some(super::super::Exact { batch: far, start: Moment::default() }));
+    }
+
     #[test]
     fn golden_bytes_of_both_versions() {
         // Ids are text in postcard: 32 hex digits. The version, group, name, owner, lineage, checkpoint with its time; the
@@ -144,8 +162,8 @@ mod tests {
         now.extend(unhex(&format!("00{rewind}01{position}0901016201020{}", 3)));
         assert_eq!(hex(&wished.encode().unwrap()), hex(&now));
         assert_eq!(GroupState::decode(&now, Path::new("x")).unwrap(), wished);
-        let unknown = GroupState::decode(&[4, 0], Path::new("x")).unwrap_err();
-        assert!(unknown.to_string().contains("version 4"), "{unknown}");
+        let unknown = GroupState::decode(&[5, 0], Path::new("x")).unwrap_err();
+        assert!(unknown.to_string().contains("version 5"), "{unknown}");
 
         // Version 3: an exact window that begins at batch 7, lsn 200, time 1.
         let start = Moment { lsn: Lsn(200), time_ns: 1 };
@@ -154,6 +172,25 @@ mod tests {
         now.extend(unhex("07c80101"));
         assert_eq!(hex(&stepped.encode().unwrap()), hex(&now));
         assert_eq!(GroupState::decode(&now, Path::new("x")).unwrap(), stepped);
+
+        // Version 4: the window is there or not; one mark; changed; nothing found; one history that ended.
+        use super::super::{Changed, Ended, Mark, Seen};
+        use machine::disk::{Continuity, DiskIdentity};
+        let left = Continuity { boot: [1; 16], size_bytes: 300, ends: None, times: None, counters: None };
+        let seen = Seen {
+            marks: vec![Mark { volume: journal::VolumeId(3), identity: DiskIdentity::Simulated(7), left }],
+            changed: Some(Changed { why: "c".into(), since_ns: 5, ordered_ns: None }),
+            found: Vec::new(),
+            ended: vec![Ended { at_ns: 6, why: "e".into(), from: Lsn(1), to: Lsn(300), holds: 2 }],
+        };
+        let changed = GroupState { seen, ..stepped };
+        now[0] = 4;
+        now.truncate(now.len() - 4);
+        now.extend(unhex("0107c80101"));
+        now.extend(unhex(&format!("01030207{}ac02000000", "01".repeat(16))));
+        now.extend(unhex("010163050000010601650 1ac0202".replace(' ', "").as_str()));
+        assert_eq!(hex(&changed.encode().unwrap()), hex(&now));
+        assert_eq!(GroupState::decode(&now, Path::new("x")).unwrap(), changed);
     }
 
     fn hex(bytes: &[u8]) -> String {

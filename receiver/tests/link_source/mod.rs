@@ -48,6 +48,7 @@ impl Site {
         let bind = |source: &&Source| conf::Source {
             identity: source.identity.fingerprint().0,
             groups: vec![source.group.clone()],
+            max_bytes: None,
         };
         let local = ([127, 0, 0, 1], 0).into();
         let mut settings =
@@ -318,8 +319,13 @@ impl Link {
     }
 
     pub async fn hear(&mut self) -> Message {
-        let message = timeout(PATIENCE, self.control.next()).await.expect("the receiver is silent");
-        let message = message.unwrap().expect("the control stream ended");
+        let message = loop {
+            let message = timeout(PATIENCE, self.control.next()).await.expect("the receiver is silent");
+            let message = message.unwrap().expect("the control stream ended");
+            if !matches!(message, Message::Heartbeat { .. }) {
+                break message;
+            }
+        };
         if let Message::Ack { received_lsn, checkpoint_lsn, state, .. } = &message {
             assert!(*received_lsn >= self.acked, "acknowledgements never run back");
             self.acked = *received_lsn;

@@ -63,12 +63,17 @@ fn check(path: &Path, sysfs: &Path, mounts: &str) -> Result<()> {
             }
         }
     }
+    let disk = if sysfs.join("partition").exists() { sysfs.join("..") } else { sysfs.to_owned() };
+    if disk.join("multipath").exists() {
+        let why = "it is an NVMe namespace that can be reached over several paths, which the kernel joins past its queue; \
+                   start the kernel with nvme_core.multipath=N where there is one path, or capture a logical volume on it";
+        return refuse(path, why);
+    }
     if sysfs.join("md").exists() || sysfs.join("bcache").exists() {
         let why = "md and bcache devices cannot be captured exactly; serve it over NBD with capture = \"nbd\", or capture \
                    a logical volume on it";
         return refuse(path, why);
     }
-    let disk = if sysfs.join("partition").exists() { sysfs.join("..") } else { sysfs.to_owned() };
     let zoned = fs::read_to_string(disk.join("queue/zoned")).unwrap_or_default();
     if !matches!(zoned.trim(), "" | "none") {
         return refuse(path, "it is a zoned disk, whose writes have no fixed place");
@@ -235,6 +240,8 @@ mod tests {
         };
         let below = refused(partition, "").unwrap();
         assert!(below.contains("/dev/bcache0"), "{below}");
+        let paths = refused(|dir| put(&dir.join("multipath/nvme0c0n1/dev"), "0:0"), "").unwrap();
+        assert!(paths.contains("several paths"), "{paths}");
         let array = refused(|dir| put(&dir.join("md/level"), "raid1"), "").unwrap();
         assert!(array.contains("logical volume"), "{array}");
     }

@@ -71,6 +71,11 @@ impl Disk {
         self.file.read_exact_at(into, offset)
     }
 
+    /// Its descriptor.
+    pub fn held(&self) -> &File {
+        &self.file
+    }
+
     /// Its directory in sysfs.
     pub fn sysfs(&self) -> PathBuf {
         let (major, minor) = (rustix::fs::major(self.rdev), rustix::fs::minor(self.rdev));

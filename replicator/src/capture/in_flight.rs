@@ -89,6 +89,12 @@ impl InFlight {
         Ok(Turn { owner: self, ticket })
     }
 
+    /// How many changes have begun so far, if none is in flight.
+    pub fn quiet(&self) -> Option<u64> {
+        let queue = self.lock();
+        queue.places.is_empty().then_some(queue.next_ticket)
+    }
+
     /// A mark: every change that began before this call is before it.
     pub fn now(&self) -> u64 {
         self.lock().next_ticket
@@ -156,6 +162,7 @@ mod tests {
         let flight = InFlight::default();
         let first = flight.enter(0..4096).unwrap();
         let disjoint = flight.enter(4096..8192).unwrap();
+        assert_eq!(flight.quiet(), None);
         drop(disjoint);
         let entered = Mutex::new(false);
         thread::scope(|scope| {
@@ -168,7 +175,7 @@ mod tests {
             drop(first);
         });
         assert!(*entered.lock().unwrap());
-        assert!(flight.lock().places.is_empty());
+        assert_eq!(flight.quiet(), Some(3));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Capture sources. All of them fill the same kind of ring with the same records; everything behind it is one path.
 
 pub mod attach;
+pub mod contexts;
 pub mod disk;
 pub mod durability;
 mod feedback;

@@ -27,7 +27,7 @@ pub enum Refusal {
     BitmapMode,
     /// Bits are set.
     Dirty,
-    /// The barrier of the last begin was not passed.
+    /// The barrier of the last begin was not passed, or the begin itself is under way.
     Owed,
     /// It will not work by itself.
     Failed(Error),
@@ -39,6 +39,7 @@ impl From<Refused> for Refusal {
             Refused::Full => Refusal::Full,
             Refused::BitmapMode => Refusal::BitmapMode,
             Refused::Dirty => Refusal::Dirty,
+            Refused::Moving => Refusal::Owed,
             other => {
                 Refusal::Failed(Error::new(ErrorKind::Ring, format!("the ring refused a record: {other:?}")))
             }
@@ -397,13 +398,23 @@ impl Ring {
         }
     }
 
-    /// Bios that were neither recorded nor failed: only bits stand for them, and nothing in the stream tells.
+    /// Bios that were neither recorded nor failed, and commands that no hook sees: only bits stand for them, and nothing in
+    /// the stream tells. The kernel sets those of the latter when it is asked.
     pub fn untold_writes(&self) -> u64 {
         match self {
             Ring::Front(_) => 0,
-            Ring::Kernel(kernel) => {
-                kernel.group().status().map_or(0, |status| status.untracked + status.unreadable)
-            }
+            Ring::Kernel(kernel) => kernel
+                .group()
+                .status()
+                .map_or(0, |status| status.untracked + status.unreadable + status.unseen),
+        }
+    }
+
+    /// Commands past the block layer, since the group was made.
+    pub fn unseen_commands(&self) -> u64 {
+        match self {
+            Ring::Front(_) => 0,
+            Ring::Kernel(kernel) => kernel.group().status().map_or(0, |status| status.unseen),
         }
     }
 }

@@ -59,8 +59,8 @@ impl Pipeline {
     }
 
     fn cause_of_gap(&self) -> String {
-        let file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let gap = file.get().needs_resync.as_ref().map(|gap| gap.cause.clone());
+        let state = self.shared.remembered.get();
+        let gap = state.needs_resync.as_ref().map(|gap| gap.cause.clone());
         gap.unwrap_or_else(|| "source and replica do not join".to_owned())
     }
 

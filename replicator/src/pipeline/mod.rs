@@ -20,10 +20,11 @@ use std::time::{Duration, Instant};
 use journal::compress::Compression;
 use journal::frame::{Batch, EncodedFrame, FrameHeader, Stamp};
 use journal::pool::EncodePool;
+use journal::record::{InDoubt, Record};
 use journal::retention::SourcePolicy;
 use journal::tail::Tail;
 use journal::writer::Writer;
-use journal::{Lsn, Position};
+use journal::{Extent, Lsn, Position};
 use kfilter::Mode;
 use machine::Mutex;
 
@@ -35,7 +36,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::resync::map::SharedMap;
 use crate::skipped::Skipped;
-use crate::state::StateFile;
+use crate::state::{Remembered, StateFile};
 use crate::status::Board;
 
 mod epoch;
@@ -92,8 +93,10 @@ pub struct Shared {
     pub progress: Arc<Progress>,
     /// States.
     pub board: Arc<Board>,
-    /// Durable state.
+    /// Durable state, to change it.
     pub state: Arc<Mutex<StateFile>>,
+    /// The same, to read it: no disk is waited for.
+    pub remembered: Remembered,
     /// Why the running synchronisation runs; becomes the text of its `resync-begin`.
     pub sync_cause: Arc<Mutex<String>>,
     /// What a synchronisation hands over.
@@ -115,6 +118,13 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// A `resync-begin`, with since when disks are in doubt.
+    fn begin(&self, record: Record) -> Record {
+        let in_doubt = self.remembered.get().unproven_since;
+        let extent = in_doubt.map_or(Extent::default(), InDoubt::extent);
+        Record { extent, ..record }
+    }
+
     /// Whether what is captured now reaches the replica in this epoch.
     pub(crate) fn goes_on(&self) -> bool {
         self.health.is_good() && !self.apart.load(Ordering::Acquire)
@@ -248,6 +258,9 @@ impl Pipeline {
     /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so that
     /// finished frames do not wait.
     fn gather(&mut self) -> Result<bool> {
+        if self.shortage.as_ref().is_some_and(Shortage::keeps_records) {
+            return Ok(false);
+        }
         let mut gathered = 0;
         while gathered < self.settings.max_bytes {
             let Some(record) = self.tap.peek().map_err(ring_lost)? else { break };

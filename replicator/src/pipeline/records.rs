@@ -17,10 +17,11 @@ use journal::record::{self, Op, Record, VolumeRecord};
 use journal::{Extent, Lsn, VolumeId};
 use kfilter::RecordRef;
 
-use crate::error::Result;
+use crate::error::{Result, describe, is_full};
 use crate::pipeline::Shared;
 use crate::resync::map::{Content, Unmasked};
 use crate::start;
+use crate::state::KnownVolume;
 
 /// The most pieces that a slot of bytes falls into: every other sector is masked.
 const MAX_PIECES: usize = record::MAX_PAYLOAD_BYTES / 512 / 2 + 1;
@@ -35,9 +36,8 @@ pub struct Translator {
 impl Translator {
     /// Continues a stream that knows the volumes as the state file does.
     pub fn new(shared: Shared) -> Translator {
-        let file = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let told = file.get().volumes.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();
-        drop(file);
+        let known = shared.remembered.get();
+        let told = known.volumes.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();
         Translator { shared, told }
     }
 
@@ -107,6 +107,7 @@ impl Translator {
             }
             Op::Void => batch.push(&void(&record), &[]),
             Op::ResyncBegin => {
+                let record = self.shared.begin(record);
                 let cause = self.shared.sync_cause.lock().unwrap_or_else(PoisonError::into_inner);
                 batch.push(&record, shortened(&cause).as_bytes());
             }
@@ -124,21 +125,32 @@ impl Translator {
     fn push_volume(&mut self, batch: &mut Batch, record: &Record, payload: &[u8]) -> Result<()> {
         let grown = <[u8; 8]>::try_from(payload).map(u64::from_le_bytes);
         let told = grown.ok().or_else(|| VolumeRecord::decode(payload).ok().map(|told| told.size_bytes));
-        let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = file.get().volumes.iter().position(|known| known.id == record.volume);
+        let state = self.shared.remembered.get();
+        let known = state.volumes.iter().position(|known| known.id == record.volume);
         let (Some(size_bytes), Some(at)) = (told, known) else {
             batch.push(&void(record), &[]);
             return Ok(());
         };
-        if file.get().volumes[at].size_bytes < size_bytes {
-            tracing::info!(volume = %file.get().volumes[at].name, size_bytes, "the volume has grown");
-            file.update(|state| state.volumes[at].size_bytes = size_bytes)?;
+        if state.volumes[at].size_bytes < size_bytes {
+            tracing::info!(volume = %state.volumes[at].name, size_bytes, "the volume has grown");
+            let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+            match file.update(|state| state.volumes[at].size_bytes = size_bytes) {
+                // The next start finds that it grew, and asks no more than that.
+                Err(error) if is_full(&error) => {
+                    tracing::warn!(
+                        error = describe(&error),
+                        "the state file has no room for a volume's new size"
+                    );
+                }
+                updated => updated?,
+            }
         }
-        let size_bytes = file.get().volumes[at].size_bytes;
+        let size_bytes = state.volumes[at].size_bytes.max(size_bytes);
         self.told.insert(record.volume.0, size_bytes);
         self.shared.health.told(record.volume.0);
         if grown.is_ok() {
-            batch.push(record, &start::volume_record(&file.get().volumes[at]));
+            let known = KnownVolume { size_bytes, ..state.volumes[at].clone() };
+            batch.push(record, &start::volume_record(&known));
         } else {
             batch.push(record, payload);
         }
@@ -212,9 +224,10 @@ mod tests {
             uuid: VolumeUuid([2; 16]),
             name: "disk".to_owned(),
             size_bytes: 64 * MIB,
-            stamp: None,
+            identity: None,
+            mark: None,
+            unproven: None,
             present: true,
-            device: None,
             capturing: crate::state::Capturing::On,
         };
         state.update(|state| state.volumes = vec![known]).unwrap();

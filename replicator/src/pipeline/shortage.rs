@@ -6,7 +6,9 @@
 //! followed by a new epoch (`epoch`), in a journal that is opened anew.
 //!
 //! Order of giving up: 1 writes only set bits; 2 it is durable that records may go that no journal holds; 3 each
-//! record's range is dirty; 4 its room is given back. So a new owner of the ring finds bits for all that it misses.
+//! record's range is dirty; 4 its room is given back. So a new owner of the ring finds bits for all that it misses. Where
+//! step 2 has no room either, on a full disk, it is tried again and the ring keeps what it holds: clients set bits
+//! meanwhile, and feel nothing.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -19,7 +21,7 @@ use kfilter::dirty::CAUSE_QUOTA;
 use super::records::{shortened, void};
 use super::{Appended, Pipeline, Shared};
 use crate::clock::now_ns;
-use crate::error::Result;
+use crate::error::{Result, describe, is_full};
 use crate::state::Gap;
 use crate::status::State;
 
@@ -38,6 +40,15 @@ pub(super) struct Shortage {
     time_ns: u64,
     tried: Instant,
     pause: Duration,
+    /// Step 2 is done.
+    remembered: bool,
+}
+
+impl Shortage {
+    /// Whether records have to stay where they are.
+    pub(super) fn keeps_records(&self) -> bool {
+        !self.remembered
+    }
 }
 
 /// Turns a record that no journal will hold into dirty bits.
@@ -76,11 +87,7 @@ impl Pipeline {
         // Before the ring shows a gap: nobody shall try to repair it yet.
         self.shared.health.short(&why);
         self.shared.ring.set_mode_bitmap(CAUSE_QUOTA)?;
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .update(|state| state.given_up = true)?;
+        let remembered = self.remember(true)?;
         self.shared.map.lock().abandon();
         self.forget_batches();
         // Records in batches are still in the ring: they are met again, and given up one by one.
@@ -88,24 +95,37 @@ impl Pipeline {
         self.shared.board.change(State::Degraded, why.as_str());
         let pause = if why.contains("quota") { TRY } else { TRY_DISK };
         let (last, time_ns) = (self.journaled.lsn, 0);
-        self.shortage = Some(Shortage { why, last, time_ns, tried: machine::now(), pause });
+        self.shortage = Some(Shortage { why, last, time_ns, tried: machine::now(), pause, remembered });
         Ok(())
+    }
+
+    /// Makes it durable whether records may be missing that no journal holds; false where the disk has no room for that.
+    fn remember(&self, given_up: bool) -> Result<bool> {
+        let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if file.get().given_up == given_up {
+            return Ok(true);
+        }
+        match file.update(|state| state.given_up = given_up) {
+            Ok(()) => Ok(true),
+            Err(error) if is_full(&error) => {
+                tracing::warn!(error = describe(&error), "the state file has no room now; it is tried again");
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// A dead owner has given up records that the journal has no place for yet.
     pub(super) fn take_over_shortage(&mut self) -> Result<()> {
         let held = Lsn(self.shared.ring.first_held_lsn().saturating_sub(1));
-        let given_up = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).get().given_up;
-        if self.is_broken() || !given_up {
+        if self.is_broken() || !self.shared.remembered.get().given_up {
             return Ok(());
         }
         self.run_short("the last run had no room in the source journal")?;
         // Which records it gave up nobody knows.
-        let file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
-        for volume in &file.get().volumes {
+        for volume in &self.shared.remembered.get().volumes {
             self.translator.forget(volume.id.0);
         }
-        drop(file);
         if let Some(shortage) = &mut self.shortage {
             (shortage.last, shortage.time_ns) = (held.max(self.journaled.lsn), now_ns());
         }
@@ -121,6 +141,13 @@ impl Pipeline {
             return Ok(());
         }
         shortage.tried = machine::now();
+        if shortage.keeps_records() {
+            let remembered = self.remember(true)?;
+            let Some(shortage) = &mut self.shortage else { return Ok(()) };
+            shortage.remembered = remembered;
+            // What the ring holds is given up first, or journaled at the next try.
+            return Ok(());
+        }
         let (last, time_ns, why) = (shortage.last, shortage.time_ns, shortage.why.clone());
         match self.make_room(self.settings.quota_bytes / FREE) {
             Ok(true) => {}
@@ -134,11 +161,9 @@ impl Pipeline {
                 Appended::Broken(why) => return self.give_up(&why),
             }
         }
-        self.shared
-            .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .update(|state| state.given_up = false)?;
+        if !self.remember(false)? {
+            return Ok(());
+        }
         self.shortage = None;
         tracing::info!("the source journal has room again");
         self.shared.health.good();
@@ -151,7 +176,7 @@ impl Pipeline {
         let record =
             |op, lsn| Record { op, flags: 0, volume: VolumeId(0), lsn, time_ns, extent: Extent::default() };
         self.batch.clear();
-        self.batch.push(&record(Op::ResyncBegin, lsn), shortened(why).as_bytes());
+        self.batch.push(&self.shared.begin(record(Op::ResyncBegin, lsn)), shortened(why).as_bytes());
         while lsn < last && self.batch.raw().len() < self.settings.max_bytes / 2 {
             lsn = lsn.next();
             self.batch.push(&void(&record(Op::Void, lsn)), &[]);

@@ -13,6 +13,7 @@
 //! * `window`: one begin, one barrier, one copy.
 //! * `pace`: rate, and yielding to live writes.
 //! * `verify`: looks at what is believed to be equal, when ordered to.
+//! * `proof`: the same of what nothing proves, by itself.
 //!
 //! Ranges of single writes that failed, while everything else is recorded, are read again behind a fence; the state stays
 //! `replicating`, and `points` marks them by their `failed` records.
@@ -34,6 +35,8 @@ use crate::status::State;
 pub mod map;
 mod pace;
 mod progress;
+mod proof;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -41,6 +44,8 @@ mod window;
 
 use pace::Pace;
 use progress::Report;
+use proof::Prover;
+use tables::Tables;
 use verify::Verifier;
 use window::{Copier, Ended, Kind, WINDOW_BYTES};
 
@@ -73,6 +78,8 @@ enum Work {
     Ranges,
     /// A verification is to look on.
     Verify,
+    /// The same of disks that nothing proves to be unchanged.
+    Prove,
     /// Source and replica do not join, or the journal failed: only a new epoch leads on.
     Epoch,
 }
@@ -87,6 +94,9 @@ pub(crate) struct Engine<'a> {
     /// Not before this: something could not be read.
     retry: Option<(Instant, Duration)>,
     verifier: Option<Verifier>,
+    /// What the volumes are made of.
+    tables: Tables,
+    prover: Prover,
     /// When a new epoch was last asked for, and how long to wait from then to the next.
     turned: Option<(Instant, Duration)>,
 }
@@ -100,6 +110,8 @@ impl<'a> Engine<'a> {
             waits: false,
             retry: None,
             verifier: None,
+            tables: Tables::of(&agent.volumes),
+            prover: Prover::default(),
             turned: None,
         }
     }
@@ -113,7 +125,7 @@ impl<'a> Engine<'a> {
             let done = self.resync(cause);
             self.ended(done)?;
         } else if self.agent.shared.health.is_good() {
-            self.agent.shared.board.change(State::Replicating, "");
+            self.agent.shared.board.change(State::Replicating, self.agent.words());
         }
         while !self.agent.halt.stop.load(Ordering::Acquire) {
             let done = match self.work() {
@@ -124,6 +136,7 @@ impl<'a> Engine<'a> {
                 Work::Gap(cause) => self.resync(&cause),
                 Work::Ranges => self.repair(),
                 Work::Verify => self.verify(),
+                Work::Prove => self.prove(),
                 Work::Epoch => self.begin_epoch(),
             };
             self.ended(done)?;
@@ -178,18 +191,47 @@ impl<'a> Engine<'a> {
         if ring.mode() == Mode::Bitmap || ring.loss().is_some() {
             return Work::Gap(agent.gap_cause());
         }
+        let proves = state == State::Replicating && self.proves();
         let verifies = state == State::Replicating && self.verifies();
-        if !is_due && !verifies {
+        if !is_due && !verifies && !proves {
             return Work::None;
         }
         self.looked = machine::now();
         if state == State::Replicating {
             agent.fill_touched();
         }
-        if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
-            return if verifies { Work::Verify } else { Work::None };
-        }
+        // Asked first: then the bits are set of what no hook has seen.
         let untold = ring.untold_writes();
+        let exchanged = if is_due { self.tables.exchanged(&agent.volumes) } else { None };
+        if let Some((volume, name)) = exchanged {
+            // Whatever the kernel answers, it is asked again as long as the table is another one.
+            return match ring.mark(volume, 0..u64::MAX) {
+                Ok(()) => Work::Gap(format!(
+                    "the device-mapper table of volume {name} was changed under it: all of it is compared"
+                )),
+                Err(error) => {
+                    self.tables.forget(volume);
+                    tracing::warn!(%error, volume = %name, "its table was changed, and its ranges cannot be set dirty yet");
+                    Work::None
+                }
+            };
+        }
+        if !agent.volumes.iter().any(|volume| ring.is_dirty(volume.id)) {
+            return match (proves, verifies) {
+                (true, _) => Work::Prove,
+                (_, true) => Work::Verify,
+                _ => Work::None,
+            };
+        }
+        let unseen = ring.unseen_commands();
+        if agent.unseen_seen.swap(unseen, Ordering::AcqRel) != unseen {
+            agent.untold_seen.store(untold, Ordering::Release);
+            return Work::Gap(
+                "a command went to a disk past the block layer (SG_IO or another passthrough), and may have written \
+                 anywhere: all of it is compared"
+                    .to_owned(),
+            );
+        }
         if agent.untold_seen.swap(untold, Ordering::AcqRel) != untold {
             return Work::Gap("writes could not be copied, and were only noted as dirty ranges".to_owned());
         }
@@ -228,9 +270,9 @@ impl<'a> Engine<'a> {
         let shared = &agent.shared;
         let ring = &shared.ring;
         let (state, gap) = {
-            let file = agent.state();
-            let state = if file.get().was_consistent { State::Resyncing } else { State::Syncing };
-            (state, file.get().needs_resync.clone())
+            let known = agent.remembered();
+            let state = if known.was_consistent { State::Resyncing } else { State::Syncing };
+            (state, known.needs_resync.clone())
         };
         *shared.sync_cause.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = cause.to_owned();
         shared.board.change(state, format!("{cause}; starting"));
@@ -292,16 +334,21 @@ impl<'a> Engine<'a> {
                     if let Some(_quiet) = agent.between_orders() {
                         self.detached_are_whole()?;
                     }
-                    agent.state().update(|state| {
+                    let remembered = agent.update_when_room(|state| {
                         state.was_consistent = true;
                         // Only the gap that this one began with: a newer one is not repaired by it.
                         if state.needs_resync == gap && state.gap_in_ring {
                             (state.needs_resync, state.gap_in_ring) = (None, false);
                         }
+                        state.forget_doubt();
                     })?;
+                    if !remembered {
+                        return Ok(());
+                    }
                     let seconds = machine::since(started).as_secs_f64();
-                    tracing::info!(cause, content_bytes = report.sent, seconds, "synchronised");
-                    if agent.state().get().needs_resync.is_none() {
+                    let equal_bytes = report.equal_bytes();
+                    tracing::info!(cause, content_bytes = report.sent, equal_bytes, seconds, "synchronised");
+                    if agent.remembered().needs_resync.is_none() {
                         shared.board.change(State::Replicating, agent.words());
                     }
                     return Ok(());

@@ -20,6 +20,8 @@ pub struct Report {
     logged: Instant,
     done: u64,
     total: u64,
+    /// Of what is done: found equal on the replica, and not sent.
+    equal: u64,
     /// Bytes of content handed over.
     pub sent: u64,
 }
@@ -29,7 +31,18 @@ impl Report {
     pub fn new(board: Arc<Board>, state: State, cause: &str) -> Report {
         let now = machine::now();
         let (started, shown, logged) = (now, now, now);
-        Report { board, state, cause: cause.to_owned(), started, shown, logged, done: 0, total: 0, sent: 0 }
+        Report {
+            board,
+            state,
+            cause: cause.to_owned(),
+            started,
+            shown,
+            logged,
+            done: 0,
+            total: 0,
+            equal: 0,
+            sent: 0,
+        }
     }
 
     /// So much is dirty still, with what is done already.
@@ -42,6 +55,18 @@ impl Report {
         self.done += done;
         self.sent += sent;
         self.show("");
+    }
+
+    /// So much was compared, and the replica holds it already.
+    pub fn found_equal(&mut self, bytes: u64) {
+        self.done += bytes;
+        self.equal += bytes;
+        self.show("");
+    }
+
+    /// Bytes that were compared and not sent.
+    pub fn equal_bytes(&self) -> u64 {
+        self.equal
     }
 
     /// It stands still, and why.
@@ -60,8 +85,14 @@ impl Report {
         let (percent, done, total, sent) =
             (fraction * 100.0, mib(self.done), mib(self.total), mib(self.sent));
         let then = if waits.is_empty() { format!("{left_s:.0} s left") } else { waits.to_owned() };
-        let why =
-            format!("{}; {percent:.0} % ({done} of {total} MiB, {sent} MiB of content), {then}", self.cause);
+        let equal = match mib(self.equal) {
+            0 => String::new(),
+            equal => format!(", {equal} MiB compared and equal"),
+        };
+        let why = format!(
+            "{}; {percent:.0} % ({done} of {total} MiB, {sent} MiB of content sent{equal}), {then}",
+            self.cause
+        );
         if machine::since(self.logged) >= LOG {
             self.logged = machine::now();
             tracing::info!("{why}");

@@ -18,7 +18,7 @@ use super::window::{Copier, Ended, Looked};
 use crate::capture::Volume;
 use crate::error::Result;
 use crate::status::State;
-use crate::verify::{Phase, Run, Suspect};
+use crate::verify::{Phase, Run, Suspect, Verification};
 
 /// A window at most: its mask stays small, and what is written in it is soon looked at again …
 const WINDOW: u64 = 1 << 30;
@@ -74,40 +74,43 @@ impl Verifier {
 impl Engine<'_> {
     /// Whether a verification is to go on now.
     pub(super) fn verifies(&self) -> bool {
-        let now = machine::now();
-        let is_due = self.verifier.as_ref().is_none_or(|verifier| verifier.next <= now);
-        is_due && self.agent.verification.is_running()
+        is_due(&self.verifier) && self.agent.verification.is_running()
     }
 
     /// Looks at the next window.
     pub(super) fn verify(&mut self) -> Result<()> {
-        let agent = self.agent;
-        let Some(mut run) = agent.verification.running() else { return Ok(()) };
-        let verifier = self.verifier.take().filter(|known| known.started_ns == run.report.started_ns);
-        let mut verifier = verifier.unwrap_or_else(|| Verifier::new(&run, agent.settings.resync.rate));
-        let done = self.next_look(&mut run, &mut verifier);
-        self.verifier = Some(verifier);
+        let mut verifier = self.verifier.take();
+        let done = self.look_on(&self.agent.verification, &mut verifier);
+        self.verifier = verifier;
         done
     }
 
-    fn next_look(&mut self, run: &mut Run, verifier: &mut Verifier) -> Result<()> {
+    /// Looks at the next window of a verification; `verifier` is this thread's side of it.
+    pub(super) fn look_on(&self, verification: &Verification, verifier: &mut Option<Verifier>) -> Result<()> {
+        let Some(mut run) = verification.running() else { return Ok(()) };
+        let known = verifier.take().filter(|known| known.started_ns == run.report.started_ns);
+        let known = known.unwrap_or_else(|| Verifier::new(&run, self.agent.settings.resync.rate));
+        self.next_look(verification, &mut run, verifier.insert(known))
+    }
+
+    fn next_look(&self, verification: &Verification, run: &mut Run, verifier: &mut Verifier) -> Result<()> {
         let agent = self.agent;
         verifier.next = machine::now() + AGAIN;
         match agent.shared.progress.questions().is_offered() {
             None => {
-                agent.verification.waits("waiting for the receiver");
+                verification.waits("waiting for the receiver");
                 return Ok(());
             }
             Some(false) => {
                 run.end(Phase::Failed, "the receiver's version cannot compare");
-                agent.verification.put(run.clone());
+                verification.put(run.clone());
                 return Ok(());
             }
             Some(true) => {}
         }
         if !run.volumes.iter().eq(agent.volumes.iter().map(|volume| &volume.name)) {
             run.end(Phase::Failed, "the group has other volumes now: begin again");
-            agent.verification.put(run.clone());
+            verification.put(run.clone());
             return Ok(());
         }
         let Some(Next { volume, window, again }) = self.choose(run, verifier.window_bytes()) else {
@@ -117,7 +120,7 @@ impl Engine<'_> {
                 }
                 false => run.end(Phase::Done, ""),
             }
-            agent.verification.put(run.clone());
+            verification.put(run.clone());
             return Ok(());
         };
         let is_first = again.is_empty();
@@ -127,10 +130,10 @@ impl Engine<'_> {
         let copier = Copier::new(agent, &volume, &mut verifier.pace, &mut report);
         let chunk_bytes = if is_first { GRANULE } else { BLOCK };
         match copier.look_at(window.clone(), ranges, chunk_bytes)? {
-            Err(Ended::Later(why)) => agent.verification.waits(&format!("waiting: {why}")),
-            Err(_) => agent.verification.waits("interrupted; it goes on when the group is replicating"),
+            Err(Ended::Later(why)) => verification.waits(&format!("waiting: {why}")),
+            Err(_) => verification.waits("interrupted; it goes on when the group is replicating"),
             Ok(Looked { refused: Some(why), .. }) => {
-                agent.verification.waits(&format!("the receiver cannot compare now: {why}"));
+                verification.waits(&format!("the receiver cannot compare now: {why}"));
             }
             Ok(looked) => {
                 run.report.why.clear();
@@ -141,7 +144,7 @@ impl Engine<'_> {
                     verifier.next = machine::now();
                 }
                 self.judge(run, &volume, &looked, (!is_first).then_some(&again))?;
-                agent.verification.put(run.clone());
+                verification.put(run.clone());
             }
         }
         Ok(())
@@ -151,7 +154,8 @@ impl Engine<'_> {
     fn choose(&self, run: &mut Run, window_bytes: u64) -> Option<Next> {
         while let Some(volume) = self.agent.volumes.get(run.volume) {
             // A part of a granule at the end is one.
-            let size = volume.size_bytes().filter(|size| volume.is_attached() && run.offset < *size);
+            let is_wanted = volume.is_attached() && (run.only.is_empty() || run.only.contains(&volume.id));
+            let size = volume.size_bytes().filter(|size| is_wanted && run.offset < *size);
             match size {
                 Some(size) => {
                     let end = (run.offset + window_bytes).min(size);
@@ -260,6 +264,11 @@ impl Engine<'_> {
         }
         Ok(Some(suspect))
     }
+}
+
+/// Whether this thread's side of a verification has something to do, if it runs.
+pub(super) fn is_due(verifier: &Option<Verifier>) -> bool {
+    verifier.as_ref().is_none_or(|verifier| verifier.next <= machine::now())
 }
 
 /// Whether an ascending list has this range.

@@ -3,21 +3,30 @@
 use journal::Lsn;
 use kfilter::dirty::CAUSE_AGENT;
 use kfilter::region::RegionSpec;
-use kfilter::{Entry, Op, Region};
+use kfilter::{Entry, Mode, Op, Region};
 
-use super::{Found, OpenVolume, Opened, ring_dir, ring_identity, volume_record};
+use super::proof::{self, Ended, Verdict};
+use super::{Found, Judged, OpenVolume, Opened, ring_identity, rings, volume_record};
+use crate::alive::{self, Alive};
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::skipped::Skipped;
 use crate::state::StateFile;
 
 /// The ring of the last run, redone to the backings, or in words why it is lost.
-pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::result::Result<Region, String>> {
-    let (dir, volumes) = (ring_dir(found.settings, state), found.volumes);
-    std::fs::create_dir_all(&dir)
-        .map_err(|error| Error::because(ErrorKind::Ring, format!("create {}", dir.display()), error))?;
+///
+/// ⚠ Order: 1 the disks are judged, by what they were before anything of the last run reaches them; 2 only those that are
+/// proven to be the ones it served, and not to have been changed since, are written to. What is not redone was never
+/// answered; its range is read again.
+pub(super) fn take_over(
+    found: &Found<'_>,
+    state: &StateFile,
+    judged: &mut Judged,
+) -> Result<std::result::Result<Region, String>> {
+    let volumes = found.volumes;
+    let dir = rings::open(found.settings, state)?;
     let expected = ring_identity(state)?;
-    let taken = match Region::take_over(&dir, &expected) {
+    let taken = match Region::take_over(dir.path(), &expected) {
         Ok(taken) => taken,
         Err(error) => {
             return match error.kind {
@@ -32,10 +41,24 @@ pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::res
             };
         }
     };
+    // Before anything is redone: the writes of a ring that does not join are meant for what the disk was then.
+    if let Err(why) = found.joins(state, taken.first_held_lsn(), taken.captured_lsn()) {
+        return Ok(Err(why));
+    }
+    if state.get().clean.is_some() {
+        // A clean stop leaves no ring: what it says of the disks since then it has not seen.
+        return Ok(Err("the ring was left by a clean stop".to_owned()));
+    }
+    let alive = Alive::read(dir.path(), state.get().epoch);
+    let (_, boot_ns, clock_offset_ns) = alive::clocks();
+    let mut ended = Ended { alive: alive.as_ref(), was_quiet: false, clock_offset_ns, boot_ns };
     let mut redone = 0_u64;
     let mut failed = Vec::new();
     for record in taken.undone() {
-        if let Err(error) = redo(&record, volumes) {
+        let volume = volumes.iter().find(|volume| volume.known.id.0 == record.volume());
+        if volume.is_some_and(|volume| !verdict(volume, &ended).lets_redo()) {
+            failed.push((record.volume(), record.offset()..record.offset() + record.length()));
+        } else if let Err(error) = redo(&record, volumes) {
             // The write was never answered: its range is read again instead of keeping the whole disk from its users.
             tracing::error!(%error, "an unfinished write of the last run cannot be redone");
             failed.push((record.volume(), record.offset()..record.offset() + record.length()));
@@ -45,13 +68,38 @@ pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::res
     }
     let ring =
         taken.finish().map_err(|_| Error::new(ErrorKind::Ring, "the ring still holds undone writes"))?;
+    let quiet_lsn = alive.as_ref().and_then(|alive| alive.quiet_lsn);
+    ended.was_quiet = redone == 0 && ring.mode() == Mode::Ring && quiet_lsn == Some(ring.captured_lsn());
+    for volume in volumes {
+        let name = &volume.known.name;
+        match verdict(volume, &ended) {
+            Verdict::Same => {}
+            Verdict::Tail(why) | Verdict::Doubt(why) => judged.unproven.push((volume.known.id, why)),
+            Verdict::Other(how) => judged.other.push(format!("volume {name}: {how}")),
+        }
+    }
+    let (undone, redone) = (failed.len(), redone - failed.len() as u64);
     for (volume, range) in failed {
         ring.mark_dirty(volume, range);
     }
     if redone > 0 {
         tracing::info!(writes = redone, "writes of the last run redone to the backing");
     }
+    if undone > 0 {
+        tracing::warn!(
+            writes = undone,
+            "writes of the last run, which were never answered, are not redone: they failed, or the disk may be another"
+        );
+    }
     Ok(Ok(ring))
+}
+
+/// Who a disk is comes first: times and counters of another say nothing.
+fn verdict(volume: &OpenVolume, ended: &Ended<'_>) -> Verdict {
+    match &volume.identity {
+        Verdict::Same => proof::since_kill(ended, volume.known.id.0, volume.seen.as_ref()),
+        other => other.clone(),
+    }
 }
 
 /// Writes one published, undone record to its backing.
@@ -86,9 +134,7 @@ pub(super) fn create_clean(found: &Found<'_>, state: &StateFile, first_lsn: Lsn)
         first_lsn: first_lsn.0,
         last_time_ns: found.last_time_ns,
     };
-    let dir = ring_dir(found.settings, state);
-    let made = |error| Error::because(ErrorKind::Ring, "make the ring", error);
-    Region::create(&dir, &spec).map_err(made)
+    rings::make(found.settings, state, &spec)
 }
 
 /// A new ring in place of one that may be there, in which everything is dirty, but for what is skipped.

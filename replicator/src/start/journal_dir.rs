@@ -67,6 +67,11 @@ pub(super) fn open(
                 .then(|| "the last run ended before its epoch had begun in the journal".to_owned());
             Ok((Some(writer), doubt))
         }
+        // Another group's: this source lost its control files, and goes on as a new group.
+        Err(error) if error.kind == journal::ErrorKind::OutOfOrder => {
+            put_away(&error)?;
+            Ok((None, Some("the source journal was another group's".to_owned())))
+        }
         Err(error) if matches!(error.kind, journal::ErrorKind::Corrupt | journal::ErrorKind::Malformed) => {
             put_away(&error)?;
             Ok((None, Some(format!("the source journal was damaged: {error}"))))

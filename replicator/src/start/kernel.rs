@@ -6,12 +6,14 @@ use journal::Lsn;
 use kfilter::device::{GroupSpec, Passed};
 use kfilter::dirty::CAUSE_AGENT;
 use kfilter::{Device, ErrorKind as Cause, Group, Op, VolumeSpec};
+use machine::disk::continuity::Ends;
+use machine::disk::{Continuity, Unchanged};
 
-use super::{Found, OpenVolume, Opened, ring_identity, stamp, volume_record};
+use super::{Found, OpenVolume, Opened, ring_identity, volume_record};
 use crate::agent::Agent;
 use crate::attach::end_capture;
-use crate::capture::attach;
 use crate::capture::disk::Disk;
+use crate::capture::{attach, contexts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Capturing, KnownVolume, StateFile};
 
@@ -99,12 +101,17 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
         let known = state.get().volumes.iter().find(|known| known.id.0 == spec.id);
         spec.size_bytes = known.map_or(spec.size_bytes, |known| known.size_bytes);
     }
+    let disks = found.volumes.iter().filter_map(|volume| match &volume.content {
+        Opened::Device(disk) => disk.as_ref(),
+        _ => None,
+    });
     let spec = GroupSpec {
         identity: ring_identity(state)?,
         volumes: &specs,
         ring_bytes: found.settings.ring.bytes,
         first_lsn: first_lsn.0,
         last_time_ns: found.last_time_ns,
+        contexts: contexts::needed(disks.map(|disk| disk.sysfs())),
     };
     let group = device()?.create(&spec).map_err(io("make the group in the kernel"))?;
     if !clean {
@@ -117,7 +124,7 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
         let Opened::Device(Some(disk)) = &volume.content else { continue };
         let id = volume.known.id.0;
         attach::attach(&group, id, disk, clean)?;
-        if clean && !is_still_clean(&group, state, volume, disk)? {
+        if clean && !is_still_clean(&group, volume, disk)? {
             tracing::warn!(volume = %volume.known.name, "somebody wrote to the device before it was captured");
             group.mark(id, 0..disk.size_bytes()).map_err(io("set dirty bits"))?;
             group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
@@ -146,6 +153,7 @@ pub(crate) fn renew(agent: &Agent, old: &Group, first_lsn: Lsn) -> Result<Group>
         ring_bytes: agent.settings.ring.bytes,
         first_lsn: first_lsn.0,
         last_time_ns: crate::clock::now_ns(),
+        contexts: contexts::needed(disks.iter().map(|(_, disk)| disk.sysfs())),
     };
     let group = device()?.create(&spec).map_err(io("make the group in the kernel"))?;
     group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
@@ -188,8 +196,8 @@ fn size_now(volume: &OpenVolume) -> u64 {
     }
 }
 
-/// Writes may have slipped in between the stamp and the capture; they have come back after the barrier, and are counted.
-fn is_still_clean(group: &Group, state: &StateFile, volume: &OpenVolume, disk: &Disk) -> Result<bool> {
+/// Writes may have slipped in between the look at the start and the capture; they have come back after the barrier, and are counted.
+fn is_still_clean(group: &Group, volume: &OpenVolume, disk: &Disk) -> Result<bool> {
     let barrier = |drained| group.barrier(SETTLE, drained).map_err(io("wait for writes in flight"));
     let mut passed = barrier(false)?;
     if passed == Passed::MustDrain {
@@ -197,8 +205,8 @@ fn is_still_clean(group: &Group, state: &StateFile, volume: &OpenVolume, disk: &
         passed = barrier(true)?;
     }
     let settled = passed == Passed::Yes;
-    let known = state.get().volumes.iter().find(|known| known.id == volume.known.id);
-    let Some(then) = known.and_then(|known| known.device.as_ref()) else { return Ok(false) };
+    let Some(then) = &volume.seen else { return Ok(false) };
     // Nobody writes, or what they write now is captured, and then the answer is only too careful.
-    Ok(settled && stamp::of_device(disk).is_ok_and(|now| stamp::is_unchanged(then, &now)))
+    let now = Continuity::of(disk.held(), Ends::Read);
+    Ok(settled && now.is_ok_and(|now| then.until(&now) == Unchanged::Proven))
 }

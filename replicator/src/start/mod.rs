@@ -2,9 +2,10 @@
 //!
 //! | found | what happens |
 //! |---|---|
-//! | ring of this boot, group and epoch; the journal joins it | taken over (the front redoes undone writes); same epoch; what is dirty is synchronised, online |
+//! | ring of this boot, group and epoch; the journal joins it; the disks are those that it served | taken over (the front redoes undone writes); same epoch; what is dirty is synchronised, online |
 //! | no ring, clean stop, disks unchanged | same epoch, a new ring |
-//! | anything else (ring lost, unclean machine, gap remembered, volumes changed) | new epoch, a new ring in which everything is dirty |
+//! | either of these, but nothing proves that a disk is unchanged (`proof`) | the same, and its content is compared in the background |
+//! | anything else (ring lost, a disk that others wrote to, unclean machine, gap remembered, volumes changed) | new epoch, a new ring in which everything is dirty |
 //!
 //! The ring is the NBD front's in tmpfs (`front`) or the kernel module's (`kernel`).
 //!
@@ -15,26 +16,33 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use journal::buffered_disk::BufferedDisk;
-use journal::record::VolumeRecord;
+use journal::record::{InDoubt, VolumeRecord};
 use journal::writer::{Writer, WriterOptions};
-use journal::{Lsn, Position};
+use journal::{Lsn, Position, VolumeId};
 use kfilter::region::boot_id;
 use kfilter::{Group, Identity, Region, VolumeSpec};
+use machine::disk::Continuity;
 use nbd::Backing;
 
 use crate::allocated;
 use crate::capture::disk::Disk;
+use crate::cause;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result, describe};
 use crate::skipped::Skipped;
 use crate::state::{Gap, KnownVolume, StateFile};
 use crate::surroundings::Surroundings;
+use proof::Verdict;
 
 mod front;
 mod journal_dir;
 pub(crate) mod kernel;
-pub mod stamp;
+pub(crate) mod proof;
+pub(crate) mod rings;
+mod room;
 mod volumes;
+
+pub use rings::ring_dir;
 
 /// Sector size that is told downstream; NBD clients are held to it.
 const SECTOR_BYTES: u32 = 512;
@@ -47,6 +55,10 @@ pub struct OpenVolume {
     pub path: PathBuf,
     /// Its content.
     pub content: Opened,
+    /// Whether it is the disk that was served, whatever was written to it.
+    pub(crate) identity: Verdict,
+    /// What it was when it was opened, where that can be told.
+    pub(crate) seen: Option<Continuity>,
 }
 
 /// Where a volume's content is.
@@ -90,6 +102,19 @@ struct Doubts {
     always: Vec<String>,
     /// Unless the ring of the last run is taken over: it has seen everything since.
     without_ring: Vec<String>,
+    /// Volumes whose content is to be compared while replication goes on, and why …
+    unproven: Vec<(VolumeId, String)>,
+    /// … and the same unless the ring of the last run is taken over.
+    unproven_without_ring: Vec<(VolumeId, String)>,
+}
+
+/// What a ring that was taken over shows of the disks.
+#[derive(Default)]
+struct Judged {
+    /// Disks that are others, or were changed by others.
+    other: Vec<String>,
+    /// Disks of which nothing proves that they were not.
+    unproven: Vec<(VolumeId, String)>,
 }
 
 /// What a start finds, and decides by.
@@ -99,11 +124,6 @@ struct Found<'a> {
     /// Where the journal ends, if there is one.
     journaled: Option<Lsn>,
     last_time_ns: u64,
-}
-
-/// Where the ring of this group lives.
-pub fn ring_dir(settings: &conf::Replicator, state: &StateFile) -> PathBuf {
-    settings.ring_dir.join(state.get().group.to_string())
 }
 
 /// Decides and prepares.
@@ -134,17 +154,21 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
     };
     let last_time_ns = found.last_time_ns;
 
-    let taken = found.take_over(&state)?;
+    let mut judged = Judged::default();
+    let taken = found.take_over(&state, &mut judged)?;
+    doubts.always.append(&mut judged.other);
     // An lsn that the dead run may have given out: the ring knows, or the lease covers it.
     let mut last = None;
     let mut same_epoch = None;
     match taken {
         Ok(ring) => {
             last = Some(Lsn(ring.captured_lsn()?));
+            doubts.unproven.append(&mut judged.unproven);
             same_epoch = Some(ring);
         }
         Err(lost) => {
             doubts.always.append(&mut doubts.without_ring);
+            doubts.unproven.append(&mut doubts.unproven_without_ring);
             let clean = state.get().clean;
             if doubts.always.is_empty() && found.journaled.is_some() && clean == found.journaled {
                 last = clean;
@@ -172,7 +196,22 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
             None => (found.create_clean(&mut state, last.unwrap_or_default().next())?, String::new()),
         };
         // The ring stands: from here on the next start goes by it.
-        state.update(|state| state.clean = None)?;
+        let since = InDoubt { after: last.unwrap_or_default(), time_ns: now_ns().max(last_time_ns) };
+        state.update(|state| {
+            state.clean = None;
+            for known in &mut state.volumes {
+                let unproven = doubts.unproven.iter().find(|(id, _)| *id == known.id);
+                if let Some((_, why)) = unproven {
+                    known.doubt(why);
+                    state.unproven_since.get_or_insert(since);
+                }
+            }
+        })?;
+        for known in &state.get().volumes {
+            if let Some(why) = &known.unproven {
+                tracing::warn!(volume = %known.name, why, "nothing proves that this disk was not changed: it is compared");
+            }
+        }
         return Ok(Started { state, volumes, ring, writer: Ok(writer), cause, last_time_ns, skipped });
     }
     drop(same_epoch);
@@ -180,13 +219,21 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
     // New epoch. Order: 1 the gap is durable, so that a crash from here on ends in this branch again; 2 the epoch is
     // durable, above everything used; 3 the journal's epoch begins; 4 the ring, in which everything is dirty; 5 it is
     // durable that the ring knows of the gap.
-    let cause = doubts.always.join("; ");
+    let cause = cause::join(doubts.always.iter().map(String::as_str));
     state.update(|state| {
         state.needs_resync = Some(Gap { cause: cause.clone(), since_ns: now_ns() });
         state.gap_in_ring = false;
     })?;
-    let last = last.map(|last| last.max(found.journaled.unwrap_or_default()).max(state.get().epoch_start));
-    state.begin_epoch(last, true)?;
+    // Above all that is known to have been used: also where the control file is older than the journal.
+    let last = last.unwrap_or(state.get().lease_end);
+    let last = last.max(found.journaled.unwrap_or_default()).max(state.get().epoch_start);
+    if let Some(writer) = &writer
+        && writer.appended().epoch.number > state.get().epoch.number
+    {
+        let number = writer.appended().epoch.number;
+        state.update(|state| state.above_epoch = state.above_epoch.max(number))?;
+    }
+    state.begin_epoch(Some(last), true)?;
     let at = Position::epoch_start(state.get().lineage, state.get().epoch, state.get().epoch_start);
     let begun = match unusable {
         Some(why) => Err(why),
@@ -204,20 +251,42 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
 
 impl Found<'_> {
     /// The ring of the last run, or in words why it is lost.
-    fn take_over(&self, state: &StateFile) -> Result<std::result::Result<OpenRing, String>> {
+    fn take_over(
+        &self,
+        state: &StateFile,
+        judged: &mut Judged,
+    ) -> Result<std::result::Result<OpenRing, String>> {
         let taken = match self.settings.capture {
-            conf::Capture::Nbd => front::take_over(self, state)?.map(OpenRing::Front),
+            conf::Capture::Nbd => front::take_over(self, state, judged)?.map(OpenRing::Front),
             conf::Capture::Kfilter => kernel::take_over(self, state)?.map(OpenRing::Kernel),
         };
-        Ok(taken.and_then(|ring| {
-            // What was given up behind the journal's end is dirty in that ring; anything else is missing.
-            let joins = |journaled: Lsn| ring.first_held_lsn() <= journaled.0 + 1 || state.get().given_up;
-            if self.journaled.is_some_and(joins) {
-                Ok(ring)
-            } else {
-                Err("the source journal does not reach the ring".to_owned())
+        match taken {
+            Ok(ring) => {
+                let (first_held, captured) = (ring.first_held_lsn(), ring.captured_lsn()?);
+                Ok(self.joins(state, first_held, captured).map(|()| ring))
             }
-        }))
+            Err(lost) => Ok(Err(lost)),
+        }
+    }
+
+    /// Whether a ring of this group and epoch joins the journal and the state, or in words why not. One that was moved away
+    /// and brought back is behind: to go on with it would use lsns twice, and forget what was captured since.
+    fn joins(&self, state: &StateFile, first_held: u64, captured: u64) -> std::result::Result<(), String> {
+        let state = state.get();
+        let Some(journaled) = self.journaled else {
+            return Err("there is no source journal that the ring could join".to_owned());
+        };
+        if captured < journaled.0 {
+            return Err("the ring is older than the source journal".to_owned());
+        }
+        if captured < state.epoch_start.0 {
+            return Err("the ring is older than its epoch".to_owned());
+        }
+        // What was given up behind the journal's end is dirty in that ring; anything else is missing.
+        if first_held > journaled.0 + 1 && !state.given_up {
+            return Err("the source journal does not reach the ring".to_owned());
+        }
+        Ok(())
     }
 
     /// A new ring in the current epoch; it begins with the volumes, and everything is dirty but what is skipped.
@@ -386,3 +455,6 @@ pub fn volume_record(known: &KnownVolume) -> Vec<u8> {
     };
     record.encode()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,17 @@
 //! The volumes of a run: opened, and compared with what the group knows of them.
 
 use journal::{VolumeId, VolumeUuid};
+use machine::disk::continuity::Ends;
+use machine::disk::{Continuity, DiskIdentity};
 
-use super::{Doubts, OpenVolume, Opened, stamp};
+use super::proof::{self, Verdict};
+use super::{Doubts, OpenVolume, Opened, room};
 use crate::capture::attach;
 use crate::capture::disk::Disk;
+use crate::cause;
 use crate::clock::now_ns;
 use crate::error::{Error, ErrorKind, Result};
-use crate::state::{Capturing, Gap, KnownVolume, StateFile};
+use crate::state::{Capturing, Gap, KnownVolume, MAX_VOLUMES, StateFile};
 use crate::surroundings::Surroundings;
 
 /// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the replica.
@@ -33,6 +37,14 @@ pub(super) fn open(
             (Some(at), _) => at,
             (None, found) => {
                 let id = known.iter().map(|known| known.id.0 + 1).max().unwrap_or(0);
+                if known.len() >= MAX_VOLUMES {
+                    let at = format!(
+                        "volume {}: the group has known {MAX_VOLUMES} volumes, with those that left it, and knows no more; \
+                         protect it in another group",
+                        volume.name
+                    );
+                    return Err(Error::new(ErrorKind::Settings, at));
+                }
                 if !first {
                     doubts.always.push(format!("volume {} was added", volume.name));
                 }
@@ -41,9 +53,10 @@ pub(super) fn open(
                     uuid: VolumeUuid(*uuid::Uuid::new_v4().as_bytes()),
                     name: volume.name.clone(),
                     size_bytes: found.size_bytes.unwrap_or(0),
-                    stamp: found.stamp,
+                    identity: None,
+                    mark: None,
+                    unproven: None,
                     present: true,
-                    device: None,
                     capturing: Capturing::On,
                 });
                 known.len() - 1
@@ -69,27 +82,53 @@ pub(super) fn open(
             };
             to.push(format!("volume {} grew", volume.name));
         }
-        if clean && !detached && !found.is_unchanged(entry) {
-            doubts
-                .without_ring
-                .push(format!("volume {} was changed while it was not protected", volume.name));
+        let is_new = remembered.is_none();
+        let identity = match is_new || detached {
+            true => Verdict::Same,
+            false => proof::is_it(entry.identity.as_ref(), found.identity.as_ref()),
+        };
+        match &identity {
+            Verdict::Other(how) => {
+                // A ring of the kernel's holds the device itself.
+                let to = match settings.capture {
+                    conf::Capture::Nbd => &mut doubts.always,
+                    conf::Capture::Kfilter => &mut doubts.without_ring,
+                };
+                to.push(format!("volume {}: {how}", volume.name));
+            }
+            Verdict::Doubt(why) | Verdict::Tail(why) => {
+                doubts.unproven_without_ring.push((entry.id, why.clone()));
+            }
+            Verdict::Same => {}
+        }
+        if clean && !detached && !is_new {
+            match proof::since_stop(entry.mark.as_ref(), found.seen.as_ref()) {
+                Verdict::Same => {}
+                Verdict::Doubt(why) | Verdict::Tail(why) => {
+                    doubts.unproven_without_ring.push((entry.id, why));
+                }
+                Verdict::Other(how) => doubts
+                    .without_ring
+                    .push(format!("volume {} was changed while it was not protected: {how}", volume.name)),
+            }
         }
         if !entry.present {
             doubts.always.push(format!("volume {} came back", volume.name));
         }
-        let identity = surroundings.backings.identity(&volume.path);
-        if entry.stamp.is_some_and(|seen| seen[1] == 0 && identity.is_some_and(|now| now != seen)) {
-            doubts
-                .always
-                .push(format!("volume {}: another file took the place of the one served", volume.name));
-        }
-        entry.stamp = identity.or(entry.stamp);
+        entry.identity = found.identity.or(entry.identity.take());
         if settings.capture == conf::Capture::Nbd {
             entry.size_bytes = size_bytes;
         }
         entry.present = true;
-        opened.push(OpenVolume { known: entry.clone(), path: volume.path.clone(), content: found.content });
+        opened.push(OpenVolume {
+            known: entry.clone(),
+            path: volume.path.clone(),
+            content: found.content,
+            identity,
+            seen: found.seen,
+        });
     }
+    room::is_one_each(&opened)?;
     for known in &mut known {
         if known.present && !settings.volume.iter().any(|volume| volume.name == known.name) {
             doubts.always.push(format!("volume {} left the group", known.name));
@@ -98,7 +137,7 @@ pub(super) fn open(
     }
     if !doubts.always.is_empty() {
         // Before the sizes are remembered: a crash in between must find the doubt again.
-        let cause = doubts.always.join("; ");
+        let cause = cause::join(doubts.always.iter().map(String::as_str));
         state.update(|state| {
             state.needs_resync = Some(Gap { cause, since_ns: now_ns() });
             state.gap_in_ring = false;
@@ -113,21 +152,8 @@ struct FoundDisk {
     content: Opened,
     /// `None` where it is not looked at.
     size_bytes: Option<u64>,
-    stamp: Option<[u64; 3]>,
-}
-
-impl FoundDisk {
-    /// Whether nobody wrote to it since the clean stop that `known` remembers.
-    fn is_unchanged(&self, known: &KnownVolume) -> bool {
-        match &self.content {
-            Opened::Front(_) => self.stamp.is_some() && self.stamp == known.stamp,
-            Opened::Device(Some(disk)) => match (stamp::of_device(disk), &known.device) {
-                (Ok(now), Some(then)) => stamp::is_unchanged(then, &now),
-                _ => false,
-            },
-            Opened::Device(None) => true,
-        }
-    }
+    identity: Option<DiskIdentity>,
+    seen: Option<Continuity>,
 }
 
 fn find(
@@ -140,52 +166,30 @@ fn find(
     if settings.capture == conf::Capture::Kfilter {
         if detached {
             // Its device may be gone by now; nobody asks for it.
-            return Ok(FoundDisk { content: Opened::Device(None), size_bytes: None, stamp: None });
+            let content = Opened::Device(None);
+            return Ok(FoundDisk { content, size_bytes: None, identity: None, seen: None });
         }
         let disk = attach::open(&volume.path, &settings.dir)?;
         let size_bytes = Some(Disk::size_bytes(&disk));
-        return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, stamp: None });
+        let identity = DiskIdentity::of(disk.held()).ok();
+        let seen = Continuity::of(disk.held(), Ends::Read).ok();
+        return Ok(FoundDisk { content: Opened::Device(Some(disk)), size_bytes, identity, seen });
     }
-    create_missing(volume, is_known)?;
-    let stamp = surroundings.backings.stamp(&volume.path);
-    let backing = surroundings
-        .backings
-        .open(&volume.path)
-        .map_err(|error| Error::because(ErrorKind::Settings, format!("volume {}", volume.name), error))?;
+    room::is_outside(settings, volume)?;
+    room::create_missing(volume, is_known)?;
+    if !is_known {
+        room::is_no_container(volume)?;
+    }
+    let backing = surroundings.backings.open(&volume.path).map_err(|error| {
+        let kind = if error.kind == nbd::Kind::Busy { ErrorKind::Busy } else { ErrorKind::Settings };
+        Error::because(kind, format!("volume {}", volume.name), error)
+    })?;
+    room::is_free(volume, &backing)?;
     let size_bytes = backing.size_bytes();
     if size_bytes == 0 {
         let at = format!("volume {}: {} is empty; give it a size", volume.name, volume.path.display());
         return Err(Error::new(ErrorKind::Settings, at));
     }
-    Ok(FoundDisk { content: Opened::Front(backing), size_bytes: Some(size_bytes), stamp })
-}
-
-/// Makes the file of a new volume. One that is known and gone is not made again: an empty disk would take its place, and
-/// its replica's.
-fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
-    let Some(size) = volume.size else { return Ok(()) };
-    if volume.path.exists() {
-        return Ok(());
-    }
-    if is_known {
-        let at = format!(
-            "volume {}: {} is gone; bring it back (is its file system mounted?), or, to begin with an empty disk, make the \
-             file yourself",
-            volume.name,
-            volume.path.display()
-        );
-        return Err(Error::new(ErrorKind::Settings, at));
-    }
-    let create = || -> std::io::Result<()> {
-        if let Some(parent) = volume.path.parent() {
-            std::fs::create_dir_all(parent)?;
-        }
-        let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&volume.path)?;
-        file.set_len(size)?;
-        file.sync_all()
-    };
-    create().map_err(|error| {
-        let at = format!("volume {}: create {}", volume.name, volume.path.display());
-        Error::because(ErrorKind::Io, at, error)
-    })
+    let (identity, seen) = (backing.identity().ok(), backing.continuity(Ends::Read).ok());
+    Ok(FoundDisk { content: Opened::Front(backing), size_bytes: Some(size_bytes), identity, seen })
 }

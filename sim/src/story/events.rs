@@ -19,7 +19,7 @@ impl Story {
         if self.source_backup.is_some() && self.room().chance(250) {
             return self.roll_back_source();
         }
-        match self.room().draw(18) {
+        match self.room().draw(22) {
             0 | 1 => self.kill_source(),
             2 | 3 => self.kill_receiver(),
             4 => self.source_power_loss(),
@@ -34,7 +34,8 @@ impl Story {
             14 => self.restart_receiver(),
             15 => self.roll_back_receiver(),
             16 => self.roll_back_source(),
-            _ => self.rewind(),
+            17 => self.rewind(),
+            _ => self.edge(),
         }
     }
 
@@ -70,7 +71,7 @@ impl Story {
         self.start_source(Back::PowerLost)
     }
 
-    fn lose_ring(&self) {
+    pub(super) fn lose_ring(&self) {
         let _ = std::fs::remove_dir_all(&self.ground.paths.ring);
         let _ = std::fs::create_dir_all(&self.ground.paths.ring);
     }
@@ -93,7 +94,7 @@ impl Story {
         self.receiver_kept_its_word()
     }
 
-    fn stop_receiver_hard(&mut self) {
+    pub(super) fn stop_receiver_hard(&mut self) {
         self.see_acknowledged();
         if let Some(receiver) = self.receiver.take() {
             receiver.kill(self.room());
@@ -359,7 +360,7 @@ impl Story {
     }
 
     /// Runs an order on a runtime of its own, as the control socket would.
-    fn on_receiver<T: Send + 'static, F: Future<Output = T>>(
+    pub(super) fn on_receiver<T: Send + 'static, F: Future<Output = T>>(
         &self,
         order: impl FnOnce(Arc<receiver::agent::Handle>) -> F,
     ) -> Result<Option<T>, String> {

@@ -138,7 +138,11 @@ impl Story {
             self.promises()?;
             let status = self.source().map(|source| source.status())?;
             let group = &status.groups[0];
-            if group.state == State::Replicating && group.connected {
+            // A disk that is still compared is not well; that a copy was refused is.
+            if group.state == State::Replicating
+                && group.connected
+                && !group.why.contains("is being compared")
+            {
                 break;
             }
             if machine::now() > ends {

@@ -157,6 +157,7 @@ fn transfer(dir: &Path, bytes: usize) -> Result<()> {
         let address = server.local_addr()?.to_string();
         let reading = tokio::spawn(async move {
             let (connection, _) = wire::endpoint::handshake(server.accept().await.context("accept")?).await?;
+            Tuning::default().admit(&connection)?;
             let mut stream = connection.accept_uni().await?;
             let mut seen = 0;
             while let Some(chunk) = stream.read_chunk(1 << 20, true).await? {

@@ -21,6 +21,9 @@ use anyhow::{Context as _, Result};
 
 use crate::report::Report;
 
+/// In this order.
+const PARTS: [&str; 6] = ["front", "sustained", "lag", "restore", "compare", "sync"];
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let json = arguments.iter().any(|argument| argument == "--json");
@@ -40,29 +43,31 @@ fn main() -> Result<()> {
         tempfile::Builder::new().prefix("afterimage-bench-").tempdir_in(base).context("make a directory")?;
     let mut report = Report::default();
     eprintln!("{}", report::machine());
-    if wanted("front") {
-        front::compare(&binary, dir.path(), &mut report)?;
-    }
-    if wanted("sustained") {
-        let costs = bare::measure(dir.path())?;
-        front::sustained(&binary, dir.path(), &costs, &mut report)?;
-    }
-    if wanted("lag") {
-        lag::measure(&binary, dir.path(), &mut report)?;
-    }
-    if wanted("restore") {
-        restore::compare(&binary, dir.path(), &mut report)?;
-    }
-    if wanted("compare") {
-        compare::measure(&binary, dir.path(), &mut report)?;
-    }
-    if wanted("sync") {
-        sync::measure(&mut report)?;
+    // A part that fails takes no other with it.
+    let mut failed = Vec::new();
+    for part in PARTS.into_iter().filter(|part| wanted(part)) {
+        let done = match part {
+            "front" => front::compare(&binary, dir.path(), &mut report),
+            "sustained" => bare::measure(dir.path())
+                .and_then(|costs| front::sustained(&binary, dir.path(), &costs, &mut report)),
+            "lag" => lag::measure(&binary, dir.path(), &mut report),
+            "restore" => restore::compare(&binary, dir.path(), &mut report),
+            "compare" => compare::measure(&binary, dir.path(), &mut report),
+            _ => sync::measure(&mut report),
+        };
+        if let Err(error) = done {
+            eprintln!("  {part} failed: {error:#}");
+            failed.push(part);
+        }
     }
     if json {
         println!("{:#}", report.json());
     } else {
         println!("{}\n{}", report::machine(), report.table());
     }
+    for what in report.short() {
+        eprintln!("fell short: {what}");
+    }
+    anyhow::ensure!(failed.is_empty(), "these parts failed: {}", failed.join(", "));
     Ok(())
 }

@@ -67,6 +67,11 @@ impl Report {
         self.notes.push(note);
     }
 
+    /// What missed its target.
+    pub fn short(&self) -> impl Iterator<Item = &str> {
+        self.rows.iter().filter(|row| row.verdict() == "SHORT").map(|row| row.what.as_str())
+    }
+
     /// The table.
     pub fn table(&self) -> String {
         let mut out = String::new();

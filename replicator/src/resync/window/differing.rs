@@ -24,6 +24,7 @@ pub(super) const QUESTION_BYTES: u64 = compare::MAX_CHUNKS / 2 * GRANULE;
 /// A question that was posted, and for what.
 pub(super) struct Asked {
     pub range: Range<u64>,
+    chunk_bytes: u64,
     question: Message,
     pub pending: Pending,
 }
@@ -33,14 +34,20 @@ impl Copier<'_> {
     /// could be sent either. The first synchronisation waits only until the first attempt to reach it has failed: mostly
     /// there is nothing at the other end yet, and what it will need can be journaled meanwhile.
     pub(super) fn compares(&mut self, range: &Range<u64>) -> Copied<bool> {
-        let is_first = !self.agent.state().get().was_consistent;
+        let (is_first, epoch, is_part) = {
+            let state = self.agent.remembered();
+            (!state.was_consistent, state.epoch.number, !state.epoch_is_full)
+        };
         if is_first && self.is_hole(range) {
             return Ok(false);
         }
         let progress = &self.agent.shared.progress;
         loop {
             if let Some(is_offered) = progress.questions().is_offered() {
-                return Ok(is_offered && (!is_first || progress.questions().is_seeded()));
+                // A first synchronisation that was broken off: what arrived of it is there, and only the map of it is lost.
+                let questions = progress.questions();
+                let holds = questions.is_seeded() || is_part || questions.holds_earlier(epoch);
+                return Ok(is_offered && (!is_first || holds));
             }
             if is_first && !progress.peer().trouble.is_empty() {
                 return Ok(false);
@@ -53,10 +60,7 @@ impl Copier<'_> {
 
     /// Whether nothing was ever written there, as far as the disk can tell: a new disk waits for nobody.
     fn is_hole(&self, range: &Range<u64>) -> bool {
-        let length = range.end - range.start;
-        let runs = self.volume.runs(range.start, length).unwrap_or_default();
-        let holes = runs.iter().take_while(|run| run.hole).map(|run| run.length_bytes);
-        holes.sum::<u64>() >= length
+        self.hole_end(range.clone()) >= range.end
     }
 
     /// Copies what differs of a range that begins at a granule.
@@ -67,15 +71,22 @@ impl Copier<'_> {
         let mut next = range.start;
         while next < range.end || !asked.is_empty() {
             while next < range.end && asked.len() < POSTED {
-                let part = next..(next + QUESTION_BYTES).min(range.end);
-                next = part.end;
-                asked.push_back(self.ask(part, begin, key, GRANULE)?);
+                let (end, chunk_bytes) = question(next..range.end, self.hole_end(next..range.end));
+                asked.push_back(self.ask(next..end, begin, key, chunk_bytes)?);
+                next = end;
             }
             if let Some(asked) = asked.pop_front() {
                 self.answered(asked, &key, buffer)?;
             }
         }
         Ok(())
+    }
+
+    /// Where the hole ends that a range begins with, as far as the disk can tell.
+    fn hole_end(&self, range: Range<u64>) -> u64 {
+        let runs = self.volume.runs(range.start, range.end - range.start).unwrap_or_default();
+        let holes = runs.iter().take_while(|run| run.hole).map(|run| run.length_bytes);
+        range.start + holes.sum::<u64>()
     }
 
     /// Asks for the hashes of a range as the replica holds it with everything up to an lsn.
@@ -91,19 +102,19 @@ impl Copier<'_> {
             offset: range.start,
             length: range.end - range.start,
             chunk_bytes: u32::try_from(chunk_bytes).unwrap_or(u32::MAX),
-            epoch: self.agent.state().get().epoch.number,
+            epoch: self.agent.remembered().epoch.number,
             after_lsn,
             key,
         };
         let questions = self.agent.shared.progress.questions();
         let pending = questions.post(question.clone(), || self.look())?;
-        Ok(Asked { range, question, pending })
+        Ok(Asked { range, chunk_bytes, question, pending })
     }
 
     /// Hashes our side of a question meanwhile, then copies what its answer shows to differ.
     fn answered(&mut self, asked: Asked, key: &[u8; 32], buffer: &mut Buffer) -> Copied<()> {
-        let Asked { range, question, mut pending } = asked;
-        let ours = self.hashes(range.clone(), key, GRANULE, buffer, &mut Vec::new())?;
+        let Asked { range, chunk_bytes, question, mut pending } = asked;
+        let ours = self.hashes(range.clone(), key, chunk_bytes, buffer, &mut Vec::new())?;
         let questions = self.agent.shared.progress.questions();
         let theirs = loop {
             match questions.wait(pending, || self.look())? {
@@ -127,11 +138,11 @@ impl Copier<'_> {
                 }
             }
         };
-        for (is_equal, run) in runs(&range, &ours, &theirs) {
+        for (is_equal, run) in runs(&range, chunk_bytes, &ours, &theirs) {
             if is_equal {
                 self.clear(run.clone())?;
                 self.agent.shared.skipped.sent(self.volume.id, &run);
-                self.report.advance(run.end - run.start, 0);
+                self.report.found_equal(run.end - run.start);
             } else {
                 self.extent(run, buffer)?;
             }
@@ -139,7 +150,8 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Hashes of the range's chunks as the disk holds them; an unreadable chunk has one that equals no other.
+    /// Hashes of the range's chunks as the disk holds them; an unreadable chunk has one that equals no other. What the disk
+    /// calls a hole, asked after the barrier as reading is, has that of zeros and is not read.
     pub(super) fn hashes(
         &mut self,
         range: Range<u64>,
@@ -149,10 +161,20 @@ impl Copier<'_> {
         unreadable: &mut Vec<Range<u64>>,
     ) -> Copied<Vec<u8>> {
         let mut hashes = Vec::new();
+        let mut hasher = compare::Hasher::new(*key);
+        let mut runs: VecDeque<(Range<u64>, bool)> = VecDeque::new();
         let mut at = range.start;
         while at < range.end {
-            self.pause()?;
             let end = (at + super::CHUNK_BYTES).min(range.end);
+            if self.is_hole_in(&mut runs, at..end, range.end) {
+                for start in (at..end).step_by(usize::try_from(chunk_bytes).unwrap_or(1 << 16)) {
+                    let bytes = usize::try_from(chunk_bytes.min(end - start)).unwrap_or(0);
+                    hashes.extend_from_slice(&hasher.zeros(bytes));
+                }
+                at = end;
+                continue;
+            }
+            self.pause()?;
             let bytes = &mut buffer.bytes()[..usize::try_from(end - at).unwrap_or(0)];
             let read = self.volume.read_at(at, bytes);
             if self.paces_hashes {
@@ -163,7 +185,7 @@ impl Copier<'_> {
             }
             for chunk in bytes.chunks(usize::try_from(chunk_bytes).unwrap_or(1 << 16)) {
                 match &read {
-                    Ok(()) => hashes.extend_from_slice(&compare::hash(key, chunk)),
+                    Ok(()) => hashes.extend_from_slice(&hasher.hash(chunk)),
                     Err(_) => hashes.extend_from_slice(&rand::random::<[u8; HASH_BYTES]>()),
                 }
             }
@@ -171,15 +193,43 @@ impl Copier<'_> {
         }
         Ok(hashes)
     }
+
+    /// Whether a piece lies in one hole. `runs` are those of the disk that were asked for last, from there on.
+    fn is_hole_in(&self, runs: &mut VecDeque<(Range<u64>, bool)>, piece: Range<u64>, end: u64) -> bool {
+        while runs.front().is_some_and(|(run, _)| run.end <= piece.start) {
+            runs.pop_front();
+        }
+        if runs.is_empty() {
+            let mut from = piece.start;
+            for run in self.volume.runs(from, end - from).unwrap_or_default() {
+                runs.push_back((from..from + run.length_bytes, run.hole));
+                from += run.length_bytes;
+            }
+        }
+        runs.front().is_some_and(|(run, hole)| *hole && run.start <= piece.start && piece.end <= run.end)
+    }
 }
 
-/// The range in runs of granules that are equal, or are not.
-fn runs(range: &Range<u64>, ours: &[u8], theirs: &[u8]) -> Vec<(bool, Range<u64>)> {
+/// How far the next question about a range goes, and by which chunks, where a hole of ours ends at `hole_end`. A long hole is
+/// asked for by the largest chunks, so that nothing grows with it: neither what is said, nor what is waited for.
+fn question(range: Range<u64>, hole_end: u64) -> (u64, u64) {
+    let large = u64::from(compare::MAX_CHUNK_BYTES);
+    let hole_end = hole_end.min(range.end) / large * large;
+    if range.start.is_multiple_of(large) && hole_end >= range.start + QUESTION_BYTES {
+        return (hole_end.min(range.start + compare::MAX_CHUNKS / 2 * large), large);
+    }
+    let end = range.start + QUESTION_BYTES;
+    // The next one begins where a large chunk may.
+    ((end / large * large).min(range.end), GRANULE)
+}
+
+/// The range in runs of chunks that are equal, or are not.
+fn runs(range: &Range<u64>, chunk_bytes: u64, ours: &[u8], theirs: &[u8]) -> Vec<(bool, Range<u64>)> {
     let mut runs: Vec<(bool, Range<u64>)> = Vec::new();
     let mut at = range.start;
     let mut theirs = theirs.chunks(HASH_BYTES);
     for hash in ours.chunks(HASH_BYTES) {
-        let end = (at + GRANULE).min(range.end);
+        let end = (at + chunk_bytes).min(range.end);
         let is_equal = theirs.next() == Some(hash);
         match runs.last_mut() {
             Some((last, run)) if *last == is_equal => run.end = end,
@@ -201,7 +251,31 @@ mod tests {
         let theirs: Vec<u8> = [1, 2, 9, 9].into_iter().flat_map(hash).collect();
         let range = GRANULE..GRANULE * 4 + 512;
         let expected = [(true, GRANULE..GRANULE * 3), (false, GRANULE * 3..GRANULE * 4 + 512)];
-        assert_eq!(runs(&range, &ours, &theirs), expected);
-        assert_eq!(runs(&range, &ours, &[]), [(false, range.clone())], "no answer: all differs");
+        assert_eq!(runs(&range, GRANULE, &ours, &theirs), expected);
+        assert_eq!(runs(&range, GRANULE, &ours, &[]), [(false, range.clone())], "no answer: all differs");
+    }
+
+    #[test]
+    fn a_long_hole_is_few_questions_and_every_question_is_sound() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(question(0..64 << 30, 64 << 30), (1 << 30, MIB), "a hole");
+        assert_eq!(question(0..64 << 30, 100 * MIB + 5), (100 * MIB, MIB), "cut to whole chunks");
+        assert_eq!(question(0..64 << 30, QUESTION_BYTES - 1), (QUESTION_BYTES, GRANULE), "a short one");
+        assert_eq!(
+            question(GRANULE..64 << 30, 64 << 30),
+            (QUESTION_BYTES, GRANULE),
+            "up to where it may be large"
+        );
+        assert_eq!(question(MIB..MIB + 512, MIB + 512), (MIB + 512, GRANULE), "the volume's end");
+        for start in [0, GRANULE, 3 * GRANULE, MIB, 63 * MIB] {
+            for end in [start + 512, start + GRANULE, start + 5 * MIB, 80 * MIB, 3 << 30] {
+                for hole_end in [start, end, end - 512, start + 70 * MIB] {
+                    let (to, chunk_bytes) = question(start..end, hole_end);
+                    assert!(start < to && to <= end, "{start} {end} {hole_end}: {to}");
+                    let chunk_bytes = u32::try_from(chunk_bytes).unwrap();
+                    assert!(compare::is_sound(start, to - start, chunk_bytes), "{start} {end} {hole_end}");
+                }
+            }
+        }
     }
 }

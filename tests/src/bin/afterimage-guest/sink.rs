@@ -22,6 +22,7 @@ pub struct Spec {
     stalled: bool,
     batch: Duration,
     detach: Duration,
+    barrier: bool,
     devices: Vec<PathBuf>,
 }
 
@@ -34,6 +35,7 @@ impl Spec {
             stalled: false,
             batch: Duration::ZERO,
             detach: DETACH,
+            barrier: false,
             devices: Vec::new(),
         };
         let mut words = words.iter();
@@ -44,6 +46,7 @@ impl Spec {
                 "--for-ms" => spec.for_ms = Some(super::number(words.next())?),
                 "--batch-ms" => spec.batch = Duration::from_millis(super::number(words.next())?),
                 "--detach-ms" => spec.detach = Duration::from_millis(super::number(words.next())?),
+                "--barrier" => spec.barrier = true,
                 "--stalled" => spec.stalled = true,
                 path => spec.devices.push(PathBuf::from(path)),
             }
@@ -80,7 +83,14 @@ pub fn capture(devices: &[PathBuf], ring_bytes: u64) -> Result<Group> {
     let identity =
         Identity { boot_id: [0; 16], group_id: rand::random(), epoch: 1, epoch_id: rand::random() };
     let group = Device::open()?
-        .create(&GroupSpec { identity, volumes: &volumes, ring_bytes, first_lsn: 1, last_time_ns: 0 })
+        .create(&GroupSpec {
+            identity,
+            volumes: &volumes,
+            ring_bytes,
+            first_lsn: 1,
+            last_time_ns: 0,
+            contexts: 0,
+        })
         .context("create a group")?;
     for (volume, device) in volumes.iter().zip(devices) {
         let (_, rdev) = block_device(device)?;
@@ -156,6 +166,10 @@ pub fn run(spec: &Spec) -> Result<()> {
         }
         std::thread::sleep(spec.batch);
     }
+    if spec.barrier {
+        // Whether it is passed depends on what the device still has; that it comes back is what matters.
+        println!("barrier: {:?}", group.barrier(Duration::from_secs(2), false));
+    }
     let status = group.status()?;
     drop(consumer);
     release(&group, spec.detach)?;
@@ -187,11 +201,22 @@ fn malformed(malformed: kfilter::consumer::Malformed) -> anyhow::Error {
     anyhow::anyhow!("a malformed record in the ring: {malformed:?}")
 }
 
-/// `version`: what the module speaks and how much memory it holds, as JSON.
-pub fn version() -> Result<()> {
+fn ask_version() -> Result<kfilter::ioctl::Version> {
     let calls = kfilter::calls::Calls::open(Path::new(kfilter::ioctl::DEVICE))?;
     let mut version = kfilter::ioctl::Version { abi: kfilter::ioctl::ABI, ..Default::default() };
     calls.version(&mut version)?;
+    Ok(version)
+}
+
+/// Bytes that the module may hold, and that it holds.
+pub fn memory() -> Result<(u64, u64)> {
+    let version = ask_version()?;
+    Ok((version.memory_limit_bytes, version.memory_used_bytes))
+}
+
+/// `version`: what the module speaks and how much memory it holds, as JSON.
+pub fn version() -> Result<()> {
+    let version = ask_version()?;
     println!(
         "{}",
         json!({"abi": version.abi, "ring": version.ring, "memory_limit_bytes": version.memory_limit_bytes,

@@ -1,0 +1,203 @@
+//! Signals, clients that are rude or silent, hung and full disks, and what `status` and `wait` answer.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use rustix::process::Signal;
+use tests::control::{Group, poll};
+use tests::daemon::Daemon;
+use tests::nbd::{self, FuseDisk, Loop, Mount};
+use tests::nbd_client::NbdClient;
+use tests::program::{need, run};
+use tests::rig::{Pair, PairSpec};
+use tests::story;
+use tests::story::Home;
+
+const SOON: Duration = Duration::from_secs(20);
+const MIB: u64 = 1 << 20;
+const VOLUME: PairSpec<'_> = PairSpec {
+    volumes: &[("v", 16 * MIB)],
+    source: "",
+    receiver: "",
+    receiver_dir: None,
+    source_environment: Vec::new(),
+};
+
+fn client(pair: &Pair<'_>) -> Result<NbdClient> {
+    let (socket, name) = &pair.sockets()[0];
+    NbdClient::connect(socket, name)
+}
+
+/// A pair whose receiver lives on a file system of its own, with so much room left before the first copy, of content that
+/// does not shrink. The mount goes after the pair.
+fn on_small_disk(home: &Home, room_bytes: u64, tell: impl FnOnce(&Pair<'_>) -> Result<()>) -> Result<()> {
+    need(&nbd::PROGRAMS)?;
+    need(&["mkfs.ext4"])?;
+    let image = home.path("small.img");
+    File::create(&image)?.set_len(200 * MIB)?;
+    let device = Loop::attach(&image)?;
+    run("mkfs.ext4", ["-q".as_ref(), "-m".as_ref(), "0".as_ref(), device.path().as_os_str()])?;
+    let mount = Mount::on(&home.path("small"), device.path(), "noatime")?;
+    let free = rustix::fs::statvfs(mount.path())?;
+    let bytes = (free.f_bavail * free.f_frsize).saturating_sub(room_bytes);
+    let ballast = mount.path().join("ballast");
+    run("fallocate", ["-l".as_ref(), bytes.to_string().as_ref(), ballast.as_os_str()])?;
+    let mut content = vec![0; 16 << 20];
+    File::open("/dev/urandom")?.read_exact(&mut content)?;
+    fs::create_dir_all(home.path("source"))?;
+    fs::write(home.path("source").join("v.img"), content)?;
+    let spec = PairSpec {
+        receiver: "[journal]\nsegment_bytes = \"4MiB\"\n",
+        receiver_dir: Some(mount.path().join("receiver")),
+        ..VOLUME
+    };
+    let pair = Pair::begin(home, &spec)?;
+    let is_full = |group: &Group| {
+        group.0["peer"].is_string()
+            && ["full", "no room", "space"].iter().any(|word| group.why().contains(word))
+    };
+    pair.receiver.until("the receiver's word on its full disk", SOON, is_full)?;
+    let told = tell(&pair);
+    drop(pair);
+    told
+}
+
+#[test]
+fn a_doubled_stop_is_one_stop_and_a_clean_one() -> Result<()> {
+    story("two-signals", |home| {
+        let mut pair = Pair::start(home, &VOLUME)?;
+        client(&pair)?.write(&[1; 4096], 0)?;
+        pair.source.wait()?;
+        let epoch = pair.source.group()?.number("epoch");
+        let source = pair.source_daemon()?;
+        for signal in [Signal::TERM, Signal::INT, Signal::TERM] {
+            let _ = source.signal(signal); // the last may find it gone
+        }
+        let ended = source.ended()?;
+        ensure!(ended.success(), "the stop was cut short: {ended}");
+        pair.lose_ring()?; // nothing but the clean mark tells that nothing is missing
+        pair.start_source()?;
+        let group = pair.until_served()?;
+        ensure!(group.number("epoch") == epoch, "a new epoch after a clean stop");
+        pair.assert_replica_equals_source()
+    })
+}
+
+#[test]
+fn a_hangup_ends_no_daemon() -> Result<()> {
+    story("hangup", |home| {
+        let mut pair = Pair::start(home, &VOLUME)?;
+        pair.source_daemon()?.signal(Signal::HUP)?;
+        pair.receiver_daemon()?.signal(Signal::HUP)?;
+        for daemon in ["source", "receiver"] {
+            let log = home.log(daemon);
+            poll(&format!("the {daemon}'s word on SIGHUP"), SOON, || {
+                Ok(std::fs::read_to_string(&log)?.contains("SIGHUP").then_some(()))
+            })?;
+        }
+        client(&pair)?.write(&[2; 4096], 0)?;
+        pair.assert_replica_equals_source()
+    })
+}
+
+#[test]
+fn replicating_is_never_said_without_a_link_and_without_a_word() -> Result<()> {
+    story("state-without-a-link", |home| {
+        let mut pair = Pair::start(home, &VOLUME)?;
+        pair.source.wait()?;
+        pair.source_daemon()?.stop()?;
+        pair.receiver_daemon()?.stop()?;
+        pair.start_source()?;
+        let mut looked = 0;
+        poll("twenty looks at a source without a receiver", SOON, || {
+            if let Ok(group) = pair.source.group() {
+                looked += 1;
+                let plain = group.state() == "replicating" && group.why().is_empty();
+                ensure!(!plain, "nothing says that there is no link: {}", group.0);
+            }
+            Ok((looked >= 20).then_some(()))
+        })
+    })
+}
+
+/// Nothing could be stored yet: how far behind the replica is cannot be known.
+#[test]
+fn a_time_behind_that_is_not_known_is_null() -> Result<()> {
+    story("rpo while unknown", |home| {
+        on_small_disk(home, 6 * MIB, |pair| {
+            let group = pair.receiver.group()?;
+            ensure!(group.number("received_lsn") == 0, "something was stored: {}", group.0);
+            ensure!(group.0.get("rpo_ms").is_some_and(serde_json::Value::is_null), "{}", group.0);
+            Ok(())
+        })
+    })
+}
+
+/// The source told of writes that the receiver has no room for: a fail-over that waits must not go on without them.
+#[test]
+fn a_wait_at_a_receiver_without_room_does_not_end_well() -> Result<()> {
+    story("wait without room", |home| {
+        on_small_disk(home, 9 * MIB, |pair| {
+            let captured = pair.source.captured()?;
+            let held = pair.receiver.group()?.number("received_lsn");
+            ensure!(held < captured, "the receiver took all: {held} of {captured}");
+            let done = pair.receiver.command(&["wait", "--timeout", "5s"])?.expect(3)?;
+            ensure!(done.stderr.contains(&held.to_string()), "what is here is said: {done}");
+            Ok(())
+        })
+    })
+}
+
+/// Goes on when the story ends, however it ends: what hangs cannot be unmounted.
+struct Frozen<'a>(&'a Daemon);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::CONT);
+    }
+}
+
+/// The storage below a protected disk does not answer for longer than the link's idle time.
+#[test]
+fn a_disk_that_hangs_holds_up_neither_status_nor_link() -> Result<()> {
+    const HUNG: Duration = Duration::from_secs(5); // the link's idle time here is 2 s
+    story("hung disk", |home| {
+        need(&nbd::PROGRAMS)?;
+        need(&["qemu-nbd"])?;
+        let (store, socket) = (home.path("store.img"), home.path("store.sock"));
+        File::create(&store)?.set_len(16 * MIB)?;
+        let (socket_text, store_text) = (socket.to_string_lossy(), store.to_string_lossy());
+        let args = ["--persistent", "--format=raw", "--socket", &*socket_text, &*store_text];
+        let server = Daemon::start(home, "store", Path::new("qemu-nbd"), args)?;
+        poll("the store's socket", SOON, || Ok(socket.exists().then_some(())))?;
+        let fuse = FuseDisk::attach(home, &format!("nbd+unix:///?socket={socket_text}"))?;
+        fs::create_dir_all(home.path("source"))?;
+        std::os::unix::fs::symlink(fuse.path(), home.path("source").join("v.img"))?;
+        let pair = Pair::start(home, &VOLUME)?;
+        client(&pair)?.write(&[1; 4096], 0)?;
+        pair.source.wait()?;
+        server.signal(Signal::STOP)?;
+        let frozen = Frozen(&server);
+        let hung = Instant::now();
+        let mut looks = 0;
+        while hung.elapsed() < HUNG {
+            let asked = Instant::now();
+            let group = pair.source.group()?;
+            ensure!(asked.elapsed() < Duration::from_secs(2), "status took {:?}", asked.elapsed());
+            ensure!(group.is_connected(), "the link went down: {}", group.0);
+            ensure!(pair.receiver.group()?.state() != "detached", "the receiver lost its source");
+            looks += 1;
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        home.figure(format!("{looks} looks while the disk hung"));
+        drop(frozen);
+        client(&pair)?.write(&[2; 4096], 4096)?;
+        pair.source.wait()?;
+        ensure!(fs::read(pair.replica("v"))?[4096..8192] == [2; 4096], "the disk answers again");
+        drop(pair);
+        fuse.unmount()
+    })
+}
