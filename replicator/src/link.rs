@@ -473,6 +473,8 @@ impl Link {
                         if (epoch, Lsn(received_lsn)) > self.newest() {
                             return Ok(End::Lost("the receiver acknowledges what was never sent".into()));
                         }
+                        // Before the acknowledgement: who sees no backlog any more sees all that was sent for it.
+                        self.count(connection);
                         let lsns = [received_lsn, applied_lsn, checkpoint_lsn].map(Lsn);
                         self.agent.shared.progress.acknowledged(epoch, lsns[0], lsns[1], lsns[2]);
                         if let Some(state) = state {

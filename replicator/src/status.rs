@@ -56,7 +56,7 @@ pub struct GroupStatus {
     pub clock_skew_ms: Option<i64>,
     /// Journaled bytes that the receiver has not acknowledged.
     pub backlog_bytes: u64,
-    /// Bytes of datagrams sent to the receiver since the agent started, as of the last heartbeat.
+    /// Bytes of datagrams sent to the receiver since the agent started, as of the last acknowledgement or heartbeat.
     #[serde(default)]
     pub sent_bytes: u64,
     /// Bytes that the file systems call free and that were not sent (`sync = "allocated"`).

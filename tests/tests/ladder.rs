@@ -267,8 +267,8 @@ fn a_full_disk_under_the_source_journal_ends_by_itself() -> Result<()> {
     story("the journal's disk full", |home| {
         tell(home, ("1GiB", 64), |ladder, _| {
             ladder.rung("source journal's disk full", |ladder, _| {
-                ladder.pair.receiver_daemon()?.kill()?;
-                // What is on its way to a receiver that dies is sent again, a window at most: no matter of this gap.
+                // Stopped, not killed: what is on its way to a receiver that dies is sent again, which is no matter of this gap.
+                ensure!(ladder.pair.receiver_daemon()?.stop()?.success(), "the receiver stops cleanly");
                 ladder.pair.source.until("the link down", MINUTE, |group| !group.is_connected())?;
                 let flood =
                     LoadSpec { clients: 1, unit: 64 << 10, most: 1 << 20, pause: Duration::from_millis(5) };

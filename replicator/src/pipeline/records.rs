@@ -252,6 +252,7 @@ mod tests {
                 std::iter::empty(),
             )),
             board: Arc::new(Board::new("g", std::iter::once("disk".to_owned()))),
+            remembered: state.remembered(),
             state: Arc::new(Mutex::new(state)),
             sync_cause: Arc::default(),
             map: Arc::default(),
