@@ -33,7 +33,8 @@ trap 'code=$?; trap - ERR; set +e; cp /srv/*.log /srv/*.toml /srv/out/ 2> /dev/n
 trap 'echo "FAILED: line ${BASH_LINENO[0]}: $BASH_COMMAND" >&2; diagnose' ERR
 set -E
 
-stop_all() { kill -9 $(jobs -p) 2> /dev/null || true; }
+# Waited for: a group whose agent is still dying cannot be forgotten.
+stop_all() { kill -9 $(jobs -p) 2> /dev/null || true; wait 2> /dev/null || true; }
 
 # ── devices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
