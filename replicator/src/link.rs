@@ -530,17 +530,19 @@ impl Link {
         let ReceiverState { code, why } = &self.receiver;
         let on_its_way = *code == ReceiverCode::NeedsResync && (epoch < current || checkpoint <= start);
         let is_news = *code != ReceiverCode::Ok && !on_its_way;
+        // Said at once; remembering it may take as long as a disk hangs.
+        self.agent.shared.progress.peer_changed(|peer| {
+            let stands_still = *code == ReceiverCode::NeedsResync && is_news;
+            // A synchronisation comes by itself.
+            peer.stuck = is_news && !stands_still;
+            peer.replica_failed = stands_still || *code == ReceiverCode::ReplicaFailed;
+            peer.trouble = if is_news { format!("receiver: {why}") } else { String::new() };
+        });
         match code {
             ReceiverCode::NeedsResync if is_news => self.needs_resync(None, why).await,
             ReceiverCode::Fenced => self.agent.shared.board.change(State::Fenced, why.clone()),
             _ => {}
         }
-        self.agent.shared.progress.peer_changed(|peer| {
-            // A synchronisation comes by itself.
-            peer.stuck = is_news && *code != ReceiverCode::NeedsResync;
-            peer.replica_failed = *code == ReceiverCode::ReplicaFailed;
-            peer.trouble = if is_news { format!("receiver: {why}") } else { String::new() };
-        });
     }
 
     /// What the receiver's refusal means for the next attempt. Frames out of order may be a hiccup; refused twice from the

@@ -50,7 +50,8 @@ pub struct PeerView {
     pub trouble: String,
     /// The complaint is one that does not go away by itself.
     pub stuck: bool,
-    /// The receiver takes frames, and writes none to the replica.
+    /// The receiver takes frames, and writes none to the replica: it failed, or needs a synchronisation that is not remembered
+    /// yet.
     pub replica_failed: bool,
     /// By how much our clock is ahead of its, ns; `None` before it was heard.
     pub clock_skew_ns: Option<i64>,

@@ -7,16 +7,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use rustix::process::Signal;
+use serde_json::json;
 use tests::control::{Group, poll};
 use tests::daemon::Daemon;
 use tests::nbd::{self, FuseDisk, Loop, Mount};
 use tests::nbd_client::NbdClient;
 use tests::program::{need, run};
-use tests::rig::{Pair, PairSpec};
+use tests::rig::{GROUP, Pair, PairSpec};
 use tests::story;
 use tests::story::Home;
 
 const SOON: Duration = Duration::from_secs(20);
+/// How long a disk hangs; the link's idle time is 2 s here.
+const HUNG: Duration = Duration::from_secs(5);
+/// For an answer that waits for no disk.
+const IN_TIME: Duration = Duration::from_secs(3);
 const MIB: u64 = 1 << 20;
 const VOLUME: PairSpec<'_> = PairSpec {
     volumes: &[("v", 16 * MIB)],
@@ -151,8 +156,34 @@ fn a_wait_at_a_receiver_without_room_does_not_end_well() -> Result<()> {
     })
 }
 
+/// A disk that can be made to hang: `qemu-nbd` under `nbdfuse`.
+struct Storage {
+    server: Daemon,
+    fuse: FuseDisk,
+}
+
 /// Goes on when the story ends, however it ends: what hangs cannot be unmounted.
 struct Frozen<'a>(&'a Daemon);
+
+impl Storage {
+    fn new(home: &Home, mib: u64) -> Result<Storage> {
+        need(&nbd::PROGRAMS)?;
+        need(&["qemu-nbd"])?;
+        let (store, socket) = (home.path("store.img"), home.path("store.sock"));
+        File::create(&store)?.set_len(mib * MIB)?;
+        let (socket_text, store_text) = (socket.to_string_lossy(), store.to_string_lossy());
+        let args = ["--persistent", "--format=raw", "--socket", &*socket_text, &*store_text];
+        let server = Daemon::start(home, "store", Path::new("qemu-nbd"), args)?;
+        poll("the store's socket", SOON, || Ok(socket.exists().then_some(())))?;
+        let fuse = FuseDisk::attach(home, &format!("nbd+unix:///?socket={socket_text}"))?;
+        Ok(Storage { server, fuse })
+    }
+
+    fn freeze(&self) -> Result<Frozen<'_>> {
+        self.server.signal(Signal::STOP)?;
+        Ok(Frozen(&self.server))
+    }
+}
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
@@ -160,44 +191,115 @@ impl Drop for Frozen<'_> {
     }
 }
 
+/// Both sides answer and are connected, for this long; the number of looks.
+fn answers_all_the_while(pair: &Pair<'_>, hung: Duration) -> Result<u32> {
+    let (begun, mut looks) = (Instant::now(), 0);
+    while begun.elapsed() < hung {
+        let group = in_time("status", || pair.source.group())?;
+        ensure!(group.is_connected(), "the link went down: {}", group.0);
+        ensure!(pair.receiver.group()?.state() != "detached", "the receiver lost its source");
+        looks += 1;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(looks)
+}
+
+/// What must not wait for a disk.
+fn in_time<T>(what: &str, order: impl FnOnce() -> Result<T>) -> Result<T> {
+    let asked = Instant::now();
+    let answer = order()?;
+    ensure!(asked.elapsed() < IN_TIME, "{what} took {:?}", asked.elapsed());
+    Ok(answer)
+}
+
+/// Kills the receiver, does something to it, and starts it again; the source notices both.
+fn restart_receiver(pair: &mut Pair<'_>, change: impl FnOnce(&Pair<'_>) -> Result<()>) -> Result<()> {
+    pair.receiver_daemon()?.kill()?;
+    pair.source.until("the link down", SOON, |group| !group.is_connected())?;
+    change(pair)?;
+    pair.start_receiver()?;
+    pair.source.until("the link again", SOON, Group::is_connected)?;
+    Ok(())
+}
+
 /// The storage below a protected disk does not answer for longer than the link's idle time.
 #[test]
 fn a_disk_that_hangs_holds_up_neither_status_nor_link() -> Result<()> {
-    const HUNG: Duration = Duration::from_secs(5); // the link's idle time here is 2 s
     story("hung disk", |home| {
-        need(&nbd::PROGRAMS)?;
-        need(&["qemu-nbd"])?;
-        let (store, socket) = (home.path("store.img"), home.path("store.sock"));
-        File::create(&store)?.set_len(16 * MIB)?;
-        let (socket_text, store_text) = (socket.to_string_lossy(), store.to_string_lossy());
-        let args = ["--persistent", "--format=raw", "--socket", &*socket_text, &*store_text];
-        let server = Daemon::start(home, "store", Path::new("qemu-nbd"), args)?;
-        poll("the store's socket", SOON, || Ok(socket.exists().then_some(())))?;
-        let fuse = FuseDisk::attach(home, &format!("nbd+unix:///?socket={socket_text}"))?;
+        let storage = Storage::new(home, 16)?;
         fs::create_dir_all(home.path("source"))?;
-        std::os::unix::fs::symlink(fuse.path(), home.path("source").join("v.img"))?;
+        std::os::unix::fs::symlink(storage.fuse.path(), home.path("source").join("v.img"))?;
         let pair = Pair::start(home, &VOLUME)?;
         client(&pair)?.write(&[1; 4096], 0)?;
         pair.source.wait()?;
-        server.signal(Signal::STOP)?;
-        let frozen = Frozen(&server);
-        let hung = Instant::now();
-        let mut looks = 0;
-        while hung.elapsed() < HUNG {
-            let asked = Instant::now();
-            let group = pair.source.group()?;
-            ensure!(asked.elapsed() < Duration::from_secs(2), "status took {:?}", asked.elapsed());
-            ensure!(group.is_connected(), "the link went down: {}", group.0);
-            ensure!(pair.receiver.group()?.state() != "detached", "the receiver lost its source");
-            looks += 1;
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let frozen = storage.freeze()?;
+        let looks = answers_all_the_while(&pair, HUNG)?;
         home.figure(format!("{looks} looks while the disk hung"));
         drop(frozen);
         client(&pair)?.write(&[2; 4096], 4096)?;
         pair.source.wait()?;
         ensure!(fs::read(pair.replica("v"))?[4096..8192] == [2; 4096], "the disk answers again");
         drop(pair);
-        fuse.unmount()
+        storage.fuse.unmount()
+    })
+}
+
+/// The disk below the source's own directory (state, journal, which copy it is) does not answer, while clients write, orders
+/// come, and the receiver goes and returns.
+#[test]
+fn a_state_directory_that_hangs_holds_up_neither_status_nor_link_nor_orders() -> Result<()> {
+    story("hung state directory", |home| {
+        need(&["mkfs.ext4"])?;
+        let storage = Storage::new(home, 96)?;
+        let device = Loop::attach(&storage.fuse.path())?;
+        run("mkfs.ext4", ["-q".as_ref(), "-m".as_ref(), "0".as_ref(), device.path().as_os_str()])?;
+        let mount = Mount::on(&home.path("source"), device.path(), "noatime")?;
+        std::os::unix::fs::symlink(home.path("v.img"), mount.path().join("v.img"))?;
+        File::create(home.path("v.img"))?.set_len(16 * MIB)?;
+        let spec = PairSpec { source: "[journal]\nquota = \"64MiB\"\nsegment_bytes = \"4MiB\"\n", ..VOLUME };
+        let mut pair = Pair::start(home, &spec)?;
+        let mut clients = client(&pair)?;
+        clients.write(&[1; 4096], 0)?;
+        pair.source.wait()?;
+        let frozen = storage.freeze()?;
+        clients.write(&[2; 4096], 4096)?;
+        let looks = answers_all_the_while(&pair, HUNG)?;
+        home.figure(format!("{looks} looks while the directory hung"));
+        // An order that stores something is taken, or refused with what hangs. So is the next one.
+        for _ in 0..2 {
+            let verify = || Ok(pair.source.ask("POST", "/v1/verify", &json!({ "group": GROUP })));
+            let told = match in_time("verify", verify)? {
+                Ok(answer) => answer.to_string(),
+                Err(error) => format!("{error:#}"),
+            };
+            home.figure(format!("verify: {told}"));
+            in_time("bookmark", || pair.source.post_bookmark(GROUP, "while-it-hangs"))?;
+        }
+        restart_receiver(&mut pair, |_| Ok(()))?;
+        // The replica is to be made anew: that is to be remembered, and cannot be yet.
+        restart_receiver(&mut pair, |pair| {
+            fs::remove_file(pair.replica("v"))?;
+            File::create(pair.replica("v"))?;
+            Ok(())
+        })?;
+        let begun = Instant::now();
+        while begun.elapsed() < HUNG {
+            let group = in_time("status", || pair.source.group())?;
+            ensure!(
+                group.state() != "replicating" || !group.why().is_empty(),
+                "nothing is said of it: {}",
+                group.0
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        home.figure(format!("with a new replica: {}", pair.source.group()?.why()));
+        drop(frozen);
+        clients.write(&[3; 4096], 8192)?;
+        pair.until_served()?;
+        pair.assert_replica_equals_source()?;
+        ensure!(pair.source_daemon()?.stop()?.success(), "it stops cleanly");
+        drop(pair);
+        drop((mount, device));
+        storage.fuse.unmount()
     })
 }
