@@ -36,25 +36,28 @@ pub(crate) type Ills = BTreeMap<u32, Ill>;
 
 impl Agent {
     /// Looks at the disks behind the front; blocks as long as one of them does not answer.
-    pub(crate) fn look_at_disks(&self) {
+    pub(crate) fn look_at_disks(&self, sweep: u64) {
         let before = self.ills();
-        let mut found = Ills::new();
         for (volume, settings) in self.volumes.iter().zip(&self.settings.volume) {
             let Some(served) = volume.served() else { continue };
-            self.looks.at(&volume.name);
-            if let Some(ill) = self.look_at(volume, served, &settings.path, before.get(&volume.id)) {
-                found.insert(volume.id, ill);
-            }
+            let id = volume.id;
+            self.looks.at(sweep, format!("the disk of volume {}", volume.name), || {
+                let ill = self.look_at(volume, served, &settings.path, before.get(&id));
+                let mut ills = self.ills.lock().unwrap_or_else(PoisonError::into_inner);
+                match ill {
+                    Some(ill) => drop(ills.insert(id, ill)),
+                    None => drop(ills.remove(&id)),
+                }
+            });
         }
+        let found = self.ills();
         let shrunk = found.values().find_map(|ill| match ill {
             Ill::Shrunk(why) => Some(why.clone()),
             Ill::Gone(_) => None,
         });
-        let is_news = found != before;
-        *self.ills.lock().unwrap_or_else(PoisonError::into_inner) = found;
         if let Some(why) = shrunk {
             self.shared.board.change(State::Degraded, why);
-        } else if is_news {
+        } else if found != before {
             self.tell_words();
         }
     }

@@ -1,7 +1,8 @@
-//! Disks are looked at on a thread of their own: one that hangs holds up nothing but that look, and its silence is told.
+//! Disks are looked at aside, in sweeps: one that hangs holds up nothing but the look at it, and its silence is told.
 //!
-//! State: which volume's disk is being looked at, and since when. One look at a time; while one hangs no other begins, so the
-//! other disks' growth is noticed only after it.
+//! State: the disks that are being looked at, each since when, and the number of the newest sweep. A sweep whose look is silent
+//! is left to itself, and the next one passes that disk over.
+//! Invariants: at most one look at a disk; at most one thread more than there are silent disks.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,73 +14,122 @@ use crate::agent::Agent;
 /// A disk that takes longer to say how large it is does not answer.
 const SILENT: Duration = Duration::from_secs(3);
 
-/// The look that is under way.
+/// The looks that are under way.
 #[derive(Default)]
 pub(crate) struct Looks {
-    now: Mutex<Option<Look>>,
+    now: Mutex<UnderWay>,
 }
 
-#[derive(Clone)]
+#[derive(Default)]
+struct UnderWay {
+    /// Number of the newest sweep.
+    sweep: u64,
+    is_sweeping: bool,
+    looks: Vec<Look>,
+}
+
 struct Look {
+    /// The disk, in an operator's words.
+    disk: String,
     since: Instant,
-    /// The volume, once one is being looked at.
-    volume: String,
     told: bool,
 }
 
+impl Look {
+    fn is_silent(&self) -> bool {
+        machine::since(self.since) >= SILENT
+    }
+}
+
 impl Looks {
-    fn set(&self, to: Option<Look>) -> Option<Look> {
-        std::mem::replace(&mut *self.now.lock().unwrap_or_else(PoisonError::into_inner), to)
+    fn with<T>(&self, change: impl FnOnce(&mut UnderWay) -> T) -> T {
+        change(&mut self.now.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn get(&self) -> Option<Look> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// A new sweep's number; none while the last one goes on.
+    fn begin(&self) -> Option<u64> {
+        self.with(|now| {
+            let hangs = now.looks.iter().any(Look::is_silent) && now.looks.iter().all(Look::is_silent);
+            if now.is_sweeping && !hangs {
+                return None;
+            }
+            now.is_sweeping = true;
+            now.sweep += 1;
+            Some(now.sweep)
+        })
     }
 
-    /// The next disk is being looked at.
-    pub(crate) fn at(&self, volume: &str) {
-        self.set(Some(Look { since: machine::now(), volume: volume.to_owned(), told: false }));
+    fn end(&self, sweep: u64) {
+        self.with(|now| now.is_sweeping &= now.sweep != sweep);
     }
 
-    /// What is to be said of a disk that does not answer.
+    /// Looks at a disk, unless it is being looked at, or the sweep is one of the past.
+    pub(crate) fn at<T>(&self, sweep: u64, disk: String, look: impl FnOnce() -> T) -> Option<T> {
+        let begins = self.with(|now| {
+            let begins = now.sweep == sweep && !now.looks.iter().any(|look| look.disk == disk);
+            if begins {
+                now.looks.push(Look { disk: disk.clone(), since: machine::now(), told: false });
+            }
+            begins
+        });
+        let found = begins.then(look)?;
+        let told = self.with(|now| {
+            let at = now.looks.iter().position(|look| look.disk == disk);
+            at.is_some_and(|at| now.looks.swap_remove(at).told)
+        });
+        if told {
+            tracing::info!("{disk} answers again");
+        }
+        Some(found)
+    }
+
+    /// What is to be said of disks that do not answer.
     pub(crate) fn words(&self) -> String {
-        let silent = self.get().filter(|look| machine::since(look.since) >= SILENT);
-        silent.map_or(String::new(), |look| {
-            let seconds = machine::since(look.since).as_secs();
-            format!("the disk of volume {} has not answered for {seconds} s", look.volume)
+        let words = |look: &Look| {
+            format!("{} has not answered for {} s", look.disk, machine::since(look.since).as_secs())
+        };
+        self.with(|now| {
+            let silent = now.looks.iter().filter(|look| look.is_silent());
+            silent.map(words).collect::<Vec<_>>().join("; ")
+        })
+    }
+
+    /// The disks that do not answer, each once.
+    fn news(&self) -> Vec<String> {
+        self.with(|now| {
+            let news = now.looks.iter_mut().filter(|look| look.is_silent() && !look.told);
+            news.map(|look| {
+                look.told = true;
+                look.disk.clone()
+            })
+            .collect()
         })
     }
 
     /// Whether no look is under way.
     pub(crate) fn is_idle(&self) -> bool {
-        self.get().is_none()
+        self.with(|now| !now.is_sweeping && now.looks.is_empty())
     }
 }
 
 impl Agent {
-    /// Looks at the disks, and keeps what is to be kept on disks of our own, unless the last such look still hangs.
+    /// Looks at the disks, and keeps what is to be kept on disks of our own, unless the last sweep goes on.
     pub(crate) fn look_aside(self: &Arc<Self>) {
-        if let Some(look) = self.looks.get() {
-            if !look.told && machine::since(look.since) >= SILENT {
-                tracing::warn!(
-                    volume = %look.volume,
-                    "the disk does not answer: its clients wait for it, as without us; the link and other volumes go on"
-                );
-                self.looks.set(Some(Look { told: true, ..look }));
-            }
-            return;
+        for disk in self.looks.news() {
+            tracing::warn!(
+                "{disk} does not answer: who uses it waits for it, as without us; the link and other volumes go on"
+            );
         }
-        self.looks.at("(the agent's own directory)");
+        let Some(sweep) = self.looks.begin() else { return };
         let agent = self.clone();
         let look = move || {
-            agent.keep_state();
-            agent.look_at_disks();
-            if agent.looks.set(None).is_some_and(|look| look.told) {
-                tracing::info!("the disk answers again");
-            }
+            let own = format!("the disk of {}", agent.settings.dir.display());
+            agent.looks.at(sweep, own, || agent.keep_state());
+            agent.look_at_disks(sweep);
+            agent.looks.end(sweep);
         };
         if let Err(error) = machine::spawn("af-disks", look) {
-            self.looks.set(None);
+            self.looks.end(sweep);
             tracing::warn!(%error, "start the thread that looks at the disks");
         }
     }
@@ -89,14 +139,49 @@ impl Agent {
 mod tests {
     use super::*;
 
+    fn age(looks: &Looks) {
+        looks.with(|now| {
+            for look in &mut now.looks {
+                look.since = machine::now().checked_sub(Duration::from_secs(12)).unwrap();
+            }
+        });
+    }
+
     #[test]
     fn silence_is_told_and_a_short_look_is_not() {
         let looks = Looks::default();
-        assert!(looks.is_idle() && looks.words().is_empty());
-        looks.at("v");
-        assert!(!looks.is_idle() && looks.words().is_empty());
-        let since = machine::now().checked_sub(Duration::from_secs(12)).unwrap();
-        looks.set(Some(Look { since, volume: "v".into(), told: false }));
-        assert_eq!(looks.words(), "the disk of volume v has not answered for 12 s");
+        let sweep = looks.begin().unwrap();
+        looks.at(sweep, "disk a".into(), || {
+            assert!(looks.words().is_empty() && looks.news().is_empty() && !looks.is_idle());
+            age(&looks);
+            assert_eq!(looks.words(), "disk a has not answered for 12 s");
+            assert_eq!((looks.news(), looks.news()), (vec!["disk a".to_owned()], Vec::new()), "told once");
+        });
+        looks.end(sweep);
+        assert!(looks.words().is_empty() && looks.is_idle());
+    }
+
+    /// Each disk's look is made from within the other's, as if that one hung.
+    #[test]
+    fn a_sweep_that_hangs_is_left_behind_and_its_disk_passed_over() {
+        let looks = Looks::default();
+        let first = looks.begin().unwrap();
+        looks.at(first, "disk a".into(), || {
+            assert_eq!(looks.begin(), None, "it may be slow");
+            age(&looks);
+            let second = looks.begin().expect("it hangs");
+            assert_eq!(looks.at(second, "disk a".into(), || ()), None, "two looks at a disk");
+            looks
+                .at(second, "disk b".into(), || assert_eq!(looks.begin(), None, "the second goes on"))
+                .unwrap();
+            looks.end(second);
+        });
+        assert_eq!(looks.at(first, "disk b".into(), || ()), None, "a sweep of the past goes on");
+        looks.end(first);
+        assert!(looks.is_idle());
+        let third = looks.begin().unwrap();
+        looks.end(first);
+        assert!(!looks.is_idle(), "a sweep of the past ends the newest");
+        looks.end(third);
     }
 }

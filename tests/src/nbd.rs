@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rustix::process::Signal;
 
 use crate::control::poll;
 use crate::daemon::Daemon;
@@ -46,6 +47,14 @@ impl FuseDisk {
     /// The file.
     pub fn path(&self) -> PathBuf {
         self.folder.join("disk")
+    }
+
+    /// Sends its server a signal: stopped, nothing that asks the file is answered.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.daemon.as_ref().context("nbdfuse runs")?.signal(signal)
     }
 
     /// Unmounts; everything has been flushed when this returns.

@@ -16,6 +16,7 @@
 pub mod container;
 pub mod continuity;
 pub mod identity;
+mod loops;
 mod system;
 pub mod users;
 

@@ -4,7 +4,7 @@
 //! itself has open does not count; a loop device counts whoever made it.
 //!
 //! Not seen: processes that we may not look at (another user's, unless we are root), those of another machine, memory that is
-//! still mapped after its descriptor was closed, and users inside the kernel that show nowhere (an iSCSI target's file).
+//! still mapped after its descriptor was closed, a loop device over a file system that hangs, and users inside the kernel that show nowhere (an iSCSI target's file).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, makedev, statx};
 
 use super::identity::loop_backing;
-use super::system;
+use super::{loops, system};
 
 /// Descriptors that are looked at, at most, of all processes together.
 const DESCRIPTORS: usize = 1 << 20;
@@ -168,20 +168,17 @@ impl Wanted {
     fn loops(&self) -> Vec<User> {
         let Ok(entries) = std::fs::read_dir("/sys/block") else { return Vec::new() };
         let disks = entries.flatten().filter(|entry| entry.path().join("loop/backing_file").exists());
+        let others = disks.filter(|disk| self.itself.is_none() || number_of(&disk.path()) != self.itself);
+        let devices = others.map(|disk| Path::new("/dev").join(disk.file_name())).collect();
         let mut users = Vec::new();
-        for disk in disks {
-            let (name, number) = (disk.file_name(), number_of(&disk.path()));
-            if number.is_some() && number == self.itself {
-                continue;
-            }
-            let device = Path::new("/dev").join(&name);
-            let target = File::open(&device).ok().and_then(|open| system::loop_target(&open));
+        for (device, target) in loops::targets(devices) {
             let uses = match target {
                 Some(target) => self.is_under(&target),
                 // Without leave to ask the device: by its path, which may have been given to another since.
                 None => {
-                    let path = std::fs::read_to_string(disk.path().join("loop/backing_file"));
-                    path.is_ok_and(|path| self.is_path(Path::new(path.trim_end())))
+                    let name = device.file_name().unwrap_or_default();
+                    let path = Path::new("/sys/block").join(name).join("loop/backing_file");
+                    std::fs::read_to_string(path).is_ok_and(|path| self.is_path(Path::new(path.trim_end())))
                 }
             };
             if uses {

@@ -158,12 +158,13 @@ fn a_wait_at_a_receiver_without_room_does_not_end_well() -> Result<()> {
 
 /// A disk that can be made to hang: `qemu-nbd` under `nbdfuse`.
 struct Storage {
-    server: Daemon,
     fuse: FuseDisk,
+    /// Ends after what asks it.
+    _server: Daemon,
 }
 
 /// Goes on when the story ends, however it ends: what hangs cannot be unmounted.
-struct Frozen<'a>(&'a Daemon);
+struct Frozen<'a>(&'a FuseDisk);
 
 impl Storage {
     fn new(home: &Home, mib: u64) -> Result<Storage> {
@@ -176,12 +177,12 @@ impl Storage {
         let server = Daemon::start(home, "store", Path::new("qemu-nbd"), args)?;
         poll("the store's socket", SOON, || Ok(socket.exists().then_some(())))?;
         let fuse = FuseDisk::attach(home, &format!("nbd+unix:///?socket={socket_text}"))?;
-        Ok(Storage { server, fuse })
+        Ok(Storage { fuse, _server: server })
     }
 
     fn freeze(&self) -> Result<Frozen<'_>> {
-        self.server.signal(Signal::STOP)?;
-        Ok(Frozen(&self.server))
+        self.fuse.signal(Signal::STOP)?;
+        Ok(Frozen(&self.fuse))
     }
 }
 
@@ -229,12 +230,17 @@ fn a_disk_that_hangs_holds_up_neither_status_nor_link() -> Result<()> {
         let storage = Storage::new(home, 16)?;
         fs::create_dir_all(home.path("source"))?;
         std::os::unix::fs::symlink(storage.fuse.path(), home.path("source").join("v.img"))?;
-        let pair = Pair::start(home, &VOLUME)?;
+        let volumes = [("v", 16 * MIB), ("w", 16 * MIB)];
+        let pair = Pair::start(home, &PairSpec { volumes: &volumes, ..VOLUME })?;
         client(&pair)?.write(&[1; 4096], 0)?;
         pair.source.wait()?;
         let frozen = storage.freeze()?;
         let looks = answers_all_the_while(&pair, HUNG)?;
         home.figure(format!("{looks} looks while the disk hung"));
+        File::options().write(true).open(pair.backing("w"))?.set_len(24 * MIB)?;
+        let grown = |group: &Group| group.0["volumes"][1]["size_bytes"] == 24 * MIB;
+        let group = pair.source.until("the other disk's growth", SOON, grown)?;
+        ensure!(group.why().contains("the disk of volume v has not answered"), "{}", group.0);
         drop(frozen);
         client(&pair)?.write(&[2; 4096], 4096)?;
         pair.source.wait()?;
