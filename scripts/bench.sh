@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the parts of the benchmark that are named, all without names. --json: JSON objects, one a part group.
-# A part that fails does not end it; which failed (exit code 1), and which figures fell short, is said at the end.
+# Runs the parts of the benchmark that are named, all without names. --json: JSON objects, one a part group. A
+# part that fails does not end it; which failed (exit code 1), and which figures fell short, is said at the
+# end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

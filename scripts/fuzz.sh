@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every decoder of foreign bytes, SECONDS each: all are built first, side by side, then run one after the other.
+# Every decoder of foreign bytes, SECONDS each: all are built first, side by side, then run one after the
+# other.
 set -euo pipefail
 cd "$(dirname "$0")/../fuzz"
 seconds=${1:-60}

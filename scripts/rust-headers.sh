@@ -1,14 +1,15 @@
 #!/bin/bash
-# Gives the headers of a Debian kernel the Rust metadata that modules in Rust need and that Debian does not ship: builds
-# only rust/ from the same source with the same compiler and configuration, checks that every Rust symbol which that kernel
-# exports comes out by the same name, and lays the result beside the headers. As root; once for each kernel; 4 minutes.
+# Gives the headers of a Debian kernel the Rust metadata that modules in Rust need and that Debian does not
+# ship: builds only rust/ from the same source with the same compiler and configuration, checks that every
+# Rust symbol which that kernel exports comes out by the same name, and lays the result beside the headers. As
+# root; once for each kernel; 4 minutes.
 #
 #   rust-headers.sh [KERNEL]                      KERNEL: default, the running one
 #   rust-headers.sh --source DIR [KERNEL]         DIR: a source tree in which it has been prepared already
 #
-# Needs (Debian 13): linux-headers-KERNEL, linux-source-X.Y, rustc and rust-src of *trixie* (1.85.1: names hold the
-# compiler's full version, so neither a backport nor rustup's will do), bindgen, clang-19, gcc-14, libelf-dev, libssl-dev,
-# pahole, flex, bison, bc, make, xz-utils. It installs what is missing.
+# Needs (Debian 13): linux-headers-KERNEL, linux-source-X.Y, rustc and rust-src of *trixie* (1.85.1: names
+# hold the compiler's full version, so neither a backport nor rustup's will do), bindgen, clang-19, gcc-14,
+# libelf-dev, libssl-dev, pahole, flex, bison, bc, make, xz-utils. It installs what is missing.
 set -euo pipefail
 
 die() { echo "rust-headers: $*" >&2; exit 1; }

@@ -1,5 +1,6 @@
 #!/bin/sh
-# From a bare Debian machine to the finished demo or the passed tests, in one command. May be run again at any time.
+# From a bare Debian machine to the finished demo or the passed tests, in one command. May be run again at any
+# time.
 #
 #   scripts/setup.sh demo    install what building needs, build, run `afterimage demo`
 #   scripts/setup.sh test    install what the tests need too, then `just test`
@@ -11,7 +12,7 @@ what=${1:-}
 case "$what" in
 demo | test | tools) ;;
 *)
-    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
@@ -64,7 +65,8 @@ install_rust() {
         rustup default stable
         return 0
     fi
-    # Debian 12 keeps a recent compiler under these names, for its browsers; later releases have it under the plain ones.
+    # Debian 12 keeps a recent compiler under these names, for its browsers; later releases have it under the
+    # plain ones.
     install_packages rustc-web cargo-web rustfmt-web rust-web-clippy
     command -v cargo >/dev/null || install_packages rustc cargo rustfmt rust-clippy
     have=$(rustc --version 2>/dev/null | sed -n 's/^rustc 1\.\([0-9]*\)\..*/\1/p')
@@ -79,7 +81,8 @@ install_cargo_tool() {
     command -v "$1" >/dev/null || cargo install --locked "$2"
 }
 
-# just takes minutes to compile on a small machine: a packaged one is used where there is one, pinned by its hash.
+# just takes minutes to compile on a small machine: a packaged one is used where there is one, pinned by its
+# hash.
 install_just() {
     command -v just >/dev/null && return 0
     wheel='rust-just==1.59.0 --hash=sha256:3ee47f26e3aff917107602d57a08ede20df447f78dc4f9ceb08e57a883c56eb9'

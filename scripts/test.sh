@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that must pass, with a time table; ends with the test runner's summary line. Called by `just test`.
+# Everything that must pass, with a time table; ends with the test runner's summary line. Called by
+# `just test`.
 #
-# Beside the builds, which now and then leave a core idle, runs what takes one core for a fixed time or waits for the
-# network: model checks, fuzzing, the laboratory. What is short here has its long form in `just soak`.
+# Beside the builds, which now and then leave a core idle, runs what takes one core for a fixed time or waits
+# for the network: model checks, fuzzing, the laboratory. What is short here has its long form in `just soak`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

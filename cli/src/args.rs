@@ -1,4 +1,5 @@
-//! The command line, as a contract: names and meanings are added to, never bent. `tests/help/` holds every help text.
+//! The command line, as a contract: names and meanings are added to, never bent. `tests/help/` holds every
+//! help text.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -56,7 +57,8 @@ pub enum Command {
     Admit(AdmitArgs),
     /// Compare a group's replica with its disks while they are used; exit code 4 where something differs
     Verify(VerifyArgs),
-    /// Check a group's stored segments now, and fetch from the source what rotted; `status` tells what was found
+    /// Check a group's stored segments now, and fetch from the source what rotted; `status` tells what was
+    /// found
     Scrub(ScrubArgs),
     /// List, check or print journal and undo files
     #[command(subcommand)]

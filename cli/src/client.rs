@@ -131,7 +131,8 @@ impl Client {
     }
 }
 
-/// What a daemon says may hold words of a peer or a file: no text of it says anything to a terminal, here and nowhere else.
+/// What a daemon says may hold words of a peer or a file: no text of it says anything to a terminal, here and
+/// nowhere else.
 fn printable(answer: Value) -> Value {
     match answer {
         Value::String(text) => Value::String(machine::text::one_line(&text).into_owned()),

@@ -1,4 +1,5 @@
-//! The control socket: HTTP/1 with JSON over a Unix socket, mode 0600 (`curl --unix-socket DIR/control.sock http://x/v1/status`).
+//! The control socket: HTTP/1 with JSON over a Unix socket, mode 0600
+//! (`curl --unix-socket DIR/control.sock http://x/v1/status`).
 //!
 //! ```text
 //! GET  /v1/status              {"groups":[…]}
@@ -21,10 +22,10 @@
 //! POST /v1/restore/cancel      {"to":TARGET}                 → {"to","ended":N}, when they have ended
 //! any error                    {"error":{"kind":K,"message":M}}
 //! ```
-//! A restore ends with the connection that asked for it.
-//! Owns: the socket file while it serves. What a request does is the [`Backend`]'s: this file only carries.
-//! Invariants: a socket on which somebody listens is never taken away; nobody but the owner's user can connect, at no
-//! moment (the socket appears under its name only after its mode is set).
+//! A restore ends with the connection that asked for it. Owns: the socket file while it serves. What a
+//! request does is the [`Backend`]'s: this file only carries. Invariants: a socket on which somebody listens
+//! is never taken away; nobody but the owner's user can connect, at no moment (the socket appears under its
+//! name only after its mode is set).
 
 use std::future::Future;
 use std::io;
@@ -74,7 +75,8 @@ pub trait Backend: Send + Sync + 'static {
     fn bookmark(&self, group: String, name: String) -> Answer<'_, u64>;
     /// Captures a device again; its volume's name.
     fn attach(&self, device: PathBuf) -> Answer<'_, String>;
-    /// Ends the capture of a device; its volume's name, the newest lsn, and whether its replica is consistent there.
+    /// Ends the capture of a device; its volume's name, the newest lsn, and whether its replica is consistent
+    /// there.
     fn detach(&self, device: PathBuf) -> Answer<'_, Value>;
     /// Brings the replica of a group to a point.
     fn rewind(&self, group: String, at: String) -> Answer<'_, Value>;
@@ -114,7 +116,8 @@ pub trait Backend: Send + Sync + 'static {
     fn verification(&self, _group: String, _stop: bool) -> Answer<'_, Value> {
         Box::pin(async { Err(compares_elsewhere()) })
     }
-    /// Restores; `progress` is told as it goes, and may be full. Ends when the answer is not waited for any more.
+    /// Restores; `progress` is told as it goes, and may be full. Ends when the answer is not waited for any
+    /// more.
     fn restore(&self, order: RestoreOrder, progress: mpsc::Sender<Progress>) -> Answer<'_, Value>;
     /// Ends the restores to a target.
     fn cancel_restore(&self, _to: PathBuf) -> Answer<'_, Value> {
@@ -130,7 +133,8 @@ fn compares_elsewhere() -> Fault {
     )
 }
 
-/// A restore as it is asked for over the socket. Paths are absolute: the daemon's own directory means nothing here.
+/// A restore as it is asked for over the socket. Paths are absolute: the daemon's own directory means nothing
+/// here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreOrder {
@@ -276,7 +280,8 @@ impl Server {
         Ok(Server { path: path.to_owned(), stop, task })
     }
 
-    /// Takes the socket away and ends every request: when this returns, nothing here holds the backend any more.
+    /// Takes the socket away and ends every request: when this returns, nothing here holds the backend any
+    /// more.
     pub async fn stop(self) {
         // First the name, so that nobody new comes.
         let _ = std::fs::remove_file(&self.path);
@@ -319,7 +324,8 @@ async fn bind(path: &Path) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Whether somebody answers. A dead daemon leaves its socket file behind, on which the kernel refuses connections.
+/// Whether somebody answers. A dead daemon leaves its socket file behind, on which the kernel refuses
+/// connections.
 pub async fn is_served(path: &Path) -> bool {
     tokio::net::UnixStream::connect(path).await.is_ok()
 }

@@ -57,8 +57,8 @@ pub async fn receive(args: DaemonArgs) -> Result<()> {
     ended.and(stopped)
 }
 
-/// Serves until a signal (`Ok`) or until the handle fails (its reason). systemd hears `READY=1` when the control socket is open and
-/// `ready` says that clients are served as well.
+/// Serves until a signal (`Ok`) or until the handle fails (its reason). systemd hears `READY=1` when the
+/// control socket is open and `ready` says that clients are served as well.
 async fn run(
     control: &Path,
     backend: Arc<dyn Backend>,
@@ -98,7 +98,8 @@ where
     shutdown(alone(handle).await?).await.map_err(Into::into)
 }
 
-/// What nobody else holds any more. The control socket has been stopped; its last requests are just letting go.
+/// What nobody else holds any more. The control socket has been stopped; its last requests are just letting
+/// go.
 pub async fn alone<T>(mut shared: Arc<T>) -> Result<T> {
     for _ in 0..LET_GO_ROUNDS {
         match Arc::try_unwrap(shared) {

@@ -1,8 +1,8 @@
 //! `demo`: the whole story on real data, told while it happens, and proven by hash.
 //!
-//! It types the commands that anybody could type (it runs this very binary), and plays the application itself through
-//! NBD. It needs no mount, no module and no root, only e2fsprogs. It ends with 0 only when the restored disk is, byte
-//! for byte, what the disk was at the bookmark, and every file in it is what it was.
+//! It types the commands that anybody could type (it runs this very binary), and plays the application itself
+//! through NBD. It needs no mount, no module and no root, only e2fsprogs. It ends with 0 only when the
+//! restored disk is, byte for byte, what the disk was at the bookmark, and every file in it is what it was.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -169,7 +169,8 @@ impl Daemon {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         std::thread::Builder::new().name("demo-up".into()).spawn(move || {
             for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // Only the first is waited for; the rest is read so that `up` never writes into a closed pipe.
+                // Only the first is waited for; the rest is read so that `up` never writes into a closed
+                // pipe.
                 let _ = sender.try_send(line);
             }
         })?;

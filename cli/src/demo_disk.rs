@@ -1,4 +1,5 @@
-//! What `demo` does to its disk: a file system of real files, its ransom, and the proof that each file came back.
+//! What `demo` does to its disk: a file system of real files, its ransom, and the proof that each file came
+//! back.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -108,7 +109,8 @@ pub fn write_image(image: &Path, volume: &mut NbdClient) -> Result<u64> {
     }
 }
 
-/// Overwrites the blocks of every file with random bytes; the file system's own structure stays, as in a real ransom.
+/// Overwrites the blocks of every file with random bytes; the file system's own structure stays, as in a real
+/// ransom.
 pub fn ransom(image: &Path, files: &[DemoFile], volume: &mut NbdClient) -> Result<u64> {
     let commands: String = files.iter().map(|file| format!("blocks /{}\n", file.path)).collect();
     let answer = debugfs(image, &commands, Path::new("/"))?;

@@ -1,7 +1,7 @@
 //! What a failure means to a script: the exit codes, and the same kinds on the control socket.
 //!
-//! A [`Fault`] is the one error shape that crosses the control socket (`{"error":{"kind","message"}}`), so that a
-//! command that asks a daemon ends with the same code as one that does the work itself.
+//! A [`Fault`] is the one error shape that crosses the control socket (`{"error":{"kind","message"}}`), so
+//! that a command that asks a daemon ends with the same code as one that does the work itself.
 
 use std::fmt;
 use std::sync::Arc;
@@ -76,7 +76,8 @@ impl Fault {
         Fault::new(Kind::NotPossible, message)
     }
 
-    /// What an error of any room means: its kind from the first cause that has one, its text from the whole chain.
+    /// What an error of any room means: its kind from the first cause that has one, its text from the whole
+    /// chain.
     pub fn of(error: &anyhow::Error) -> Fault {
         let kind = error.chain().find_map(kind_of).unwrap_or(Kind::Failed);
         Fault { kind, message: sentence(error.chain()) }
@@ -96,7 +97,8 @@ impl fmt::Display for Fault {
 
 impl std::error::Error for Fault {}
 
-/// The chain as one line. Rooms differ in whether an error's text already holds its cause; none is said twice.
+/// The chain as one line. Rooms differ in whether an error's text already holds its cause; none is said
+/// twice.
 fn sentence<'a>(chain: impl Iterator<Item = &'a (dyn std::error::Error + 'static)>) -> String {
     let mut text = String::new();
     for cause in chain.map(ToString::to_string) {

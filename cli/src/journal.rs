@@ -1,4 +1,5 @@
-//! `journal`: looking into journal and undo directories. Only reads; works beside a running daemon and without one.
+//! `journal`: looking into journal and undo directories. Only reads; works beside a running daemon and
+//! without one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,8 +28,9 @@ pub fn run(command: JournalCommand) -> Result<()> {
     }
 }
 
-/// The directories with segments that DIR means: itself, a source's journal, a group's journal and undo, or those of all
-/// groups of a receiver. A directory that is none of these is a mistake of the caller's, and no damage.
+/// The directories with segments that DIR means: itself, a source's journal, a group's journal and undo, or
+/// those of all groups of a receiver. A directory that is none of these is a mistake of the caller's, and no
+/// damage.
 fn dirs(dir: &Path) -> Result<Vec<PathBuf>> {
     if !dir.is_dir() {
         anyhow::bail!(Fault::usage(format!("{} is not a directory", dir.display())));
@@ -57,7 +59,8 @@ fn dirs(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The parts with segments of a source's or of a group's directory. Other programs have directories called journal, too.
+/// The parts with segments of a source's or of a group's directory. Other programs have directories called
+/// journal, too.
 fn parts(dir: &Path) -> Vec<PathBuf> {
     let ours = ["state", "group", "undo"].iter().any(|name| dir.join(name).exists());
     // A group without history has an empty undo directory, and that is no damage.

@@ -1,7 +1,7 @@
 //! Log lines as systemd's journal takes them: the priority first, `<4>` for a warning (`sd-daemon(3)`).
 //!
-//! The journal says where its stream is in `JOURNAL_STREAM` (`device:inode`); only when stderr is that very stream are lines
-//! marked, so that a redirected or a terminal's log stays as it is.
+//! The journal says where its stream is in `JOURNAL_STREAM` (`device:inode`); only when stderr is that very
+//! stream are lines marked, so that a redirected or a terminal's log stays as it is.
 
 use std::fmt;
 use std::os::fd::AsFd;

@@ -1,10 +1,11 @@
 //! The command `afterimage`: parse, call, print.
 //!
-//! Where it stands: above every other room. The daemons (`up`, `replicate`, `receive`) start the handles of the rooms
-//! below and put a control socket beside them; the other commands are clients of that socket, or read a directory
-//! directly (`journal`, `restore --journal`). No logic of replication lives here.
+//! Where it stands: above every other room. The daemons (`up`, `replicate`, `receive`) start the handles of
+//! the rooms below and put a control socket beside them; the other commands are clients of that socket, or
+//! read a directory directly (`journal`, `restore --journal`). No logic of replication lives here.
 //!
-//! Invariants: results go to stdout, everything else to stderr; the exit code is the one that [`exit::Kind`] gives.
+//! Invariants: results go to stdout, everything else to stderr; the exit code is the one that [`exit::Kind`]
+//! gives.
 
 mod args;
 mod backend;

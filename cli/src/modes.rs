@@ -1,7 +1,8 @@
 //! Modes: what this program makes is for its owner only, whatever the umask is that it was started with.
 //!
-//! Journals, undo and replicas hold what the disks hold. Directories given by the operator keep their modes: they may be
-//! mount points, and others may have a socket or a key to reach in them; what lies in them is ours to close.
+//! Journals, undo and replicas hold what the disks hold. Directories given by the operator keep their modes:
+//! they may be mount points, and others may have a socket or a key to reach in them; what lies in them is
+//! ours to close.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -21,8 +22,8 @@ pub fn for_the_owner_only() {
     rustix::process::umask(Mode::from_raw_mode(OTHERS));
 }
 
-/// Takes from others what an earlier version, or a copy, left readable to them below a daemon's directory. What cannot be
-/// changed is told; it keeps no daemon from starting.
+/// Takes from others what an earlier version, or a copy, left readable to them below a daemon's directory.
+/// What cannot be changed is told; it keeps no daemon from starting.
 pub fn tighten(dir: &Path) {
     let mut count = 0;
     for name in CONTENT {

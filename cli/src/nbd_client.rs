@@ -1,7 +1,7 @@
 //! A small NBD client, so that `demo` needs no other program to use a volume the way a client would.
 //!
-//! Fixed newstyle with GO, simple replies, one request at a time: what the protocol asks of every server. Byte maps are
-//! in the NBD project's `doc/proto.md`.
+//! Fixed newstyle with GO, simple replies, one request at a time: what the protocol asks of every server.
+//! Byte maps are in the NBD project's `doc/proto.md`.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

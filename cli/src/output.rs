@@ -140,7 +140,8 @@ impl Write for ScreenWriter {
     }
 }
 
-/// Bytes done of a long piece of work: a bar with its end foretold on a terminal, a line every few seconds in a log.
+/// Bytes done of a long piece of work: a bar with its end foretold on a terminal, a line every few seconds in
+/// a log.
 pub struct Progress {
     what: String,
     bar: ProgressBar,

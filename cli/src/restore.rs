@@ -1,4 +1,5 @@
-//! `restore`: a past moment, written to a file, directory or device; through the daemon, or from a bare directory.
+//! `restore`: a past moment, written to a file, directory or device; through the daemon, or from a bare
+//! directory.
 
 use std::path::{Path, PathBuf};
 
@@ -56,8 +57,8 @@ async fn cancel(args: &RestoreArgs, target: &Path) -> Result<()> {
     output::line(format!("the restore to {} is ended; a file has no part of it", target.display()))
 }
 
-/// Restores from a directory whose daemon does not run, under the directory's lock. A signal ends it in good order, so
-/// that no temporary file stays.
+/// Restores from a directory whose daemon does not run, under the directory's lock. A signal ends it in good
+/// order, so that no temporary file stays.
 async fn bare(dir: &Path, order: &RestoreOrder, bar: &mut output::Progress) -> Result<RestoreReport> {
     let home = group_dir(dir, &order.group)?;
     let request = request(order)?;

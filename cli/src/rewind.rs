@@ -1,4 +1,5 @@
-//! `rewind`, `resume`, `resync`, `hold`: orders about a group's replica and history; through the daemon, or on a bare directory.
+//! `rewind`, `resume`, `resync`, `hold`: orders about a group's replica and history; through the daemon, or
+//! on a bare directory.
 
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};

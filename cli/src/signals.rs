@@ -1,8 +1,9 @@
 //! The signals of a daemon: SIGTERM and SIGINT stop it, SIGHUP does not.
 //!
-//! A task of its own hears them, so that each has the time at which it came, however long the daemon took to ask. State: how
-//! far the stop has been asked for. Rules: what comes within [`SAME`] of the first stop is that stop (a supervisor signals the
-//! process and its group; a terminal the whole job); what comes later means that there is no time for a clean end.
+//! A task of its own hears them, so that each has the time at which it came, however long the daemon took to
+//! ask. State: how far the stop has been asked for. Rules: what comes within [`SAME`] of the first stop is
+//! that stop (a supervisor signals the process and its group; a terminal the whole job); what comes later
+//! means that there is no time for a clean end.
 
 use std::future::Future;
 use std::time::Duration;
@@ -88,8 +89,8 @@ impl Signals {
         }
     }
 
-    /// Starts something that may hang (a disk that does not answer). A stop meanwhile waits `patience` for the start, so that
-    /// what has begun ends cleanly, then gives it up.
+    /// Starts something that may hang (a disk that does not answer). A stop meanwhile waits `patience` for
+    /// the start, so that what has begun ends cleanly, then gives it up.
     ///
     /// # Errors
     /// That of the start; or it was given up.

@@ -1,7 +1,7 @@
 //! `status`, `wait`, `points`, `bookmark`, `attach`, `detach`: what a daemon says, for people.
 //!
-//! [`Status`] is the JSON that both daemons share. It keeps keys that it does not know, so that one daemon's extras
-//! reach `status --json` unchanged.
+//! [`Status`] is the JSON that both daemons share. It keeps keys that it does not know, so that one daemon's
+//! extras reach `status --json` unchanged.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,9 @@
-//! `up`: everything in one process. A receiver on loopback, the replicator with its NBD front, paired by themselves.
+//! `up`: everything in one process. A receiver on loopback, the replicator with its NBD front, paired by
+//! themselves.
 //!
-//! Order of a start: lock, plan, identities, receiver (its port is then known), replicator, control socket, and only then
-//! the plan is remembered. Order of a stop: control socket, replicator (drains into the receiver), receiver.
+//! Order of a start: lock, plan, identities, receiver (its port is then known), replicator, control socket,
+//! and only then the plan is remembered. Order of a stop: control socket, replicator (drains into the
+//! receiver), receiver.
 
 use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File};

@@ -44,7 +44,8 @@ pub fn check(path: &Path) -> Result<()> {
             format!("disk {at} is in use ({users}): unmount or stop that first")
         ));
     }
-    // O_EXCL on a block device fails while the kernel uses it in any way, also where nobody above names the user.
+    // O_EXCL on a block device fails while the kernel uses it in any way, also where nobody above names the
+    // user.
     let exclusive = if kind.is_block_device() { OFlags::EXCL } else { OFlags::empty() };
     rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC | exclusive, Mode::empty()).map_err(|errno| {
         let advice = match errno {
@@ -59,7 +60,8 @@ pub fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Refuses, for a disk that is not protected yet, what is no disk: a container with one in it, or what `up` keeps in DIR.
+/// Refuses, for a disk that is not protected yet, what is no disk: a container with one in it, or what `up`
+/// keeps in DIR.
 ///
 /// # Errors
 /// What it is, and what to do.

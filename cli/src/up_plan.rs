@@ -6,8 +6,8 @@
 //! DIR/source/          the source's journal, identity, NBD sockets; NAME.img of --size
 //! DIR/receiver/        the receiver's groups, identity, replicas
 //! ```
-//! Invariants: what is remembered is never changed by flags of a later run, apart from `--nbd-tcp`; a conflict is
-//! refused with what to do. The file is replaced as a whole and durably.
+//! Invariants: what is remembered is never changed by flags of a later run, apart from `--nbd-tcp`; a
+//! conflict is refused with what to do. The file is replaced as a whole and durably.
 
 use std::io::Write;
 use std::net::SocketAddr;

@@ -1,5 +1,5 @@
-//! `verify`: begins, follows, shows or ends the comparison of a replica with its disks. It is the daemon's: a command that
-//! is interrupted leaves it running, and the next one follows it.
+//! `verify`: begins, follows, shows or ends the comparison of a replica with its disks. It is the daemon's: a
+//! command that is interrupted leaves it running, and the next one follows it.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! 0 done, 1 failed, 2 usage, 3 not possible at that point or in this state, 4 corruption found; and what is said.
+//! 0 done, 1 failed, 2 usage, 3 not possible at that point or in this state, 4 corruption found; and what is
+//! said.
 
 // Tests may unwrap; the lint knows only functions marked as such, not what they call.
 #![allow(clippy::unwrap_used)]

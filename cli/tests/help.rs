@@ -1,5 +1,5 @@
-//! The help texts are part of the contract: each is kept in `tests/help/`. `UPDATE_HELP=1` writes them anew; read the
-//! difference before it goes in.
+//! The help texts are part of the contract: each is kept in `tests/help/`. `UPDATE_HELP=1` writes them anew;
+//! read the difference before it goes in.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -33,7 +33,8 @@ impl FromStr for Compression {
             return Ok(Compression::Off);
         }
         let level = text.strip_prefix("zstd:").and_then(|n| n.parse::<i32>().ok()).ok_or(RULE)?;
-        // Level 0 is zstd's word for "its default of the day": not a level that a status line could honestly show.
+        // Level 0 is zstd's word for "its default of the day": not a level that a status line could honestly
+        // show.
         if (-7..=19).contains(&level) && level != 0 { Ok(Compression::Zstd(level)) } else { Err(RULE) }
     }
 }

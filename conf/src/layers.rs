@@ -1,7 +1,9 @@
-//! The layers of settings and their origins: variables matched with keys, and a flat list of keys with values.
+//! The layers of settings and their origins: variables matched with keys, and a flat list of keys with
+//! values.
 //!
-//! Every value of the `config` crate carries the origin that its source gave it. Ours are none for a default, the path
-//! for a file, and `environment NAME` for a variable; [`flatten`] reads that back, so nothing keeps a second list.
+//! Every value of the `config` crate carries the origin that its source gave it. Ours are none for a default,
+//! the path for a file, and `environment NAME` for a variable; [`flatten`] reads that back, so nothing keeps
+//! a second list.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -117,7 +119,8 @@ fn flatten_into(leaves: &mut BTreeMap<String, Leaf>, key: String, value: &Value,
                 None => Origin::Default,
                 Some(text) => match text.strip_prefix(ENVIRONMENT) {
                     Some(variable) => Origin::Environment(variable.to_owned()),
-                    // `config` shortens the path against the working directory; the operator knows it as given.
+                    // `config` shortens the path against the working directory; the operator knows it as
+                    // given.
                     None => Origin::File(file.into()),
                 },
             };

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use crate::error::{Refused, require};
 use crate::units;
 
-/// What a group or volume may be called. Names become file names and URIs, so they hold nothing that either would quote.
+/// What a group or volume may be called. Names become file names and URIs, so they hold nothing that either
+/// would quote.
 pub(crate) const NAME_RULE: &str = "1 to 64 of a-z 0-9 _ -";
 
 /// Whether `name` may name a group or a volume.

@@ -5,8 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Refused, require};
 use crate::units;
 
-/// QUIC windows and packet sizes. Memory: a connection may hold `send_window` at the source and `connection_window` at the
-/// receiver. For a link of R bytes/s and T seconds of round trip, a window below R × T is the limit, not the link.
+/// QUIC windows and packet sizes. Memory: a connection may hold `send_window` at the source and
+/// `connection_window` at the receiver. For a link of R bytes/s and T seconds of round trip, a window below R
+/// × T is the limit, not the link.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Quic {
@@ -29,7 +30,8 @@ pub struct Quic {
 
 /// Segments that quinn hands to the kernel in one offloaded send (GSO).
 const GSO_SEGMENTS: u32 = 10;
-/// Largest payload of one UDP send. Past it, quinn falls back to a system call per packet (a third of the rate).
+/// Largest payload of one UDP send. Past it, quinn falls back to a system call per packet (a third of the
+/// rate).
 const UDP_PAYLOAD_BYTES: u32 = 65_507;
 /// QUIC requires every path to carry this much (RFC 9000, section 14).
 const MIN_MTU: u16 = 1200;

@@ -56,7 +56,8 @@ pub struct Apply {
     /// A batch is applied when nothing has arrived for this long.
     #[serde(with = "units::duration")]
     pub idle: Duration,
-    /// Batches are at least this far apart unless full, so that a trickle of writes does not become a heap of undo files.
+    /// Batches are at least this far apart unless full, so that a trickle of writes does not become a heap of
+    /// undo files.
     #[serde(with = "units::duration")]
     pub min_interval: Duration,
     /// How undo is packed.
@@ -115,7 +116,8 @@ pub struct Replica {
     pub volume: String,
     /// Image file or block device.
     pub path: PathBuf,
-    /// It holds a copy of the volume that was brought by other means: it is taken over as it is, and compared.
+    /// It holds a copy of the volume that was brought by other means: it is taken over as it is, and
+    /// compared.
     pub seeded: bool,
 }
 
@@ -305,8 +307,8 @@ impl History {
 }
 
 impl Receiver {
-    /// Settings without a file, all else at its default: what `afterimage up` runs its receiving side with. A relative path
-    /// counts from the working directory.
+    /// Settings without a file, all else at its default: what `afterimage up` runs its receiving side with. A
+    /// relative path counts from the working directory.
     ///
     /// # Errors
     /// The same as for a file: a bad group name.
@@ -324,8 +326,9 @@ impl Receiver {
         Receiver::try_from(raw).map_err(Refused::embedded)
     }
 
-    /// Where the replica of a volume lies: its `[[replica]]`, or `dir/replica/GROUP/VOLUME.img`. Both names must have passed
-    /// [`check_name`](crate::check_name): a source's names are foreign bytes, and here they become a path.
+    /// Where the replica of a volume lies: its `[[replica]]`, or `dir/replica/GROUP/VOLUME.img`. Both names
+    /// must have passed [`check_name`](crate::check_name): a source's names are foreign bytes, and here they
+    /// become a path.
     pub fn replica_path(&self, group: &str, volume: &str) -> PathBuf {
         assert!(names::check_name(group) && names::check_name(volume), "a replica's name was not checked");
         let own = self.replica.iter().find(|r| r.group == group && r.volume == volume);

@@ -445,7 +445,8 @@ impl Nbd {
 }
 
 impl Ring {
-    /// The smallest: sixteen records of the longest payload, 128 KiB, twice. Below, every burst would overflow.
+    /// The smallest: sixteen records of the longest payload, 128 KiB, twice. Below, every burst would
+    /// overflow.
     pub const LEAST_BYTES: u64 = 4 << 20;
 
     fn check(&self) -> Result<(), Refused> {
@@ -475,8 +476,8 @@ pub(crate) fn check_segment_bytes(bytes: u64) -> Result<(), Refused> {
 }
 
 impl Replicator {
-    /// Settings without a file, all else at its default: what `afterimage up` runs its source side with. A relative path
-    /// counts from the working directory.
+    /// Settings without a file, all else at its default: what `afterimage up` runs its source side with. A
+    /// relative path counts from the working directory.
     ///
     /// # Errors
     /// The same as for a file: a bad name, address, or a name or path given twice.

@@ -91,7 +91,8 @@ pub fn check(path: &Path) -> Result<Checked, Error> {
     }
 }
 
-/// This process's environment. A value that is not UTF-8 keeps its readable part: no setting takes it, and the refusal shows it.
+/// This process's environment. A value that is not UTF-8 keeps its readable part: no setting takes it, and
+/// the refusal shows it.
 fn variables() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os().map(|(k, v)| (k.to_string_lossy().into_owned(), v.to_string_lossy().into_owned()))
 }

@@ -1,8 +1,8 @@
-//! Sizes (`64MiB`), rates (`100Mbit`), strict numbers and hex, as text and through serde. Durations (`20ms`) are
-//! humantime's.
+//! Sizes (`64MiB`), rates (`100Mbit`), strict numbers and hex, as text and through serde. Durations (`20ms`)
+//! are humantime's.
 //!
-//! The `config` crate converts loosely (2.7 becomes 3, true becomes 1); the serde functions here take exactly what they
-//! name, or the same written as a string, which is all that an environment variable can hold.
+//! The `config` crate converts loosely (2.7 becomes 3, true becomes 1); the serde functions here take exactly
+//! what they name, or the same written as a string, which is all that an environment variable can hold.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -17,8 +17,8 @@ const SIZE_UNITS: [(&str, u64); 5] =
 const RATE_UNITS: [(&str, u64); 4] =
     [("Gbit", 1_000_000_000), ("Mbit", 1_000_000), ("kbit", 1_000), ("bit", 1)];
 
-/// Bytes from text such as `4096`, `64MiB`, `1.5 GiB` or `10GB`, in any case. A bare letter (`1G`) is the power of two,
-/// as truncate, dd and qemu-img read it; `kB`, `MB`, `GB`, `TB` are powers of ten.
+/// Bytes from text such as `4096`, `64MiB`, `1.5 GiB` or `10GB`, in any case. A bare letter (`1G`) is the
+/// power of two, as truncate, dd and qemu-img read it; `kB`, `MB`, `GB`, `TB` are powers of ten.
 pub fn parse_bytes(text: &str) -> Result<u64, &'static str> {
     parse_scaled(text, |unit| {
         Some(match unit.to_ascii_lowercase().as_str() {
@@ -55,7 +55,8 @@ pub fn format_rate(bits_per_s: u64) -> String {
     format_scaled(bits_per_s, &RATE_UNITS)
 }
 
-/// `whole[.fraction] unit` in exact integers: a float would round sizes beyond 2^53. A result that is not whole is refused.
+/// `whole[.fraction] unit` in exact integers: a float would round sizes beyond 2^53. A result that is not
+/// whole is refused.
 fn parse_scaled(text: &str, scale_of: impl Fn(&str) -> Option<u64>) -> Option<u64> {
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

@@ -3,14 +3,15 @@
 //! (a) frames at zstd 1 on one core ÷ bare zstd 1 on the same bytes and chunk size: target 0.9;
 //! (b) codec off ÷ a plain append and fdatasync loop of the same sizes: target 0.8.
 //!
-//! `cargo bench -p afterimage-journal -- [--json] [--mib N] [--dir DIR]`. The two sides of a ratio run in turn, several
-//! rounds of N MiB, and the median of the rounds' ratios is printed: other load on the machine hits both. In (a) they
-//! take turns within a round too, one ring at a time, on one journal that stays open: a shared machine's clock drifts by
-//! a fifth within a second. A round's figures hold all that happened in it, rolled and dropped segments included.
+//! `cargo bench -p afterimage-journal -- [--json] [--mib N] [--dir DIR]`. The two sides of a ratio run in
+//! turn, several rounds of N MiB, and the median of the rounds' ratios is printed: other load on the machine
+//! hits both. In (a) they take turns within a round too, one ring at a time, on one journal that stays open:
+//! a shared machine's clock drifts by a fifth within a second. A round's figures hold all that happened in
+//! it, rolled and dropped segments included.
 //!
-//! (a) runs on two contents: one that zstd 1 takes to six tenths, and one that it can do little with, where the same
-//! zstd work stands beside half as many bytes more to checksum and append, and where the record headers of 4 KiB writes
-//! cost zstd itself 3 to 4 % (mixed: 1 %). Both are printed beside the target.
+//! (a) runs on two contents: one that zstd 1 takes to six tenths, and one that it can do little with, where
+//! the same zstd work stands beside half as many bytes more to checksum and append, and where the record
+//! headers of 4 KiB writes cost zstd itself 3 to 4 % (mixed: 1 %). Both are printed beside the target.
 
 use journal::buffered_disk::BufferedDisk;
 use journal::compress::{Compression, Encoder};
@@ -60,8 +61,8 @@ fn settings() -> Settings {
     settings
 }
 
-/// Stretches of 256 bytes of noise and about twice that of words in random order. How often zstd finds a word again
-/// depends on number and length of the words.
+/// Stretches of 256 bytes of noise and about twice that of words in random order. How often zstd finds a word
+/// again depends on number and length of the words.
 struct Mix {
     name: &'static str,
     words: usize,
@@ -149,7 +150,8 @@ struct Journal {
 
 impl Journal {
     fn create(dir: &Path, compression: Compression, sync: bool) -> Journal {
-        // As at the source, which compresses and does not sync (decision 0005), or as at the receiver, which does.
+        // As at the source, which compresses and does not sync (decision 0005), or as at the receiver, which
+        // does.
         let disk: Arc<dyn Disk> =
             if sync { Arc::new(RealDisk) } else { Arc::new(BufferedDisk::new(Arc::new(RealDisk))) };
         let group = GroupId([1; 16]);
@@ -171,7 +173,8 @@ impl Journal {
         }
     }
 
-    /// Takes `rings` times the content in writes of `write_bytes`. The last batch stays open unless syncs are asked for.
+    /// Takes `rings` times the content in writes of `write_bytes`. The last batch stays open unless syncs are
+    /// asked for.
     fn take(&mut self, content: &Content, write_bytes: usize, rings: usize) -> Cost {
         let watch = Watch::start();
         for (at, chunk) in content.chunks(write_bytes, rings).enumerate() {
@@ -353,7 +356,8 @@ fn compare_zstd(scratch: &Path, content: &Content, write_bytes: usize, rings: us
     let row = compare(name, rings * RING_BYTES, 0.9, || {
         let mut costs = (Cost::default(), Cost::default());
         for _ in 0..rings {
-            // What our side has still to write back is not to disturb the bare one; both begin after the same pause.
+            // What our side has still to write back is not to disturb the bare one; both begin after the same
+            // pause.
             std::thread::sleep(SETTLE);
             costs.0.add(journal.take(content, write_bytes, 1));
             std::thread::sleep(SETTLE);

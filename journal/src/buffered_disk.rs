@@ -1,13 +1,14 @@
 //! A disk that does not wait: what the source journal is kept on while it is live (decision 0005).
 //!
-//! The source journal is a buffer; the source disk is the truth. A sync in the middle of the stream would stop the
-//! consumer of the ring for as long as the disk is busy with the clients' own writes, and the ring would overflow: load
-//! would become a gap, to protect bytes that nobody relies on. So syncs do nothing, the kernel writes back when it
-//! likes, and [`BufferedDisk::settle`] pays the whole debt once, at a clean stop. Nor is room reserved, or given back in
-//! the middle of the stream ([`Disk::waits`]).
+//! The source journal is a buffer; the source disk is the truth. A sync in the middle of the stream would
+//! stop the consumer of the ring for as long as the disk is busy with the clients' own writes, and the ring
+//! would overflow: load would become a gap, to protect bytes that nobody relies on. So syncs do nothing, the
+//! kernel writes back when it likes, and [`BufferedDisk::settle`] pays the whole debt once, at a clean stop.
+//! Nor is room reserved, or given back in the middle of the stream ([`Disk::waits`]).
 //!
-//! What this means for the writer's word "durable": it survives the process, not the machine. After a crash of the
-//! machine the next start is unclean and synchronises everything, whatever the journal then looks like.
+//! What this means for the writer's word "durable": it survives the process, not the machine. After a crash
+//! of the machine the next start is unclean and synchronises everything, whatever the journal then looks
+//! like.
 
 use std::io;
 use std::ops::Range;
@@ -116,8 +117,8 @@ impl File for BufferedFile {
         self.0.set_size(bytes)
     }
 
-    /// Nothing: it would keep the caller waiting until a busy disk has read its maps of free blocks (measured: 1.9 s). Room
-    /// is found when bytes are written back; a full disk shows at a write.
+    /// Nothing: it would keep the caller waiting until a busy disk has read its maps of free blocks
+    /// (measured: 1.9 s). Room is found when bytes are written back; a full disk shows at a write.
     fn allocate(&self, _bytes: u64) -> io::Result<()> {
         Ok(())
     }

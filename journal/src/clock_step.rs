@@ -1,5 +1,5 @@
-//! Clock step: the payload of a `ClockJump` record, which says that the source's clock was set, and since when its times
-//! may be wrong.
+//! Clock step: the payload of a `ClockJump` record, which says that the source's clock was set, and since
+//! when its times may be wrong.
 //!
 //! ```text
 //!   0 │ step, nanoseconds (i64): shown minus expected │
@@ -8,9 +8,10 @@
 //!  24 │ what the clock showed after the step, ns      │
 //!  32 │ 1 = measured, 0 = at least that much          │
 //! ```
-//! Little endian. The first version had the step alone (8 bytes). A stretch is all that was captured while the clock ran
-//! without being set. Times of records never run back: after a step back they are held at the newest time before it,
-//! until the clock shows more. A step that is not measured was found after a boot: the clock showed less than a record.
+//! Little endian. The first version had the step alone (8 bytes). A stretch is all that was captured while
+//! the clock ran without being set. Times of records never run back: after a step back they are held at the
+//! newest time before it, until the clock shows more. A step that is not measured was found after a boot: the
+//! clock showed less than a record.
 
 use crate::{Error, ErrorKind, Lsn, Result};
 use serde::{Deserialize, Serialize};
@@ -50,10 +51,12 @@ impl ClockStep {
         out
     }
 
-    /// Reads either version; the first says nothing but the step, so the rest is made of the record's own time.
+    /// Reads either version; the first says nothing but the step, so the rest is made of the record's own
+    /// time.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] for any other length, an lsn that no history reaches, or a mark that is neither 0 nor 1.
+    /// [`ErrorKind::Malformed`] for any other length, an lsn that no history reaches, or a mark that is
+    /// neither 0 nor 1.
     pub fn decode(payload: &[u8], time_ns: u64) -> Result<ClockStep> {
         let word = |at: usize| {
             let bytes = payload.get(at..at + 8).and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());

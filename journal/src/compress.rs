@@ -1,10 +1,10 @@
 //! Compression in its one place: batches become frames here, frames become records again here.
 //!
-//! Each thread keeps one zstd context (measured: a new one per 4 KiB frame costs two thirds of the speed). Payloads
-//! are compressed straight into the frame's buffer. What does not shrink by an eighth is stored as it is: such bytes
-//! cost both sides time and save little. Such batches come in rows, so after one of them the next is first tried on a
-//! sample of it (decision 0017).
-//! [`crate::pool::EncodePool`] spreads the work over threads.
+//! Each thread keeps one zstd context (measured: a new one per 4 KiB frame costs two thirds of the speed).
+//! Payloads are compressed straight into the frame's buffer. What does not shrink by an eighth is stored as
+//! it is: such bytes cost both sides time and save little. Such batches come in rows, so after one of them
+//! the next is first tried on a sample of it (decision 0017). [`crate::pool::EncodePool`] spreads the work
+//! over threads.
 
 use crate::frame::{Batch, Codec, EncodedFrame, FrameHeader, HEADER_BYTES, MAX_RAW_BYTES, Stamp};
 use crate::{Error, ErrorKind, Result};
@@ -48,8 +48,8 @@ impl Encoder {
         Ok(Encoder { zstd, level: FIRST_LEVEL, hardly_shrinks: false })
     }
 
-    /// Makes a frame of `batch` in the memory of `buffer`. `undo_batch` is the apply batch for undo frames, `None` for
-    /// frames of the stream.
+    /// Makes a frame of `batch` in the memory of `buffer`. `undo_batch` is the apply batch for undo frames,
+    /// `None` for frames of the stream.
     ///
     /// # Errors
     /// Only for a level that zstd refuses.
@@ -134,7 +134,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// As [`decode`](Self::decode), without a copy where the payload is stored raw; `scratch` is used otherwise.
+    /// As [`decode`](Self::decode), without a copy where the payload is stored raw; `scratch` is used
+    /// otherwise.
     ///
     /// # Errors
     /// As [`decode`](Self::decode).

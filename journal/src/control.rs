@@ -1,7 +1,7 @@
 //! Control files: a few bytes that change often and must never be half old, half new.
 //!
-//! Two slots of one size, usually 4 KiB; a store writes the older one and syncs, so a cut leaves at least one whole. The
-//! file's size says how large a slot is: a power of two from 4 to 64 KiB. Drawn for 4 KiB:
+//! Two slots of one size, usually 4 KiB; a store writes the older one and syncs, so a cut leaves at least one
+//! whole. The file's size says how large a slot is: a power of two from 4 to 64 KiB. Drawn for 4 KiB:
 //!
 //! ```text
 //!         0     1     2     3     4     5     6     7
@@ -11,16 +11,18 @@
 //!   24 │ payload (at most 4000), zeros to 4092         │
 //! 4092 │  CRC of bytes 0..4092 │
 //! ```
-//! Between stores a [`TwoSlot::note`] may overwrite that older slot without a sync, over and over: news that is good to
-//! have after a crash, at the price of a write to the page cache. The slot of the last store is never touched by it, and
-//! the next store goes over the note.
+//! Between stores a [`TwoSlot::note`] may overwrite that older slot without a sync, over and over: news that
+//! is good to have after a crash, at the price of a write to the page cache. The slot of the last store is
+//! never touched by it, and the next store goes over the note.
 //!
-//! The file is born under another name and renamed, so a control file that exists has held a whole slot. Both slots are
-//! written then, in a file that is not copied on write where that can be had: a full disk has room for what comes later.
+//! The file is born under another name and renamed, so a control file that exists has held a whole slot. Both
+//! slots are written then, in a file that is not copied on write where that can be had: a full disk has room
+//! for what comes later.
 //!
-//! A slot that is neither whole nor empty held a store that was cut, or one that rotted: which of the two, it cannot say. The
-//! other slot is the answer then, [`TwoSlot::was_damaged`] says so to owners for which an older answer is dangerous, and their
-//! next store goes over the damaged slot, so it can say in one step what is in doubt.
+//! A slot that is neither whole nor empty held a store that was cut, or one that rotted: which of the two, it
+//! cannot say. The other slot is the answer then, [`TwoSlot::was_damaged`] says so to owners for which an
+//! older answer is dangerous, and their next store goes over the damaged slot, so it can say in one step what
+//! is in doubt.
 
 use crate::io::{Disk, File};
 use crate::{Error, ErrorKind, Result};
@@ -106,8 +108,9 @@ impl TwoSlot {
         TwoSlot::make(disk, path, &unfinished, payload, slot_bytes, 0)
     }
 
-    /// The same file with larger slots, where it has smaller ones; `payload` is the one in force. A full disk leaves it as it
-    /// is. Crash order: the new file is whole and durable before it takes the name, and holds the same payload.
+    /// The same file with larger slots, where it has smaller ones; `payload` is the one in force. A full disk
+    /// leaves it as it is. Crash order: the new file is whole and durable before it takes the name, and holds
+    /// the same payload.
     ///
     /// # Errors
     /// The disk's, but for a full one; [`ErrorKind::Sync`] is final.
@@ -160,12 +163,12 @@ impl TwoSlot {
         Ok(control)
     }
 
-    /// Opens the file and returns the newest whole payload. It is durable then: a killed process may have left it in the page
-    /// cache alone, and the next store overwrites the other one.
+    /// Opens the file and returns the newest whole payload. It is durable then: a killed process may have
+    /// left it in the page cache alone, and the next store overwrites the other one.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is whole;
-    /// [`ErrorKind::Sync`] is final.
+    /// [`ErrorKind::NotHeld`] where there is no such file; [`ErrorKind::Corrupt`] where neither slot is
+    /// whole; [`ErrorKind::Sync`] is final.
     pub fn open(disk: &Arc<dyn Disk>, path: &Path) -> Result<(TwoSlot, Vec<u8>)> {
         let file = disk.open(path).map_err(|error| open_failed(path, error))?;
         file.sync()
@@ -183,8 +186,8 @@ impl TwoSlot {
         Ok((slots, payload))
     }
 
-    /// Whether the other slot was neither whole nor empty when the file was opened: then what was read may be older than
-    /// the last store.
+    /// Whether the other slot was neither whole nor empty when the file was opened: then what was read may be
+    /// older than the last store.
     pub fn was_damaged(&self) -> bool {
         self.was_damaged
     }
@@ -210,8 +213,8 @@ impl TwoSlot {
         payload_bytes(self.slot_bytes)
     }
 
-    /// Replaces the payload; durable on return. When it fails with anything but [`ErrorKind::Sync`], the old payload
-    /// is still in force and another store may be tried.
+    /// Replaces the payload; durable on return. When it fails with anything but [`ErrorKind::Sync`], the old
+    /// payload is still in force and another store may be tried.
     ///
     /// # Errors
     /// [`ErrorKind::Sync`] is final; [`ErrorKind::TooLarge`] for more than a slot holds.
@@ -230,8 +233,8 @@ impl TwoSlot {
         Ok(())
     }
 
-    /// Puts `payload` in force until the next store, without waiting for the disk: after a crash it is there as a
-    /// whole, or the stored one is.
+    /// Puts `payload` in force until the next store, without waiting for the disk: after a crash it is there
+    /// as a whole, or the stored one is.
     ///
     /// # Errors
     /// The disk's; the stored payload stays in force.

@@ -1,8 +1,8 @@
 //! Disjoint extents, the newest on top, each with the place that its bytes come from.
 //!
-//! When a later write covers part of an earlier one, the earlier is cut or split, and what is left of its end must
-//! come from further inside its source. That is what [`Piece::advance`] is for, and why no ready-made range map
-//! serves: they clone the value unchanged.
+//! When a later write covers part of an earlier one, the earlier is cut or split, and what is left of its end
+//! must come from further inside its source. That is what [`Piece::advance`] is for, and why no ready-made
+//! range map serves: they clone the value unchanged.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -23,11 +23,11 @@
 //! 184 │ CRC of payload+padding│  CRC of bytes 0..188  │
 //! 192 │ stored payload, zero padding to 512 …
 //! ```
-//! Little endian. CRC-32/ISO-HDLC. `chain out` = XXH3-64 of bytes 0..136 and 144..188, so it commits to everything
-//! that went before through `chain in`; an epoch's first frame starts from [`chain_seed`].
+//! Little endian. CRC-32/ISO-HDLC. `chain out` = XXH3-64 of bytes 0..136 and 144..188, so it commits to
+//! everything that went before through `chain in`; an epoch's first frame starts from [`chain_seed`].
 //!
-//! Invariants: `first lsn ≤ last lsn`; within an epoch a frame's first lsn is its predecessor's last + 1 and its
-//! `chain in` is the predecessor's `chain out`. Raw payload is at most [`MAX_RAW_BYTES`].
+//! Invariants: `first lsn ≤ last lsn`; within an epoch a frame's first lsn is its predecessor's last + 1 and
+//! its `chain in` is the predecessor's `chain out`. Raw payload is at most [`MAX_RAW_BYTES`].
 
 use crate::record::{self, Op, Record};
 use crate::{Epoch, EpochId, Error, ErrorKind, GroupId, Lineage, Lsn, Position, Result, sector_ceil};
@@ -355,7 +355,8 @@ impl Batch {
     }
 }
 
-/// A compressed frame that does not know its predecessor yet. Many may be encoded in parallel; they are sealed in order.
+/// A compressed frame that does not know its predecessor yet. Many may be encoded in parallel; they are
+/// sealed in order.
 #[derive(Debug)]
 pub struct EncodedFrame {
     bytes: Vec<u8>,
@@ -363,8 +364,8 @@ pub struct EncodedFrame {
 }
 
 impl EncodedFrame {
-    /// Lays out a frame in `buffer`, which holds room for the header ([`HEADER_BYTES`]) and behind it the payload as
-    /// `codec` left it: compressed in place, so that it is never copied.
+    /// Lays out a frame in `buffer`, which holds room for the header ([`HEADER_BYTES`]) and behind it the
+    /// payload as `codec` left it: compressed in place, so that it is never copied.
     ///
     /// `undo_batch` is the apply batch for undo frames, `None` for frames of the stream.
     pub(crate) fn around(

@@ -94,7 +94,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// The fuzzers run elsewhere and longer; this keeps their entry points alive and their magics reachable.
+        /// The fuzzers run elsewhere and longer; this keeps their entry points alive and their magics
+        /// reachable.
         #[test]
         fn foreign_bytes_never_panic(
             magic in proptest::sample::select(vec![*b"AFTRFRM1", *b"AFTRSEG1", *b"AFTRIDX1", *b"AFTRMRK1", *b"AFTRCTL1"]),

@@ -29,8 +29,9 @@
 //!  40 │ 0 (16)                                        │
 //!  56 │ CRC of footer before  │ CRC of trailer 0..60  │
 //! ```
-//! Derivable from the frames ([`IndexBuilder`] is how it is made, too). Extents of an undo segment are disjoint, so
-//! a binary search finds what covers an address. Live segments carry frame entries only (decision 0003).
+//! Derivable from the frames ([`IndexBuilder`] is how it is made, too). Extents of an undo segment are
+//! disjoint, so a binary search finds what covers an address. Live segments carry frame entries only
+//! (decision 0003).
 
 use crate::frame::FrameHeader;
 use crate::io::{Disk, read_exact_at};
@@ -334,8 +335,8 @@ fn footer_bytes(frames: usize, extents: usize) -> Option<usize> {
     entries.checked_add(HEAD_BYTES + TRAILER_BYTES)?.checked_next_multiple_of(SECTOR_BYTES)
 }
 
-/// The index of a sealed segment, read and checked as a whole, then searched as it is. It is not mapped: a sector that
-/// cannot be read must be an error with its place, and in a mapping it would be a SIGBUS.
+/// The index of a sealed segment, read and checked as a whole, then searched as it is. It is not mapped: a
+/// sector that cannot be read must be an error with its place, and in a mapping it would be a SIGBUS.
 pub struct SegmentIndex {
     footer: Vec<u8>,
     head: RawHead,
@@ -375,8 +376,8 @@ impl SegmentIndex {
         Ok(index)
     }
 
-    /// The index whose footer starts at `offset`, in a file that goes on behind it: sealing was cut before the file
-    /// was. `None` where no whole footer of this segment stands there.
+    /// The index whose footer starts at `offset`, in a file that goes on behind it: sealing was cut before
+    /// the file was. `None` where no whole footer of this segment stands there.
     ///
     /// # Errors
     /// The disk's.
@@ -439,8 +440,9 @@ impl SegmentIndex {
         Ok(index)
     }
 
-    /// What the searches rest on, also of a footer that somebody else made: frames in the order of their places, and inside the
-    /// file; extents in the order of their addresses, disjoint, and of frames that there are.
+    /// What the searches rest on, also of a footer that somebody else made: frames in the order of their
+    /// places, and inside the file; extents in the order of their addresses, disjoint, and of frames that
+    /// there are.
     fn check_entries(&self) -> std::result::Result<(), &'static str> {
         let mut behind = SECTOR_BYTES as u64;
         let mut last = Lsn::ZERO;
@@ -530,7 +532,8 @@ impl SegmentIndex {
         self.raw_extents().iter().map(ExtentEntry::from)
     }
 
-    /// Extents of `volume` that touch `range`, in order, not clipped to it. Two binary searches' worth of work.
+    /// Extents of `volume` that touch `range`, in order, not clipped to it. Two binary searches' worth of
+    /// work.
     pub fn extents_in(&self, volume: VolumeId, range: Range<u64>) -> impl Iterator<Item = ExtentEntry> + '_ {
         let raw = self.raw_extents();
         let first = raw.partition_point(|extent| {

@@ -1,7 +1,7 @@
 //! The disk as this project uses it: few operations, each with its durability said aloud.
 //!
-//! Everything that must survive a crash goes through [`Disk`] and [`File`], so that the same code runs on the real
-//! disk ([`RealDisk`]) and on the one that is cut, torn and reordered by the crash matrix
+//! Everything that must survive a crash goes through [`Disk`] and [`File`], so that the same code runs on the
+//! real disk ([`RealDisk`]) and on the one that is cut, torn and reordered by the crash matrix
 //! ([`crate::sim_disk::SimDisk`]).
 //!
 //! What is durable, and when:
@@ -25,8 +25,9 @@ use std::sync::Arc;
 pub trait Disk: Send + Sync + 'static {
     /// Creates a file that must not exist; readable and writable.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>>;
-    /// As [`Disk::create`], for a file that is written over in place and must be writable on a full disk: where a file
-    /// system copies on write, this file is kept out of that, as far as the file system offers it.
+    /// As [`Disk::create`], for a file that is written over in place and must be writable on a full disk:
+    /// where a file system copies on write, this file is kept out of that, as far as the file system offers
+    /// it.
     fn create_in_place(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         self.create(path)
     }
@@ -34,7 +35,8 @@ pub trait Disk: Send + Sync + 'static {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
     /// Opens an existing file for reading.
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn File>>;
-    /// As [`open_read`](Self::open_read), for a file that only this program makes: never through a symbolic link.
+    /// As [`open_read`](Self::open_read), for a file that only this program makes: never through a symbolic
+    /// link.
     fn open_read_own(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         self.open_read(path)
     }
@@ -52,11 +54,13 @@ pub trait Disk: Send + Sync + 'static {
     fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
     /// Creates a directory and its parents, durably; fine if it exists.
     fn create_dir(&self, dir: &Path) -> io::Result<()>;
-    /// Whether a sync here waits until bytes are durable, as everybody but [`crate::buffered_disk::BufferedDisk`] does.
+    /// Whether a sync here waits until bytes are durable, as everybody but
+    /// [`crate::buffered_disk::BufferedDisk`] does.
     fn waits(&self) -> bool {
         true
     }
-    /// Whether these are the machine's files: then a path means to others what it means to us, and they may use it too.
+    /// Whether these are the machine's files: then a path means to others what it means to us, and they may
+    /// use it too.
     fn is_machine(&self) -> bool {
         false
     }
@@ -91,7 +95,8 @@ pub trait File: Send + Sync + 'static {
     fn allocate(&self, bytes: u64) -> io::Result<()>;
     /// Makes a range read as zeros, freeing its room where the file system can.
     fn punch_hole(&self, range: Range<u64>) -> io::Result<()>;
-    /// The first range at or after `offset` that may hold something other than zeros; `None` when there is none.
+    /// The first range at or after `offset` that may hold something other than zeros; `None` when there is
+    /// none.
     fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>>;
     /// Asks the kernel to start writing a range back, without waiting for it; a hint that may do nothing.
     fn start_writeback(&self, range: Range<u64>) -> io::Result<()>;
@@ -141,8 +146,9 @@ impl RealDisk {
         Ok(Arc::new(RealFile { file, block_device }))
     }
 
-    /// Opens what exists, if it is a regular file or a block device. The look before keeps the side effects away that opening
-    /// a device may have; the one behind is what counts; a pipe that comes in between does not make the open wait.
+    /// Opens what exists, if it is a regular file or a block device. The look before keeps the side effects
+    /// away that opening a device may have; the one behind is what counts; a pipe that comes in between does
+    /// not make the open wait.
     fn open_existing(options: &mut fs::OpenOptions, path: &Path, flags: OFlags) -> io::Result<Arc<dyn File>> {
         let can_hold = |kind: fs::FileType| match kind.is_file() || kind.is_block_device() {
             true => Ok(()),
@@ -169,8 +175,8 @@ impl Disk for RealDisk {
 
     fn create_in_place(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = fs::File::options().read(true).write(true).create_new(true).open(path)?;
-        // Only an empty file takes the flag, and only file systems that copy on write know it. Content is under our own
-        // checksums, so the file system's are not missed.
+        // Only an empty file takes the flag, and only file systems that copy on write know it. Content is
+        // under our own checksums, so the file system's are not missed.
         if let Ok(flags) = rustix::fs::ioctl_getflags(&file) {
             let _ = rustix::fs::ioctl_setflags(&file, flags | rustix::fs::IFlags::NOCOW);
         }
@@ -278,9 +284,10 @@ impl RealFile {
         Ok(())
     }
 
-    /// ⚠ A device's zeros go around the page cache, and the kernel first drops the cache's pages of the range. A page that is
-    /// half in the range may hold what was written next to it and is not on the device yet: so edges are written through the
-    /// cache. Pages that cannot be dropped (EBUSY: dirty, on a descriptor that is not the exclusive one) are, too.
+    /// ⚠ A device's zeros go around the page cache, and the kernel first drops the cache's pages of the
+    /// range. A page that is half in the range may hold what was written next to it and is not on the device
+    /// yet: so edges are written through the cache. Pages that cannot be dropped (EBUSY: dirty, on a
+    /// descriptor that is not the exclusive one) are, too.
     fn zero_device(&self, range: Range<u64>) -> io::Result<()> {
         let middle = range.start.next_multiple_of(PAGE_BYTES)..range.end / PAGE_BYTES * PAGE_BYTES;
         if middle.is_empty() {
@@ -399,8 +406,8 @@ impl File for RealFile {
         // SAFETY: a system call on a descriptor that `self` keeps open; it takes numbers, no memory.
         let result =
             unsafe { libc::sync_file_range(self.file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
-        // A hint: where it is refused (pipes, some network file systems) the sync simply takes longer. A write-back
-        // error is not lost: the kernel keeps it for the next fdatasync of this descriptor.
+        // A hint: where it is refused (pipes, some network file systems) the sync simply takes longer. A
+        // write-back error is not lost: the kernel keeps it for the next fdatasync of this descriptor.
         let _ = result;
         Ok(())
     }

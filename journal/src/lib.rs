@@ -1,7 +1,8 @@
 //! STORE: records, frames, segments, and how a journal survives a crash.
 //!
-//! A write is captured once, numbered once, framed once and checksummed once; this room owns the nouns and the bytes
-//! of that sentence. It knows no network, no async and no clock: callers hand in times. Byte maps: `docs/format.md`.
+//! A write is captured once, numbered once, framed once and checksummed once; this room owns the nouns and
+//! the bytes of that sentence. It knows no network, no async and no clock: callers hand in times. Byte maps:
+//! `docs/format.md`.
 //!
 //! # The positions of a group carry one order
 //!
@@ -50,8 +51,8 @@ use std::str::FromStr;
 
 /// The unit of alignment on disk: what every block device promises to write whole or not at all.
 ///
-/// Frames, marks, segment headers and footers start at multiples of it, so appending never rewrites a sector that
-/// holds bytes which were made durable before (decision 0002).
+/// Frames, marks, segment headers and footers start at multiples of it, so appending never rewrites a sector
+/// that holds bytes which were made durable before (decision 0002).
 pub const SECTOR_BYTES: usize = 512;
 
 /// Position in a group's write order. Starts at 1, dense within an epoch; 0 means "before everything".
@@ -78,8 +79,9 @@ impl Lsn {
     /// Before the first record.
     pub const ZERO: Lsn = Lsn(0);
 
-    /// The largest lsn, and number of an epoch, that is taken from a disk or a peer. No history gets there; what is
-    /// added to such a number later (a successor, a lease) therefore never overflows, whoever wrote it.
+    /// The largest lsn, and number of an epoch, that is taken from a disk or a peer. No history gets there;
+    /// what is added to such a number later (a successor, a lease) therefore never overflows, whoever wrote
+    /// it.
     pub const MAX: Lsn = Lsn(u64::MAX >> 1);
 
     /// The lsn that follows. 2^64 records are out of reach; wrapping would be a broken invariant.
@@ -171,7 +173,8 @@ pub struct Epoch {
     pub id: EpochId,
 }
 
-/// Which volume of its group a record belongs to; given by the agent, stated in the stream by `volume` records.
+/// Which volume of its group a record belongs to; given by the agent, stated in the stream by `volume`
+/// records.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
@@ -219,7 +222,8 @@ impl Position {
         Position { lineage, epoch, lsn: last, chain: frame::chain_seed(lineage, epoch) }
     }
 
-    /// Whether its numbers are ones that a history can reach; checked of each that comes from a disk or a peer.
+    /// Whether its numbers are ones that a history can reach; checked of each that comes from a disk or a
+    /// peer.
     pub fn is_possible(&self) -> bool {
         self.lsn <= Lsn::MAX && self.epoch.number <= Lsn::MAX.0
     }

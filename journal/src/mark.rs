@@ -1,8 +1,8 @@
 //! Durable marks: what the writer says about its own file after each fdatasync.
 //!
-//! A mark is written *after* the sync it speaks of, and is itself unsynced. Whoever finds one knows that everything
-//! before it in the file was durable: damage below it is corruption, never a torn tail (decision 0004).
-//! Marks are local: they stand outside the chain and are never sent.
+//! A mark is written *after* the sync it speaks of, and is itself unsynced. Whoever finds one knows that
+//! everything before it in the file was durable: damage below it is corruption, never a torn tail (decision
+//! 0004). Marks are local: they stand outside the chain and are never sent.
 //!
 //! ```text
 //!        0     1     2     3     4     5     6     7

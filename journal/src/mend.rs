@@ -1,12 +1,13 @@
 //! Mending: what of a journal segment rotted, and how the very same bytes are put back.
 //!
-//! The frames of a segment are known without reading them: place, length and lsns of each stand in its footer, or in the
-//! writer while it is being written. A frame that does not hold is also known by its neighbours: it begins at the position
-//! behind the one before it, and ends at the position that the next one demands. So one that comes from somewhere else is
-//! either the same frame, or is refused. Marks are derived from what stands before them.
+//! The frames of a segment are known without reading them: place, length and lsns of each stand in its
+//! footer, or in the writer while it is being written. A frame that does not hold is also known by its
+//! neighbours: it begins at the position behind the one before it, and ends at the position that the next one
+//! demands. So one that comes from somewhere else is either the same frame, or is refused. Marks are derived
+//! from what stands before them.
 //!
-//! Content of a frame is under a CRC-32 alone: whoever made the frame could make another one of the same length, CRC and
-//! chain. It can do so only in the place of one that rotted.
+//! Content of a frame is under a CRC-32 alone: whoever made the frame could make another one of the same
+//! length, CRC and chain. It can do so only in the place of one that rotted.
 
 use crate::frame::FrameHeader;
 use crate::index::{FrameEntry, SegmentIndex};
@@ -133,8 +134,8 @@ fn is_entry(entry: &FrameEntry, header: &FrameHeader) -> bool {
         && (header.first_lsn, header.last_lsn) == (entry.first_lsn, entry.last_lsn)
 }
 
-/// Reads a journal segment, and says what of it does not hold. What stands behind a run that is not put back yet is not
-/// looked at as sharply: look again then.
+/// Reads a journal segment, and says what of it does not hold. What stands behind a run that is not put back
+/// yet is not looked at as sharply: look again then.
 ///
 /// # Errors
 /// The disk's; a sector that cannot be read is damage like any other.

@@ -1,10 +1,11 @@
 //! A small pool of threads that encode frames in parallel and hand them back in the order of submission.
 //!
-//! One owner submits and receives; nothing here blocks it but [`EncodePool::recv`]. What is submitted and not yet
-//! received is bounded in bytes. Batches and buffers go round: in the steady state nothing is allocated per frame.
+//! One owner submits and receives; nothing here blocks it but [`EncodePool::recv`]. What is submitted and not
+//! yet received is bounded in bytes. Batches and buffers go round: in the steady state nothing is allocated
+//! per frame.
 //!
-//! The threads are niced and, unless in haste, give way after each frame: frames wait in the ring without harm while it has
-//! room, and the front's own threads, which applications wait for, share the same cores.
+//! The threads are niced and, unless in haste, give way after each frame: frames wait in the ring without
+//! harm while it has room, and the front's own threads, which applications wait for, share the same cores.
 
 use crate::compress::{Compression, Encoder};
 use crate::frame::{Batch, EncodedFrame, Stamp};
@@ -65,8 +66,8 @@ pub struct EncodePool {
 }
 
 impl EncodePool {
-    /// A pool of `threads` named `name-0`, `name-1`, …; with 0 it encodes inline. At most `queue_bytes` raw bytes (or
-    /// one batch, if that is more) are under way.
+    /// A pool of `threads` named `name-0`, `name-1`, …; with 0 it encodes inline. At most `queue_bytes` raw
+    /// bytes (or one batch, if that is more) are under way.
     ///
     /// # Errors
     /// No memory or no thread to be had.
@@ -221,7 +222,8 @@ impl Drop for EncodePool {
 }
 
 fn work(mut encoder: Encoder, jobs: &Receiver<Job>, done: &Sender<Done>, in_haste: &AtomicBool) {
-    // None = the calling thread. Refused only where raising the value is: then it runs at the common priority.
+    // None = the calling thread. Refused only where raising the value is: then it runs at the common
+    // priority.
     let _ = rustix::process::setpriority_process(None, NICE);
     for Job { sequence, batch, stamp, compression, buffer } in jobs {
         if !in_haste.load(Ordering::Relaxed) {

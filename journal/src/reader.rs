@@ -1,11 +1,13 @@
 //! Reading a journal: frames in order from any held position, while a writer appends and drops, or alone.
 //!
-//! A reader owns nothing on disk and writes nothing. Below its [`Limit`] every byte was written whole, so a failing
-//! check there is corruption – unless the segment was dropped, and its file perhaps recycled, under the reader: then
-//! it is [`ErrorKind::NotHeld`]. Without a writer the journal ends where [`crate::recovery`] says.
+//! A reader owns nothing on disk and writes nothing. Below its [`Limit`] every byte was written whole, so a
+//! failing check there is corruption – unless the segment was dropped, and its file perhaps recycled, under
+//! the reader: then it is [`ErrorKind::NotHeld`]. Without a writer the journal ends where [`crate::recovery`]
+//! says.
 //!
-//! ⚠ A seek never goes over what it did not see. Where a segment has lost its footer, frames may be missing behind the last
-//! one that holds: only the footer, and a start of the next segment that joins it, prove that none is.
+//! ⚠ A seek never goes over what it did not see. Where a segment has lost its footer, frames may be missing
+//! behind the last one that holds: only the footer, and a start of the next segment that joins it, prove that
+//! none is.
 
 use crate::frame::FrameHeader;
 use crate::index::{FrameEntry, SegmentIndex};
@@ -37,7 +39,8 @@ impl Reader {
     /// Opens a journal directory at its oldest position.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where there is no journal; [`ErrorKind::Corrupt`] where its oldest segment is damaged.
+    /// [`ErrorKind::NotHeld`] where there is no journal; [`ErrorKind::Corrupt`] where its oldest segment is
+    /// damaged.
     pub fn open(disk: Arc<dyn Disk>, dir: &Path) -> Result<Reader> {
         for _ in 0..ATTEMPTS {
             let segments = held(&*disk, dir)?;
@@ -78,8 +81,8 @@ impl Reader {
     /// Goes to `after`: the next frame is the one that follows it.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where `after` is older than the oldest or beyond the newest; [`ErrorKind::OutOfOrder`]
-    /// where it never was in this history, or is no boundary between frames of it.
+    /// [`ErrorKind::NotHeld`] where `after` is older than the oldest or beyond the newest;
+    /// [`ErrorKind::OutOfOrder`] where it never was in this history, or is no boundary between frames of it.
     pub fn seek(&mut self, after: &Position) -> Result<()> {
         let foreign = |what: &str| {
             let (epoch, lsn) = (after.epoch.number, after.lsn);
@@ -116,7 +119,8 @@ impl Reader {
         }
     }
 
-    /// Goes to the frame that holds `lsn`; where `lsn` lies in the gap between two epochs, to the first one after.
+    /// Goes to the frame that holds `lsn`; where `lsn` lies in the gap between two epochs, to the first one
+    /// after.
     ///
     /// # Errors
     /// [`ErrorKind::NotHeld`] before the oldest and beyond the newest.
@@ -136,7 +140,8 @@ impl Reader {
         Ok(())
     }
 
-    /// Goes to the first frame of an epoch above `number`, whatever is damaged below; false where there is no such segment.
+    /// Goes to the first frame of an epoch above `number`, whatever is damaged below; false where there is no
+    /// such segment.
     ///
     /// # Errors
     /// The disk's, and damage in a segment's header.
@@ -149,7 +154,8 @@ impl Reader {
         }
     }
 
-    /// Goes to the first frame whose last record is at or after `time_ns`; behind the last frame where none is.
+    /// Goes to the first frame whose last record is at or after `time_ns`; behind the last frame where none
+    /// is.
     ///
     /// # Errors
     /// The disk's, and damage met on the way.
@@ -192,7 +198,8 @@ impl Reader {
     /// The next whole frame, every byte verified, into `out`; `None` at the limit.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] with file and offset; [`ErrorKind::NotHeld`] where the segment was dropped meanwhile.
+    /// [`ErrorKind::Corrupt`] with file and offset; [`ErrorKind::NotHeld`] where the segment was dropped
+    /// meanwhile.
     pub fn next(&mut self, out: &mut Vec<u8>, limit: Limit) -> Result<Option<FrameHeader>> {
         loop {
             if matches!(limit, Limit::UpTo(place) if self.place() >= place) {
@@ -284,7 +291,8 @@ impl Reader {
         Ok(())
     }
 
-    /// The first frame for which `skip` is false. Where none is, it is certain that the segment holds no more frames.
+    /// The first frame for which `skip` is false. Where none is, it is certain that the segment holds no more
+    /// frames.
     fn search(
         &self,
         segment: &SegmentFile,
@@ -327,8 +335,8 @@ impl Reader {
         held(&*self.disk, &self.dir)
     }
 
-    /// The last segment whose header satisfies `fits`, which holds for a first stretch of them; and whether it is the
-    /// journal's last. Dropped ones count as fitting: they are older.
+    /// The last segment whose header satisfies `fits`, which holds for a first stretch of them; and whether
+    /// it is the journal's last. Dropped ones count as fitting: they are older.
     fn find(&mut self, fits: impl Fn(&SegmentHeader) -> bool) -> Result<Option<(SegmentFile, bool)>> {
         let segments = self.reload()?;
         let (mut low, mut high) = (0, segments.len());
@@ -383,8 +391,8 @@ enum Located {
 }
 
 impl Located {
-    /// Fails where frames are missing behind the last one that holds. All but the journal's last segment were sealed; in the
-    /// last one, `floor` (read before the search) and marks say what was durable.
+    /// Fails where frames are missing behind the last one that holds. All but the journal's last segment were
+    /// sealed; in the last one, `floor` (read before the search) and marks say what was durable.
     fn refuse_damage(&self, segment: &SegmentFile, last: bool, floor: Option<&Position>) -> Result<()> {
         let (Located::Sealed(offset, position) | Located::Unsealed(offset, position)) = self else {
             return Ok(());
@@ -399,7 +407,8 @@ impl Located {
         if floor.is_some_and(|floor| floor.order() > position.order()) {
             return corrupt("nothing that follows stands here; the control file says that more was durable");
         }
-        // A writer may have gone on since the search: only a second one that stops below the mark proves damage.
+        // A writer may have gone on since the search: only a second one that stops below the mark proves
+        // damage.
         let Some(mark) = recovery::highest_mark(segment, *offset)? else { return Ok(()) };
         match walk_headers(segment, |_| true)? {
             Located::Sealed(again, _) | Located::Unsealed(again, _) if again <= mark.offset => {
@@ -410,8 +419,8 @@ impl Located {
     }
 }
 
-/// The first frame for which `skip` is false. Where sealed the footer alone says which: damage in any other frame is not in
-/// the way.
+/// The first frame for which `skip` is false. Where sealed the footer alone says which: damage in any other
+/// frame is not in the way.
 fn locate(segment: &SegmentFile, skip: impl Fn(&FrameEntry) -> bool) -> Result<Located> {
     let index = match SegmentIndex::of(segment) {
         Ok(index) => index,

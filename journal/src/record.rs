@@ -11,8 +11,8 @@
 //!  48 │ payload …
 //! ```
 //! Little endian. A frame's raw payload is a sequence of these; the next header follows the payload at once.
-//! Invariants of a frame of the stream, which [`Records::of`] checks: lsns are dense, from the header's first to its
-//! last, and only sync pieces share one; times lie within the header's; events are flagged there.
+//! Invariants of a frame of the stream, which [`Records::of`] checks: lsns are dense, from the header's first
+//! to its last, and only sync pieces share one; times lie within the header's; events are flagged there.
 
 use crate::frame::{FLAG_EVENTS, FrameHeader};
 use crate::{Error, ErrorKind, Extent, Lsn, Result, VolumeId, VolumeUuid};
@@ -46,8 +46,8 @@ pub enum Op {
     Bookmark = 5,
     /// A volume appears, grows, shrinks or leaves; payload: [`VolumeRecord`].
     Volume = 6,
-    /// A recorded write of the extent failed at the source: inexact until repaired; payload: that write's lsn, u64 little
-    /// endian.
+    /// A recorded write of the extent failed at the source: inexact until repaired; payload: that write's
+    /// lsn, u64 little endian.
     Failed = 7,
     /// Content read from the source during synchronisation; payload written at the extent.
     SyncSlot = 8,
@@ -209,14 +209,14 @@ pub struct Records<'a> {
 }
 
 impl<'a> Records<'a> {
-    /// Starts at the first record; what the frame's header says of the records is not looked at. For undo frames, whose
-    /// records stand in the order of their offsets, and for tools that show whatever is there.
+    /// Starts at the first record; what the frame's header says of the records is not looked at. For undo
+    /// frames, whose records stand in the order of their offsets, and for tools that show whatever is there.
     pub fn new(raw: &'a [u8]) -> Records<'a> {
         Records { raw, at: 0, stream: None }
     }
 
-    /// The records of a frame of the stream, held to what its header promises: order, number and resume positions were
-    /// judged by the header alone, so a record beyond it would be one that nobody has judged.
+    /// The records of a frame of the stream, held to what its header promises: order, number and resume
+    /// positions were judged by the header alone, so a record beyond it would be one that nobody has judged.
     pub fn of(header: &FrameHeader, raw: &'a [u8]) -> Records<'a> {
         Records { raw, at: 0, stream: Some(StreamCheck { header: *header, last: None, records: 0 }) }
     }
@@ -317,8 +317,9 @@ impl<'a> Iterator for Records<'a> {
     }
 }
 
-/// What a `ResyncBegin` says of earlier points: after this lsn, disks that the source could not prove to be unchanged were in
-/// doubt. It stands in the record where a write has its extent; all zeros where nothing was.
+/// What a `ResyncBegin` says of earlier points: after this lsn, disks that the source could not prove to be
+/// unchanged were in doubt. It stands in the record where a write has its extent; all zeros where nothing
+/// was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct InDoubt {
     /// The last lsn that is in no doubt.
@@ -369,7 +370,8 @@ pub const MAX_NAME_BYTES: usize = 255;
 /// The longest volume name, bytes.
 pub const MAX_VOLUME_NAME_BYTES: usize = 64;
 
-/// The most volumes that one group may have, those that left it included: bounds what both sides keep of them.
+/// The most volumes that one group may have, those that left it included: bounds what both sides keep of
+/// them.
 pub const MAX_VOLUMES: usize = 64;
 
 impl VolumeRecord {
@@ -415,8 +417,8 @@ impl VolumeRecord {
     }
 }
 
-/// Volume names become file names at the receiver, so they are held to what settings allow there too: 1 to 64 of `a-z`,
-/// `0-9`, `_` and `-`.
+/// Volume names become file names at the receiver, so they are held to what settings allow there too: 1 to 64
+/// of `a-z`, `0-9`, `_` and `-`.
 ///
 /// # Errors
 /// What is wrong with the name, in words.
@@ -428,8 +430,8 @@ pub fn check_volume_name(name: &str) -> std::result::Result<(), &'static str> {
     Ok(())
 }
 
-/// Bookmark names are typed into commands: letters, digits, `-`, `_` and `.`, not starting with a dot. They never become
-/// a path.
+/// Bookmark names are typed into commands: letters, digits, `-`, `_` and `.`, not starting with a dot. They
+/// never become a path.
 ///
 /// # Errors
 /// What is wrong with the name, in words.

@@ -1,13 +1,14 @@
 //! Torn tail or corruption? The one place that decides it, for opening and for verifying.
 //!
-//! The rule (DESIGN section 5, decision 0004). Only the last segment of a journal may end in a torn tail: everything
-//! before it was sealed and synced before the last one got its name. In the last one, damage is corruption when
+//! The rule (DESIGN section 5, decision 0004). Only the last segment of a journal may end in a torn tail:
+//! everything before it was sealed and synced before the last one got its name. In the last one, damage is
+//! corruption when
 //! * a valid mark of this segment stands anywhere above it: what lies below a mark was durable, or
-//! * the control file calls a later position durable (after each sync the writer notes it there, too: a mark is gone
-//!   with the end of a file that somebody cut).
+//! * the control file calls a later position durable (after each sync the writer notes it there, too: a mark
+//!   is gone with the end of a file that somebody cut).
 //!
-//! Otherwise it is a torn tail: nothing in it was ever acknowledged, and the journal ends at the last frame whose
-//! CRC and chain hold. Here things are only read; [`crate::writer`] does the cutting.
+//! Otherwise it is a torn tail: nothing in it was ever acknowledged, and the journal ends at the last frame
+//! whose CRC and chain hold. Here things are only read; [`crate::writer`] does the cutting.
 
 use crate::frame::FrameHeader;
 use crate::index::{IndexBuilder, SegmentIndex};
@@ -44,11 +45,12 @@ pub struct Scan {
 /// Sees a whole frame: its offset, header and bytes.
 pub type OnFrame<'a> = &'a mut dyn FnMut(u64, &FrameHeader, &[u8]) -> Result<()>;
 
-/// Walks the last segment of a journal and decides how it ends. `floor` is what the control file calls durable;
-/// `on_frame` sees each whole frame that holds.
+/// Walks the last segment of a journal and decides how it ends. `floor` is what the control file calls
+/// durable; `on_frame` sees each whole frame that holds.
 ///
 /// # Errors
-/// The disk's; [`ErrorKind::Unsupported`] for frames of a newer program. Damage is not an error here but an ending.
+/// The disk's; [`ErrorKind::Unsupported`] for frames of a newer program. Damage is not an error here but an
+/// ending.
 pub fn scan_tail(segment: &SegmentFile, floor: Option<&Position>, on_frame: OnFrame<'_>) -> Result<Scan> {
     let mut walk = Walk::new(segment);
     let mut summary = SegmentSummary::empty(segment.path.clone(), &segment.header);
@@ -87,7 +89,8 @@ pub(crate) fn note_frame(summary: &mut SegmentSummary, header: &FrameHeader) {
     summary.frames += 1;
 }
 
-/// Whether an error says that bytes are not what they should be, as opposed to a disk or version that refuses.
+/// Whether an error says that bytes are not what they should be, as opposed to a disk or version that
+/// refuses.
 pub(crate) fn is_damage(error: &Error) -> bool {
     matches!(error.kind, ErrorKind::Malformed | ErrorKind::OutOfOrder | ErrorKind::Corrupt)
 }
@@ -139,7 +142,8 @@ fn judge(
         let (size, reserved) = (segment.size, segment.header.allocated_bytes);
         return Ok(Ending::Torn(format!("{what}; the file is cut: {size} of {reserved} bytes")));
     }
-    // Behind the end of a recycled file stand stale bytes; only a frame that would be the next one is a torn tail.
+    // Behind the end of a recycled file stand stale bytes; only a frame that would be the next one is a torn
+    // tail.
     let recycled = segment.header.flags & FLAG_RECYCLED != 0;
     Ok(match stop {
         Stop::Nothing => Ending::Clean,

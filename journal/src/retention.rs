@@ -1,12 +1,13 @@
 //! Which segments may go: pure decisions over summaries, one for each side.
 //!
-//! Both only ever name a first segment to keep: history goes from its old end, and never the segment being written.
+//! Both only ever name a first segment to keep: history goes from its old end, and never the segment being
+//! written.
 
 use crate::segment::SegmentSummary;
 use crate::{Lsn, Position};
 
-/// Source: a bounded store-and-forward buffer. Acknowledged segments stay while there is room, so that a frame that
-/// rots at the receiver can be fetched again.
+/// Source: a bounded store-and-forward buffer. Acknowledged segments stay while there is room, so that a
+/// frame that rots at the receiver can be fetched again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SourcePolicy {
     /// Room for the journal, bytes.
@@ -35,8 +36,8 @@ impl SourcePolicy {
     }
 }
 
-/// Receiver: the history window. Its clock counts, not the source's, and it counts to the group's newest receipt: so
-/// nothing ages while nothing arrives, and no peer can expire what was promised to be kept.
+/// Receiver: the history window. Its clock counts, not the source's, and it counts to the group's newest
+/// receipt: so nothing ages while nothing arrives, and no peer can expire what was promised to be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReceiverPolicy {
     /// Kept for so long, ns.
@@ -59,7 +60,8 @@ pub struct Verdict {
 }
 
 impl ReceiverPolicy {
-    /// `floor` is the newest lsn that nothing needs any more: a segment that holds a later one stays, whatever its age.
+    /// `floor` is the newest lsn that nothing needs any more: a segment that holds a later one stays,
+    /// whatever its age.
     pub fn decide(&self, segments: &[SegmentSummary], floor: Lsn) -> Verdict {
         let mut held = total(segments);
         let mut verdict = Verdict::default();
@@ -99,7 +101,8 @@ mod tests {
         Position { epoch: Epoch { number: 1, id: EpochId::default() }, lsn: Lsn(lsn), ..Position::default() }
     }
 
-    /// Segments 1..=count of 100 bytes and 10 lsns each, received one second apart; the last is being written.
+    /// Segments 1..=count of 100 bytes and 10 lsns each, received one second apart; the last is being
+    /// written.
     fn segments(count: u64) -> Vec<SegmentSummary> {
         let each = (1..=count).map(|number| {
             let header = SegmentHeader {

@@ -2,7 +2,8 @@
 //!
 //! 1. Frames into `{number}.seg.tmp`; 2. footer; 3. fdatasync; 4. rename; 5. fsync of the directory.
 //!
-//! A segment that has its name is therefore whole, and what is left of an unfinished one is a `.tmp` file that may be removed.
+//! A segment that has its name is therefore whole, and what is left of an unfinished one is a `.tmp` file
+//! that may be removed.
 
 use crate::frame::FrameHeader;
 use crate::index::{Closing, IndexBuilder};

@@ -22,8 +22,8 @@
 //! 144 │ 0 (364, reserved)                             │
 //! 508 │  CRC of bytes 0..508  │
 //! ```
-//! Invariants: kind 1 = journal, 2 = undo; all frames of a segment are of one epoch; the name is `{number:020}.seg`;
-//! the header, and the reserved size, are durable before the file has that name.
+//! Invariants: kind 1 = journal, 2 = undo; all frames of a segment are of one epoch; the name is
+//! `{number:020}.seg`; the header, and the reserved size, are durable before the file has that name.
 
 use crate::io::Disk;
 use crate::layout::RawPosition;
@@ -46,7 +46,8 @@ pub const MAX_BYTES: u64 = ((1 << 28) - 1) * SECTOR_BYTES as u64;
 
 const MAGIC: [u8; 8] = *b"AFTRSEG1";
 const VERSION: u16 = 1;
-/// Of a segment that stands for several batches: a program that does not know of them must not miss the others.
+/// Of a segment that stands for several batches: a program that does not know of them must not miss the
+/// others.
 const VERSION_MERGED: u16 = 2;
 
 /// What a segment holds.
@@ -103,7 +104,8 @@ pub struct SegmentHeader {
     pub start: Position,
     /// When the first frame arrived, or the segment was made; local clock, ns.
     pub received_ns: u64,
-    /// The file's size when it got its name, durable then: an unsealed one that is shorter has been cut since.
+    /// The file's size when it got its name, durable then: an unsealed one that is shorter has been cut
+    /// since.
     pub allocated_bytes: u64,
     /// Random; also in the segment's marks and footer.
     pub nonce: u64,
@@ -140,7 +142,8 @@ impl SegmentHeader {
     /// Reads a header from the front of `bytes`.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] where there is no intact one, [`ErrorKind::Unsupported`] for a newer version or kind.
+    /// [`ErrorKind::Malformed`] where there is no intact one, [`ErrorKind::Unsupported`] for a newer version
+    /// or kind.
     pub fn decode(bytes: &[u8]) -> Result<SegmentHeader> {
         let malformed = |what: &str| Error::new(ErrorKind::Malformed, format!("segment header: {what}"));
         let (raw, _) = Raw::ref_from_prefix(bytes).map_err(|_| malformed("cut short"))?;
@@ -265,8 +268,8 @@ pub fn list(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(names.iter().filter_map(|name| Some((parse_name(name)?, dir.join(name)))).collect())
 }
 
-/// The last segment that was begun: the one that the control file names, and those that follow it without a gap. The
-/// control file learns of a roll without a sync, so after a power loss it may lag.
+/// The last segment that was begun: the one that the control file names, and those that follow it without a
+/// gap. The control file learns of a roll without a sync, so after a power loss it may lag.
 pub(crate) fn last_begun(present: &[(u64, PathBuf)], current: u64) -> u64 {
     let mut last = current;
     for (number, _) in present.iter().filter(|(number, _)| *number > current) {

@@ -1,14 +1,16 @@
 //! A disk in memory that can be cut at every operation: the crash matrix of all rooms runs on it.
 //!
-//! It holds two images. *Live* is what a running process sees; *durable* is what syncs have promised. At a crash
-//! ([`SimDisk::crash`]) everything that was not synced is kept or lost independently: each 512-byte sector of content,
-//! each file's size, each change of a directory. That is harsher than any real file system, on purpose.
+//! It holds two images. *Live* is what a running process sees; *durable* is what syncs have promised. At a
+//! crash ([`SimDisk::crash`]) everything that was not synced is kept or lost independently: each 512-byte
+//! sector of content, each file's size, each change of a directory. That is harsher than any real file
+//! system, on purpose.
 //!
-//! A failed sync behaves as in Linux: what was dirty counts as clean afterwards, can still be read, is never written, and
-//! a later sync succeeds without it. Files are sparse: room is taken by the sectors that were written or reserved.
+//! A failed sync behaves as in Linux: what was dirty counts as clean afterwards, can still be read, is never
+//! written, and a later sync succeeds without it. Files are sparse: room is taken by the sectors that were
+//! written or reserved.
 //!
-//! Deterministic: the same operations and seeds give the same disk. Seed 0 loses everything unsynced, seed 1 keeps
-//! everything, the others draw.
+//! Deterministic: the same operations and seeds give the same disk. Seed 0 loses everything unsynced, seed 1
+//! keeps everything, the others draw.
 
 use crate::io::{Disk, File, Room};
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,8 +81,8 @@ fn dead() -> io::Error {
 }
 
 impl State {
-    /// Counts an operation. `Err` once the power is gone; the operation at the cut itself is carried out, unsynced,
-    /// and then fails: `Ok(true)`.
+    /// Counts an operation. `Err` once the power is gone; the operation at the cut itself is carried out,
+    /// unsynced, and then fails: `Ok(true)`.
     fn step(&mut self) -> io::Result<bool> {
         let op = self.ops;
         self.ops += 1;
@@ -209,8 +211,8 @@ impl SimDisk {
         self.state().ops
     }
 
-    /// Cuts the power at operation number `op` (as [`ops`](Self::ops) counts): it is carried out at most partly and
-    /// fails, and so does everything after it.
+    /// Cuts the power at operation number `op` (as [`ops`](Self::ops) counts): it is carried out at most
+    /// partly and fails, and so does everything after it.
     pub fn cut_at(&self, op: u64) {
         self.state().cut = Some(op);
     }

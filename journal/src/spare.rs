@@ -1,14 +1,14 @@
 //! How segment files are born and put aside.
 //!
-//! A file gets a segment's name only when its header and its size are durable, so a named segment without an intact
-//! header is damage, never an accident:
-//! 1. take a spare (`*.spare`, a dropped segment) or create one, reserve its room, write the header, fdatasync:
-//!    a full disk shows here, before anything has changed;
+//! A file gets a segment's name only when its header and its size are durable, so a named segment without an
+//! intact header is damage, never an accident:
+//! 1. take a spare (`*.spare`, a dropped segment) or create one, reserve its room, write the header,
+//!    fdatasync: a full disk shows here, before anything has changed;
 //! 2. rename it to the segment's name;
 //! 3. fsync the directory: before this nothing in the segment may be acknowledged.
 //!
-//! Recycled files keep their blocks, so that an fdatasync has no metadata to write. Their stale bytes are told apart by
-//! lsn, chain, segment number and nonce.
+//! Recycled files keep their blocks, so that an fdatasync has no metadata to write. Their stale bytes are
+//! told apart by lsn, chain, segment number and nonce.
 
 use crate::io::{Disk, File, random_u64};
 use crate::segment::{self, FLAG_RECYCLED, SegmentHeader};
@@ -69,11 +69,12 @@ pub(crate) fn christen(disk: &dyn Disk, dir: &Path, unborn: &Unborn) -> Result<P
     Ok(path)
 }
 
-/// Takes a dropped segment's name away and keeps the file as a spare, or frees it. The caller syncs the directory
-/// before a spare is used again, lest a crash leaves two names for one file.
+/// Takes a dropped segment's name away and keeps the file as a spare, or frees it. The caller syncs the
+/// directory before a spare is used again, lest a crash leaves two names for one file.
 ///
-/// Giving room back never needs room: where a full disk has no place for the new name, the file goes. Where it cannot even
-/// take a name away, the file stays, which is said: the next open of the journal drops it, as one below `oldest`.
+/// Giving room back never needs room: where a full disk has no place for the new name, the file goes. Where
+/// it cannot even take a name away, the file stays, which is said: the next open of the journal drops it, as
+/// one below `oldest`.
 pub(crate) fn retire(disk: &dyn Disk, dir: &Path, number: u64, path: &Path) -> Result<()> {
     let mut retired = if spares(disk, dir)?.len() < MAX_SPARES {
         disk.rename(path, &dir.join(format!("{number:020}{SUFFIX}")))

@@ -11,9 +11,9 @@
 //!  40 │ oldest: position before the oldest frame (56) │
 //!  96 │ durable position (56)                         │
 //! ```
-//! Invariants: `oldest` is stored before a segment below it loses its name; the segment being written has its name
-//! durably before it stands here, so each number from oldest to current must be found. Rolls and syncs are only noted
-//! (not synced): after a power loss later segments may exist, and more may be durable.
+//! Invariants: `oldest` is stored before a segment below it loses its name; the segment being written has its
+//! name durably before it stands here, so each number from oldest to current must be found. Rolls and syncs
+//! are only noted (not synced): after a power loss later segments may exist, and more may be durable.
 
 use crate::layout::RawPosition;
 use crate::segment::MAX_NUMBER;

@@ -1,9 +1,9 @@
 //! Verification: every byte of every segment, read and checked; damage told by file, offset and lsn.
 //!
 //! Of a journal the last segment may end in a torn tail, which is reported and is no damage
-//! ([`crate::recovery`]). Everything else is sealed: header, each frame with its padding, each mark, footer and
-//! trailer are under a CRC, frames are chained, and segments join; so each changed, missing or added byte shows.
-//! After a damaged frame the walk goes on at the next one that the footer names.
+//! ([`crate::recovery`]). Everything else is sealed: header, each frame with its padding, each mark, footer
+//! and trailer are under a CRC, frames are chained, and segments join; so each changed, missing or added byte
+//! shows. After a damaged frame the walk goes on at the next one that the footer names.
 
 use crate::compress::Decoder;
 use crate::control::TwoSlot;

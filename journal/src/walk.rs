@@ -1,7 +1,7 @@
 //! Reading a segment's items one after the other, each checked against the bytes and against the one before.
 //!
-//! [`SegmentFile`] reads what stands at an offset; [`Walk`] adds the order: group, epoch, lsn, chain. What a failure
-//! means – a torn tail or corruption – is decided elsewhere ([`crate::recovery`]).
+//! [`SegmentFile`] reads what stands at an offset; [`Walk`] adds the order: group, epoch, lsn, chain. What a
+//! failure means – a torn tail or corruption – is decided elsewhere ([`crate::recovery`]).
 
 use crate::frame::{self, FrameHeader, FrameKind};
 use crate::index;
@@ -41,8 +41,8 @@ impl SegmentFile {
     /// Opens a segment and checks its header against its name.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where the file does not exist; [`ErrorKind::Corrupt`] for a damaged header or the
-    /// header of another segment.
+    /// [`ErrorKind::NotHeld`] where the file does not exist; [`ErrorKind::Corrupt`] for a damaged header or
+    /// the header of another segment.
     pub fn open(disk: &dyn Disk, path: &Path, number: u64) -> Result<SegmentFile> {
         let file = disk.open_read_own(path).map_err(|error| {
             let missing = error.kind() == io::ErrorKind::NotFound;

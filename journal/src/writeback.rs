@@ -1,9 +1,9 @@
 //! Starts the writing-back of what was appended, beside the writer.
 //!
-//! Without it an fdatasync, or the one that seals a segment, waits for all that piled up. Starting it costs processor
-//! time and may wait for the device's queue, so a thread of its own does it: the writer never waits. Everything here is
-//! a hint: lost ones only make the next fdatasync longer, and a write-back error shows there. Where nothing waits for an
-//! fdatasync, the writer leaves write-back to the kernel.
+//! Without it an fdatasync, or the one that seals a segment, waits for all that piled up. Starting it costs
+//! processor time and may wait for the device's queue, so a thread of its own does it: the writer never
+//! waits. Everything here is a hint: lost ones only make the next fdatasync longer, and a write-back error
+//! shows there. Where nothing waits for an fdatasync, the writer leaves write-back to the kernel.
 
 use crate::io::File;
 use crossbeam_channel::{Receiver, Sender, bounded};

@@ -1,18 +1,19 @@
 //! The one writer of a journal: appends frames, makes them durable, rolls and drops segments.
 //!
-//! Synchronous and single-owned; concurrent readers learn how far they may read from [`Tail`]. The order in which
-//! things become durable:
-//! * *sync*: 1. fdatasync; 2. append a mark, and note the position in the control file, both unsynced: they only speak
-//!   of what is durable already.
-//! * *roll*: 1. the next file, with its header, durable under a spare name ([`crate::spare`]): a full disk shows here,
-//!   and nothing has changed; 2. footer behind the last item, cut to exact size (where the disk does not wait for syncs:
-//!   filled up to its size), fdatasync: the old segment is durable as
-//!   a whole, and only the last one may ever be longer than its content; 3. the new name, durable; 4. a note of it in the
+//! Synchronous and single-owned; concurrent readers learn how far they may read from [`Tail`]. The order in
+//! which things become durable:
+//! * *sync*: 1. fdatasync; 2. append a mark, and note the position in the control file, both unsynced: they
+//!   only speak of what is durable already.
+//! * *roll*: 1. the next file, with its header, durable under a spare name ([`crate::spare`]): a full disk
+//!   shows here, and nothing has changed; 2. footer behind the last item, cut to exact size (where the disk
+//!   does not wait for syncs: filled up to its size), fdatasync: the old segment is durable as a whole, and
+//!   only the last one may ever be longer than its content; 3. the new name, durable; 4. a note of it in the
 //!   control file. A cut between any two is finished or forgotten by [`Writer::open`].
-//! * *drop*: 1. `oldest`, durable in the control file; 2. names go or become spares; 3. fsync of the directory.
+//! * *drop*: 1. `oldest`, durable in the control file; 2. names go or become spares; 3. fsync of the
+//!   directory.
 //!
-//! A failed sync is final: every later call fails with [`ErrorKind::Sync`]. A full disk is not: nothing of the frame
-//! counts, and the append may be tried again.
+//! A failed sync is final: every later call fails with [`ErrorKind::Sync`]. A full disk is not: nothing of
+//! the frame counts, and the append may be tried again.
 
 use crate::control::TwoSlot;
 use crate::frame::{FrameHeader, FrameKind, chain_seed};
@@ -31,7 +32,8 @@ use crate::{Error, ErrorKind, GroupId, Lsn, Position, Result, SECTOR_BYTES};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The most that is filled up with marks where a segment's end is not cut off: about as much as one frame left free.
+/// The most that is filled up with marks where a segment's end is not cut off: about as much as one frame
+/// left free.
 const MOST_FILLED_BYTES: u64 = 2 << 20;
 
 /// What a writer is told.
@@ -89,10 +91,12 @@ impl Writer {
         }
     }
 
-    /// Starts a journal in `dir`, which is created if need be; its first frame will follow `start`. Durable on return.
+    /// Starts a journal in `dir`, which is created if need be; its first frame will follow `start`. Durable
+    /// on return.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] where a journal exists; [`ErrorKind::Corrupt`] where segments lie without a control file.
+    /// [`ErrorKind::Busy`] where a journal exists; [`ErrorKind::Corrupt`] where segments lie without a
+    /// control file.
     pub fn create(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -123,8 +127,8 @@ impl Writer {
     /// Opens a journal after whatever ended its last writer, and makes durable what it kept.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] where there is no journal; [`ErrorKind::OutOfOrder`] where it is another group's;
-    /// [`ErrorKind::Corrupt`] with file and offset where durable bytes are damaged or missing.
+    /// [`ErrorKind::NotHeld`] where there is no journal; [`ErrorKind::OutOfOrder`] where it is another
+    /// group's; [`ErrorKind::Corrupt`] with file and offset where durable bytes are damaged or missing.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
@@ -190,13 +194,14 @@ impl Writer {
         Ok((writer, Recovery { position, segment, torn }))
     }
 
-    /// Goes on behind what a scan kept. What follows is zeroed first: were a stale frame left there, a new frame that
-    /// happens to equal the one before it would bring it back to life.
+    /// Goes on behind what a scan kept. What follows is zeroed first: were a stale frame left there, a new
+    /// frame that happens to equal the one before it would bring it back to life.
     fn take_up(&mut self, scan: recovery::Scan) -> Result<()> {
         let failed = |error| Error::io(format!("clear the tail of segment {}", self.header.number), error);
         let size = self.file.size().map_err(failed)?;
         self.file.punch_hole(scan.offset..size).map_err(failed)?;
-        // The header's word for what was reserved, but no more than our own segments take: the file may be a stranger's.
+        // The header's word for what was reserved, but no more than our own segments take: the file may be a
+        // stranger's.
         let reserved = self.header.allocated_bytes.min(self.options.segment_bytes);
         self.file.allocate(size.max(reserved)).map_err(failed)?;
         self.position = scan.summary.end;
@@ -248,8 +253,8 @@ impl Writer {
     /// Appends a whole frame whose payload has been checked. Written, not durable; readers may have it.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfOrder`] for any but the next frame of this epoch; [`ErrorKind::NoSpace`] leaves everything
-    /// as it was; [`ErrorKind::Sync`] is final.
+    /// [`ErrorKind::OutOfOrder`] for any but the next frame of this epoch; [`ErrorKind::NoSpace`] leaves
+    /// everything as it was; [`ErrorKind::Sync`] is final.
     pub fn append(&mut self, frame: &[u8], header: &FrameHeader, received_ns: u64) -> Result<()> {
         self.usable()?;
         let refuse = |what: &str| {
@@ -278,7 +283,8 @@ impl Writer {
         active.bytes = offset;
         note_frame(active, header);
         self.publish();
-        // Nobody waits elsewhere, and a file that is written back keeps its appender waiting while the disk finds room for it.
+        // Nobody waits elsewhere, and a file that is written back keeps its appender waiting while the disk
+        // finds room for it.
         if self.disk.waits() {
             self.writeback.written(&self.file, self.offset);
         }
@@ -315,8 +321,8 @@ impl Writer {
         self.roll(start, now_ns)
     }
 
-    /// Drops the segments numbered below `number`, never the one being written; returns the bytes they held. Up to
-    /// two files are kept as spares.
+    /// Drops the segments numbered below `number`, never the one being written; returns the bytes they held.
+    /// Up to two files are kept as spares.
     ///
     /// # Errors
     /// The disk's; files that could not be dropped go at the next open.
@@ -341,10 +347,12 @@ impl Writer {
         Ok(freed)
     }
 
-    /// What a segment holds, as it is known without reading its frames; of the one being written, what is durable.
+    /// What a segment holds, as it is known without reading its frames; of the one being written, what is
+    /// durable.
     ///
     /// # Errors
-    /// [`ErrorKind::NotHeld`] for a segment that was dropped; [`ErrorKind::Corrupt`] where its footer is damaged.
+    /// [`ErrorKind::NotHeld`] for a segment that was dropped; [`ErrorKind::Corrupt`] where its footer is
+    /// damaged.
     pub fn layout(&self, number: u64) -> Result<Layout> {
         let held = self.held(number)?;
         if held.sealed {
@@ -357,15 +365,17 @@ impl Writer {
         Ok(Layout { frames, end: self.durable, end_offset, received_ns: held.received_last_ns })
     }
 
-    /// Puts frames back where they rotted. ⚠ Only the writer may: a segment that is dropped is recycled under another name.
-    /// 1. Every frame is checked as the one that stood there, so nothing else is ever written; 2. they are written in place:
-    ///    no other byte is touched, so whatever a crash leaves is at worst as rotten as before, and readers that have the
-    ///    file open see the old bytes or the right ones, and tell them by the CRC; 3. fdatasync; 4. they are read again.
+    /// Puts frames back where they rotted. ⚠ Only the writer may: a segment that is dropped is recycled under
+    /// another name.
+    /// 1. Every frame is checked as the one that stood there, so nothing else is ever written; 2. they are
+    ///    written in place: no other byte is touched, so whatever a crash leaves is at worst as rotten as
+    ///    before, and readers that have the file open see the old bytes or the right ones, and tell them by
+    ///    the CRC; 3. fdatasync; 4. they are read again.
     ///
     /// # Errors
-    /// [`ErrorKind::OutOfOrder`] and [`ErrorKind::Malformed`] for other frames; [`ErrorKind::NotHeld`] where the segment was
-    /// dropped; [`ErrorKind::Corrupt`] where the disk does not give back what was written; [`ErrorKind::Sync`], final, only
-    /// in the segment being written.
+    /// [`ErrorKind::OutOfOrder`] and [`ErrorKind::Malformed`] for other frames; [`ErrorKind::NotHeld`] where
+    /// the segment was dropped; [`ErrorKind::Corrupt`] where the disk does not give back what was written;
+    /// [`ErrorKind::Sync`], final, only in the segment being written.
     pub fn mend(&mut self, run: &Run, frames: &[Vec<u8>]) -> Result<()> {
         run.check_all(frames)?;
         let pieces: Vec<(u64, &[u8])> =
@@ -515,8 +525,8 @@ impl Writer {
         }
     }
 
-    /// Tells the control file what is durable, without a sync. Evidence, as a mark is; where a file's end or a whole
-    /// segment is lost, this is what tells.
+    /// Tells the control file what is durable, without a sync. Evidence, as a mark is; where a file's end or
+    /// a whole segment is lost, this is what tells.
     fn note_state(&mut self) {
         self.refresh_state();
         let _ = self.control.note(&self.state.encode());
@@ -559,8 +569,9 @@ impl Writer {
         })
     }
 
-    /// Marks up to where the footer's end is the file's: cutting it would give blocks back, and a busy disk that discards them
-    /// at once keeps its caller waiting (measured: 1.7 s, in which a ring overflows). A segment that is far from full is cut.
+    /// Marks up to where the footer's end is the file's: cutting it would give blocks back, and a busy disk
+    /// that discards them at once keeps its caller waiting (measured: 1.7 s, in which a ring overflows). A
+    /// segment that is far from full is cut.
     fn fill_up(&mut self) -> Result<()> {
         // A mark says that what is before it is durable.
         self.sync()?;

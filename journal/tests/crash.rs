@@ -1,6 +1,7 @@
-//! The crash matrix: a journal's life, cut at every single operation, on a disk that loses what was not synced in every
-//! way it may. After recovery everything that was called durable is there, what is there is a stretch of what was
-//! appended, byte for byte, and the writer goes on; a second cut during recovery changes nothing of that.
+//! The crash matrix: a journal's life, cut at every single operation, on a disk that loses what was not
+//! synced in every way it may. After recovery everything that was called durable is there, what is there is a
+//! stretch of what was appended, byte for byte, and the writer goes on; a second cut during recovery changes
+//! nothing of that.
 #![allow(clippy::unwrap_used, reason = "a failing step fails the test")]
 
 mod common;
@@ -133,7 +134,8 @@ fn recover_and_go_on(sim: &SimDisk, life: &Life, cut: u64, seed: u64) {
         let twice = after.crash(0);
         assert_eq!(open(&twice, &at).appended(), again.header.position(), "{at}: stale frames came back");
     }
-    // Far enough to use up every spare: were one of them still known by a segment's name, it would be overwritten.
+    // Far enough to use up every spare: were one of them still known by a segment's name, it would be
+    // overwritten.
     let mut added = Vec::new();
     for _ in 0..10 {
         let more = frame_after(&writer.appended(), 2500);
@@ -186,7 +188,8 @@ fn nothing_durable_is_lost_wherever_the_power_goes() {
 
 #[test]
 fn a_killed_process_leaves_nothing_that_is_not_synced_again() {
-    // No power loss: the next process sees what the page cache holds. Recovery syncs before it calls it durable.
+    // No power loss: the next process sees what the page cache holds. Recovery syncs before it calls it
+    // durable.
     let sim = SimDisk::new();
     let mut writer = Writer::create(shared(&sim), &dir(), options(1 << 16), epoch_start(1, 0), 0).unwrap();
     let frame = frame_after(&writer.appended(), 3000);
@@ -196,8 +199,8 @@ fn a_killed_process_leaves_nothing_that_is_not_synced_again() {
     assert_eq!(open(&sim.crash(0), "").durable(), frame.header.position());
 }
 
-/// The source's journal, on a disk that does not sync: killed at every operation of rolls, seals and drops, it opens again with
-/// every frame whose append returned, takes more, and verifies.
+/// The source's journal, on a disk that does not sync: killed at every operation of rolls, seals and drops,
+/// it opens again with every frame whose append returned, takes more, and verifies.
 #[test]
 fn a_source_journal_survives_a_kill_at_every_operation() {
     let script = |disk: Arc<dyn Disk>| -> (Vec<u64>, bool) {

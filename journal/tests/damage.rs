@@ -1,5 +1,5 @@
-//! Bit rot, cuts, missing and doubled files: each is found with file and offset, nothing damaged is ever replayed, and
-//! nothing panics. Only what was never synced may be called torn.
+//! Bit rot, cuts, missing and doubled files: each is found with file and offset, nothing damaged is ever
+//! replayed, and nothing panics. Only what was never synced may be called torn.
 #![allow(clippy::unwrap_used, reason = "a failing step fails the test")]
 
 mod common;
@@ -103,8 +103,8 @@ fn assert_reads_a_prefix(sim: &SimDisk, frames: &[Frame], at: &str) -> bool {
     }
 }
 
-/// However a frame is looked for, it is found, or its damage is: no seek goes on behind it as if it had never been. What was
-/// never called durable may also be beyond the newest.
+/// However a frame is looked for, it is found, or its damage is: no seek goes on behind it as if it had never
+/// been. What was never called durable may also be beyond the newest.
 fn assert_no_seek_goes_over_damage(sim: &SimDisk, frames: &[Frame], durable: Position, at: &str) {
     type Seek<'a> = Box<dyn Fn(&mut Reader) -> journal::Result<()> + 'a>;
     let mut bytes = Vec::new();
@@ -231,7 +231,8 @@ fn a_cut_at_every_length_is_found_unless_it_takes_only_what_was_never_synced() {
             assert_reads_a_prefix(&sim, &journal.frames, &what);
             assert_no_seek_goes_over_damage(&sim, &journal.frames, journal.durable, &what);
             let opened = Writer::open(shared(&sim), &dir(), options(SEGMENT_BYTES), 9);
-            // A sealed segment's frames are read, and refused, when they are needed; its footer at every open.
+            // A sealed segment's frames are read, and refused, when they are needed; its footer at every
+            // open.
             match opened {
                 Ok((writer, _)) => {
                     assert!(!report.is_corrupt() && writer.durable().lsn >= journal.durable.lsn)
@@ -331,7 +332,8 @@ fn a_hostile_reservation_takes_no_more_than_a_segment() {
     assert_eq!(sim.contents(&path).unwrap().len() as u64, size.max(SEGMENT_BYTES));
 }
 
-/// Where the next segment begins a newer epoch its start joins anything older: only the footer proves that nothing is missing.
+/// Where the next segment begins a newer epoch its start joins anything older: only the footer proves that
+/// nothing is missing.
 #[test]
 fn a_cut_before_a_new_epoch_is_no_end_of_the_old_one() {
     let sim = SimDisk::new();

@@ -1,5 +1,5 @@
-//! Frames and marks that rotted are put back as the very same bytes, wherever the damage is and wherever the power goes;
-//! anything else that is offered in their place is refused, and nothing is written.
+//! Frames and marks that rotted are put back as the very same bytes, wherever the damage is and wherever the
+//! power goes; anything else that is offered in their place is refused, and nothing is written.
 #![allow(clippy::unwrap_used, reason = "a failing step fails the test")]
 
 mod common;

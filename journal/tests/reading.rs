@@ -37,7 +37,8 @@ fn journal() -> (SimDisk, Writer, Vec<Frame>) {
     (sim, writer, frames)
 }
 
-/// At the source, where reserving blocks and giving them back in the middle of the stream would keep the ring waiting.
+/// At the source, where reserving blocks and giving them back in the middle of the stream would keep the ring
+/// waiting.
 #[test]
 fn on_a_disk_that_does_not_wait_segments_grow_and_a_spare_keeps_its_size() {
     let sim = SimDisk::new();

@@ -1,6 +1,6 @@
-//! What a write costs in the ring: reserve, copy, publish, mark done, against a bare memcpy of the same bytes from
-//! the same source into the same amount of memory. Nobody consumes meanwhile: on two cores the consumer would be
-//! measured too; it takes and releases everything between the runs.
+//! What a write costs in the ring: reserve, copy, publish, mark done, against a bare memcpy of the same bytes
+//! from the same source into the same amount of memory. Nobody consumes meanwhile: on two cores the consumer
+//! would be measured too; it takes and releases everything between the runs.
 //!
 //! `cargo bench -p afterimage-kfilter`
 

@@ -3,9 +3,11 @@
 //!
 //! # Invariants
 //!
-//! * The device is open (which pins its disk) and a reference to the module is held as long as the value lives.
-//! * `in_flight[g]` counts followed bios whose choice between ring and bits was made while the group's generation was
-//!   `g`, and maybe a few later ones. So when it is zero after the generation has left `g`, none is under way.
+//! * The device is open (which pins its disk) and a reference to the module is held as long as the value
+//!   lives.
+//! * `in_flight[g]` counts followed bios whose choice between ring and bits was made while the group's
+//!   generation was `g`, and maybe a few later ones. So when it is zero after the generation has left `g`,
+//!   none is under way.
 
 use crate::abi::Op;
 use crate::bio::{Bio, SECTOR_SHIFT};
@@ -54,8 +56,8 @@ pub(crate) struct Attached {
     untracked: [AtomicU32; 2],
     /// Bios submitted before the attach may be under way.
     unsettled: AtomicBool,
-    /// A command that the block layer does not understand has gone to the device: nothing is known of it any more, and
-    /// its bits are not set yet.
+    /// A command that the block layer does not understand has gone to the device: nothing is known of it any
+    /// more, and its bits are not set yet.
     unseen: AtomicBool,
     /// Probes are registered.
     is_hooked: AtomicBool,
@@ -191,9 +193,9 @@ impl Attached {
 
     /// Counts a bio in flight; the generation to give back to `leave`.
     ///
-    /// The generation flips after the ring has changed its mode. A bio counted in the new one makes its choice after
-    /// that; one counted in the old one is waited for, whatever it chose. Read again, because a count that is raised
-    /// after the waiter has looked would be seen by nobody.
+    /// The generation flips after the ring has changed its mode. A bio counted in the new one makes its
+    /// choice after that; one counted in the old one is waited for, whatever it chose. Read again, because a
+    /// count that is raised after the waiter has looked would be seen by nobody.
     #[inline]
     pub(crate) fn enter(&self) -> u32 {
         loop {
@@ -237,15 +239,17 @@ impl Attached {
         }
     }
 
-    /// A write that is in no record: bits, and a `failed` record that says from where on the range is inexact.
+    /// A write that is in no record: bits, and a `failed` record that says from where on the range is
+    /// inexact.
     #[cold]
     pub(crate) fn leave_out(&self, offset: u64, length: u64) {
         self.mark_dirty(offset, length);
         self.note_failed(offset, length, self.group.ring.captured_lsn());
     }
 
-    /// A command that the block layer only passes on is over. What it has changed is not known, so all of the volume is
-    /// to be looked at again. The bits of a large one are too many for an interrupt: `mark_unseen` sets them.
+    /// A command that the block layer only passes on is over. What it has changed is not known, so all of the
+    /// volume is to be looked at again. The bits of a large one are too many for an interrupt: `mark_unseen`
+    /// sets them.
     #[cold]
     pub(crate) fn pass_unseen(&self) {
         self.owe_all();
@@ -256,8 +260,8 @@ impl Attached {
         }
     }
 
-    /// All bits are to be set, and not here: there may be more of them than an interrupt, or who holds a lock of the queue,
-    /// should set.
+    /// All bits are to be set, and not here: there may be more of them than an interrupt, or who holds a lock
+    /// of the queue, should set.
     pub(crate) fn owe_all(&self) {
         self.unseen.store(true, Ordering::SeqCst);
     }
@@ -269,7 +273,8 @@ impl Attached {
         }
     }
 
-    /// Tells the stream that a range is inexact from an lsn on. Without room it is bits alone, and the ring full anyway.
+    /// Tells the stream that a range is inexact from an lsn on. Without room it is bits alone, and the ring
+    /// full anyway.
     pub(crate) fn note_failed(&self, offset: u64, length: u64, lsn: u64) {
         let entry = Entry::extent(Op::Failed, self.volume, offset, length, 0);
         let entry = Entry { payload_len: 8, needs_done: false, ..entry };
@@ -295,8 +300,8 @@ impl Attached {
         }
     }
 
-    /// States the size that the device has now. The agent knows the volume's name, and puts in what this leaves out. The
-    /// new part is dirty: what stands there was never copied.
+    /// States the size that the device has now. The agent knows the volume's name, and puts in what this
+    /// leaves out. The new part is dirty: what stands there was never copied.
     #[cold]
     pub(crate) fn grow(&self) {
         let size_bytes = self.size_bytes();
@@ -308,7 +313,8 @@ impl Attached {
         self.known_end.fetch_max(size_bytes, Ordering::Release);
     }
 
-    /// From its return on every write is captured. Unless the replica is known to be equal, everything is dirty first.
+    /// From its return on every write is captured. Unless the replica is known to be equal, everything is
+    /// dirty first.
     pub(crate) fn hook(self: &Arc<Self>, is_clean: bool) -> Result {
         let known = self.group.ring.size_bytes(self.volume).ok_or(ENOENT)?;
         self.known_end.store(known, Ordering::Release);
@@ -380,8 +386,8 @@ impl Attached {
         !self.is_unsettled() && self.untracked(generation).load(Ordering::SeqCst) == 0
     }
 
-    /// Waits, by draining the queue, for what no count knows. `drained`: the agent has done so for a driver without
-    /// requests. `EUCLEAN` asks it to.
+    /// Waits, by draining the queue, for what no count knows. `drained`: the agent has done so for a driver
+    /// without requests. `EUCLEAN` asks it to.
     pub(crate) fn drain(&self, generation: u32, drained: bool, timeout_ms: u32) -> Result {
         let ends = sys::kf_monotonic_ns().saturating_add(u64::from(timeout_ms).saturating_mul(1_000_000));
         if self.is_bio_based {
@@ -408,8 +414,8 @@ impl Attached {
         Ok(())
     }
 
-    /// Whether to try: the last try is long enough ago, and the driver has nothing left from before the attach. A request
-    /// that hangs there would only make others stand still.
+    /// Whether to try: the last try is long enough ago, and the driver has nothing left from before the
+    /// attach. A request that hangs there would only make others stand still.
     fn may_drain(&self) -> bool {
         // SAFETY: the disk is pinned by the open device.
         let has_older = || unsafe { sys::kf_has_older(self.disk, self.hooked_ns.load(Ordering::Relaxed)) };

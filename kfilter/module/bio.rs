@@ -156,8 +156,8 @@ impl Bio {
                 let now = bytes.min(PAGE_BYTES.wrapping_sub(in_page));
                 // SAFETY: the element covers these pages, which lie next to each other in the memory map.
                 let page = unsafe { vec.bv_page.add(at / PAGE_BYTES) };
-                // SAFETY: a page of the bio, which holds it; mapped until the unmap below; the application may change
-                // it meanwhile, as it may under the device's own DMA, and bytes are all we read.
+                // SAFETY: a page of the bio, which holds it; mapped until the unmap below; the application
+                // may change it meanwhile, as it may under the device's own DMA, and bytes are all we read.
                 unsafe {
                     let mapped = bindings::kmap_local_page(page).cast::<u8>();
                     each(core::slice::from_raw_parts(mapped.add(in_page), now));

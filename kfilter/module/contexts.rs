@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Places for what belongs to a followed bio, taken and given back without a lock and without an allocation.
 //!
-//! A stack of indices. Its top carries a tag that changes at every take and return, so that a top which has come back
-//! to the same index is not mistaken for the one that was read (ABA).
+//! A stack of indices. Its top carries a tag that changes at every take and return, so that a top which has
+//! come back to the same index is not mistaken for the one that was read (ABA).
 //!
 //! # Invariants
 //!
@@ -81,8 +81,8 @@ impl Contexts {
                 return None;
             }
             let context = self.at(index);
-            // SAFETY: contexts are never freed while the pool lives. Taken by another meanwhile, `next` may be
-            // anything; then the tag has changed, and the exchange fails.
+            // SAFETY: contexts are never freed while the pool lives. Taken by another meanwhile, `next` may
+            // be anything; then the tag has changed, and the exchange fails.
             let next = unsafe { (*context).next.load(Ordering::Relaxed) };
             let new = next_tag(top) | u64::from(next);
             match self.top.compare_exchange_weak(top, new, Ordering::AcqRel, Ordering::Acquire) {

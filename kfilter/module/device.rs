@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `/dev/kfilter`: ioctls and mmap. Every argument is checked here or in `group`; see `ioctl` for what the calls mean.
+//! `/dev/kfilter`: ioctls and mmap. Every argument is checked here or in `group`; see `ioctl` for what the
+//! calls mean.
 
 use crate::abi::{MAX_VOLUMES, VolumeSpec};
 use crate::group::{self, Group};
@@ -64,8 +65,8 @@ struct Bound {
     group: Option<Arc<Group>>,
     /// Its pages were mapped through this file, and may be still.
     is_mapped: bool,
-    /// Those that it has forgotten while it had them mapped. An area holds its file, so their pages are counted as long as
-    /// there is one.
+    /// Those that it has forgotten while it had them mapped. An area holds its file, so their pages are
+    /// counted as long as there is one.
     forgotten: KVec<Arc<Group>>,
 }
 
@@ -99,7 +100,8 @@ impl MiscDevice for Agent {
         if length != group.total_bytes() || first_page != 0 {
             return Err(EINVAL);
         }
-        // Head, tail and records are the kernel's: an agent that could write them could make it forget writes.
+        // Head, tail and records are the kernel's: an agent that could write them could make it forget
+        // writes.
         vma.try_clear_maywrite()?;
         vma.try_clear_mayexec()?;
         vma.set_dontcopy();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Control plane: groups, each with one ring for its volumes, and what all groups share.
 //!
-//! A group belongs to the kernel. Files come and go as its agent; devices are attached and detached; it goes when it is
-//! destroyed, or with the module (which cannot go while a device is attached).
+//! A group belongs to the kernel. Files come and go as its agent; devices are attached and detached; it goes
+//! when it is destroyed, or with the module (which cannot go while a device is attached).
 //!
-//! Locks, outermost first: `GROUPS`, a group's `volumes`, the reservation lock. `step` serialises what an agent does in
-//! several steps, and is taken before `volumes`.
+//! Locks, outermost first: `GROUPS`, a group's `volumes`, the reservation lock. `step` serialises what an
+//! agent does in several steps, and is taken before `volumes`.
 
 use crate::abi::{Identity, Layout, Op, VolumeSpec, state};
 use crate::attached::{Attached, PROBES};
@@ -32,7 +32,8 @@ global_lock! {
 /// How long a step waits for a count that its caller has waited for already.
 const QUIET_MS: u32 = 100;
 
-/// Writes in flight that can be followed at once where nothing else is asked for: several disks with deep queues.
+/// Writes in flight that can be followed at once where nothing else is asked for: several disks with deep
+/// queues.
 const CONTEXTS: u32 = 16384;
 
 static MEMORY_LIMIT: AtomicU64 = AtomicU64::new(0);
@@ -95,7 +96,8 @@ impl Shared {
         unsafe { GROUPS.init() };
         MEMORY_LIMIT.store(limit_bytes, Ordering::Relaxed);
         MEASURE.store(measure, Ordering::Relaxed);
-        // SAFETY: `find` keeps what it is shown only if it is a tracepoint of the kernel proper, which is never unloaded.
+        // SAFETY: `find` keeps what it is shown only if it is a tracepoint of the kernel proper, which is
+        // never unloaded.
         unsafe { bindings::for_each_kernel_tracepoint(Some(find), core::ptr::null_mut()) };
         for (known, (name, _)) in TRACEPOINTS.iter().zip(PROBES) {
             if known.found.load(Ordering::Relaxed).is_null() {
@@ -135,8 +137,8 @@ pub(crate) fn memory() -> (u64, u64) {
     (MEMORY_LIMIT.load(Ordering::Relaxed), used.wrapping_add(MEMORY_LINGERING.load(Ordering::Relaxed)))
 }
 
-/// Bytes of the limit; given back on drop. What lingers has a limit of the same size of its own: an agent makes the group of a
-/// new epoch while it still reads the old one.
+/// Bytes of the limit; given back on drop. What lingers has a limit of the same size of its own: an agent
+/// makes the group of a new epoch while it still reads the old one.
 struct Allowance {
     bytes: u64,
     is_lingering: AtomicBool,
@@ -367,7 +369,8 @@ impl Group {
     /// Waits for a count of this group's volumes.
     pub(crate) fn wait_zero(&self, count: &AtomicU64, timeout_ms: u32) -> Result {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        // SAFETY: the queue was initialised in `create`; the count is read as the kernel reads words that others write.
+        // SAFETY: the queue was initialised in `create`; the count is read as the kernel reads words that
+        // others write.
         let left = unsafe { sys::kf_wait_zero(self.idle.get(), count.as_ptr(), timeout_ms) };
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         match left {
@@ -443,8 +446,8 @@ impl Group {
         Ok(all)
     }
 
-    /// Begins a resync or a fence, piece by piece: `step` keeps others from doing so meanwhile. The generation flips after
-    /// the ring has changed: see `Attached::enter`.
+    /// Begins a resync or a fence, piece by piece: `step` keeps others from doing so meanwhile. The
+    /// generation flips after the ring has changed: see `Attached::enter`.
     pub(crate) fn begin(&self, begin: &mut ioctl::Begin) -> Result {
         let _step = self.step.lock();
         let generation = self.generation();
@@ -464,7 +467,8 @@ impl Group {
         Ok(())
     }
 
-    /// `EAGAIN` when writes of a generation stay in flight. Writers touch the old count for a moment while it changes.
+    /// `EAGAIN` when writes of a generation stay in flight. Writers touch the old count for a moment while it
+    /// changes.
     fn demand_quiet(&self, generation: u32) -> Result {
         for attached in self.all_attached()?.iter() {
             attached
@@ -632,7 +636,8 @@ impl Group {
 }
 
 impl Volume {
-    /// Drops what a detach had to leave with its writes in flight, once they are over; else, or while it is captured, `EBUSY`.
+    /// Drops what a detach had to leave with its writes in flight, once they are over; else, or while it is
+    /// captured, `EBUSY`.
     fn let_go(&mut self) -> Result {
         if let Some(left) = &self.attached {
             if left.is_hooked() || left.quiesce(QUIET_MS).is_err() {

@@ -7,14 +7,16 @@
 //!  end_io            over           failed: dirty bits and a `failed` record; the count drops; the owner's end_io runs
 //! ```
 //!
-//! Rules: no allocation, no sleep, no panic (arithmetic is checked in this kernel: a plain `+` that overflows stops the
-//! machine). Every write is in the ring or in the bitmaps before this returns; an application never waits for the agent.
+//! Rules: no allocation, no sleep, no panic (arithmetic is checked in this kernel: a plain `+` that overflows
+//! stops the machine). Every write is in the ring or in the bitmaps before this returns; an application never
+//! waits for the agent.
 //!
 //! # NOWAIT
 //!
-//! io_uring submits with REQ_NOWAIT first, and tries again from a worker when that is refused: under a deep queue two
-//! of three such bios never reach the device. Their records are withheld until they have a request, and void when they
-//! end without one. What stands behind them in the ring waits for that moment, which is within the same submission.
+//! io_uring submits with REQ_NOWAIT first, and tries again from a worker when that is refused: under a deep
+//! queue two of three such bios never reach the device. Their records are withheld until they have a request,
+//! and void when they end without one. What stands behind them in the ring waits for that moment, which is
+//! within the same submission.
 
 use crate::abi::Op;
 use crate::attached::{Attached, Part};
@@ -33,8 +35,8 @@ use kernel::ffi::{c_uint, c_void};
 ///
 /// # Safety
 ///
-/// `data` is the `Attached` that it was registered for, alive until it is unregistered and probes are waited for; `bio`
-/// is being submitted.
+/// `data` is the `Attached` that it was registered for, alive until it is unregistered and probes are waited
+/// for; `bio` is being submitted.
 pub(crate) unsafe extern "C" fn queued(data: *mut c_void, bio: *mut bindings::bio) {
     // SAFETY: by the contract.
     let (attached, bio) = unsafe { (&*data.cast::<Attached>(), Bio::new(bio)) };
@@ -74,9 +76,9 @@ pub(crate) unsafe extern "C" fn has_request(data: *mut c_void, bio: *mut binding
     }
 }
 
-/// Probe of `block_rq_complete`: merges of discards have no tracepoint, so one that was submitted before the attach and
-/// merged after it is found here. And commands that are no bios of a file system's making (SG_IO, NVMe passthrough) pass
-/// here only; one that carries data to the device may have written anywhere.
+/// Probe of `block_rq_complete`: merges of discards have no tracepoint, so one that was submitted before the
+/// attach and merged after it is found here. And commands that are no bios of a file system's making (SG_IO,
+/// NVMe passthrough) pass here only; one that carries data to the device may have written anywhere.
 ///
 /// # Safety
 ///
@@ -116,10 +118,12 @@ pub(crate) unsafe extern "C" fn completed(
     }
 }
 
-/// Finds our context on the bio, below somebody else's wrapping that is ours as well, or on the bio that it was split from.
+/// Finds our context on the bio, below somebody else's wrapping that is ours as well, or on the bio that it
+/// was split from.
 ///
-/// ⚠ A parent by chaining need not be what the child was split from (`bio_chain_and_submit` chains neighbours): its context
-/// stands for the child only where the child is a clone, and lies within what was captured.
+/// ⚠ A parent by chaining need not be what the child was split from (`bio_chain_and_submit` chains
+/// neighbours): its context stands for the child only where the child is a clone, and lies within what was
+/// captured.
 fn followed(attached: &Attached, bio: Bio) -> Option<*mut Context> {
     let (end_io, private) = bio.owner();
     if let Some(context) = ours(attached, end_io, private) {
@@ -200,8 +204,8 @@ fn capture(attached: &Attached, bio: Bio, is_late: bool) {
 fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) -> (u64, Option<Withheld>) {
     let group = attached.group();
     let counters = &group.counters;
-    // One that takes more than half of the ring would leave all others without room, whatever the agent does: its own range
-    // is read again instead.
+    // One that takes more than half of the ring would leave all others without room, whatever the agent does:
+    // its own range is read again instead.
     let is_oversize = part.length > group.ring.ring_bytes() / 2;
     if op == Op::Write && (is_oversize || !bio.is_readable()) {
         counters.unreadable.fetch_add(1, Ordering::Relaxed);
@@ -252,8 +256,8 @@ fn record(attached: &Attached, bio: Bio, op: Op, part: &Part, withhold: bool) ->
     }
 }
 
-/// Shows withheld records, once: as they are when the write reaches the device, else as void. Whether it was this call
-/// that did.
+/// Shows withheld records, once: as they are when the write reaches the device, else as void. Whether it was
+/// this call that did.
 ///
 /// # Safety
 ///
@@ -276,8 +280,9 @@ unsafe fn show(attached: &Attached, context: *mut Context, started: bool) -> boo
 
 /// The end of a followed bio, in any context.
 ///
-/// Order: 1 the bio gets its owner's fields back, which the owner may look at; 2 a failure leaves its bits; 3 the context
-/// goes back; 4 the count drops, and a barrier may pass; 5 the owner's end_io, after which the bio may be gone.
+/// Order: 1 the bio gets its owner's fields back, which the owner may look at; 2 a failure leaves its bits; 3
+/// the context goes back; 4 the count drops, and a barrier may pass; 5 the owner's end_io, after which the
+/// bio may be gone.
 ///
 /// # Safety
 ///
@@ -314,8 +319,8 @@ pub(crate) unsafe extern "C" fn over(bio: *mut bindings::bio) {
     }
 }
 
-/// A write that may have reached the device in part: what stands there is to be read again. The bits outlive the agent;
-/// the record tells the stream which lsn is inexact.
+/// A write that may have reached the device in part: what stands there is to be read again. The bits outlive
+/// the agent; the record tells the stream which lsn is inexact.
 #[cold]
 fn failed(attached: &Attached, context: &Context) {
     let group = attached.group();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The ring's surroundings in the kernel: its pages, the reservation lock, and the agent's bell.
 //!
-//! The lock is raw and taken with interrupts off: a failed write is recorded from its end_io. What runs under it copies
-//! no payload.
+//! The lock is raw and taken with interrupts off: a failed write is recorded from its end_io. What runs under
+//! it copies no payload.
 
 use crate::memory::{Host, Memory};
 use crate::ring::Reserver;
@@ -13,8 +13,8 @@ use kernel::bindings::raw_spinlock_t;
 use kernel::prelude::*;
 use kernel::types::Opaque;
 
-/// The pages of a ring. An offset outside them would be a broken invariant of the ring: it is told once and touches
-/// nothing, since a panic here would take the machine down with a disk's write path.
+/// The pages of a ring. An offset outside them would be a broken invariant of the ring: it is told once and
+/// touches nothing, since a panic here would take the machine down with a disk's write path.
 pub(crate) struct RingPages {
     pages: sys::Pages,
     /// Where accesses go that are outside.

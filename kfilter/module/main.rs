@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! kfilter: copies every write of chosen block devices, in the order of their submission, into a ring that an agent in
-//! user space reads.
+//! kfilter: copies every write of chosen block devices, in the order of their submission, into a ring that an
+//! agent in user space reads.
 //!
 //! ```text
 //!  submit_bio ─► tracepoint block_bio_queue ─► hook ──► ring of the group (or its dirty bitmaps)
@@ -20,8 +20,8 @@
 //! | `group` | control plane: volumes that share one ring |
 //! | `device` | `/dev/kfilter`: ioctls and mmap |
 //!
-//! `abi`, `consumer`, `dirty`, `entry`, `handover`, `memory`, `recovery`, `reservation`, `ring` and `ioctl` are the very files that
-//! the agent compiles (`kfilter/src`).
+//! `abi`, `consumer`, `dirty`, `entry`, `handover`, `memory`, `recovery`, `reservation`, `ring` and `ioctl`
+//! are the very files that the agent compiles (`kfilter/src`).
 
 use kernel::prelude::*;
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The kernel's functions that the `kernel` crate lacks, and `shim.c`.
 //!
-//! Declared by hand and not by a private bindgen run: no type is missing in `kernel::bindings`, only a few functions, and
-//! a machine that builds this module through DKMS then needs no bindgen.
+//! Declared by hand and not by a private bindgen run: no type is missing in `kernel::bindings`, only a few
+//! functions, and a machine that builds this module through DKMS then needs no bindgen.
 
 use kernel::bindings::{bio, block_device, dev_t, gendisk, raw_spinlock_t, vm_area_struct, wait_queue_head};
 use kernel::ffi::{c_int, c_long, c_uint, c_ulong, c_void};

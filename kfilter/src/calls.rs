@@ -1,6 +1,7 @@
 //! The ioctls of `/dev/kfilter`, typed, and what their errors ask of the operator.
 //!
-//! Each function is one call; who may call it when is said in `ioctl`. Pointers in arguments live as long as the call.
+//! Each function is one call; who may call it when is said in `ioctl`. Pointers in arguments live as long as
+//! the call.
 
 use super::error::{Error, ErrorKind};
 use super::ioctl as abi;
@@ -81,8 +82,9 @@ impl Calls {
 
     fn call<const NUMBER: Opcode, T>(&self, argument: &mut T) -> Result<(), Error> {
         loop {
-            // SAFETY: every number is made of the size of the structure that is passed with it (`calls!` below names
-            // the two side by side, and `ioctl` defines them so), and the kernel keeps no pointer to it.
+            // SAFETY: every number is made of the size of the structure that is passed with it (`calls!`
+            // below names the two side by side, and `ioctl` defines them so), and the kernel keeps no pointer
+            // to it.
             match unsafe { ioctl(&self.file, Updater::<NUMBER, T>::new(argument)) } {
                 Err(Errno::INTR) => {}
                 done => return done.map_err(|errno| self.errno(errno)),

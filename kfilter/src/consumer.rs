@@ -219,8 +219,8 @@ impl<H: Host, R: Deref<Target = Ring<H>>> Consumer<H, R> {
         self.cursor = Cursor::at(self.tail);
     }
 
-    /// `release` of everything published up to this lsn, whether it was taken or not: for an owner of the memory whose
-    /// records are read by somebody else, and who is told how far that one came.
+    /// `release` of everything published up to this lsn, whether it was taken or not: for an owner of the
+    /// memory whose records are read by somebody else, and who is told how far that one came.
     pub fn release_published(&mut self, up_to_lsn: u64) -> Result<u64, Malformed> {
         let head = self.ring.memory().load64(control_at::HEAD, Acquire);
         if head.wrapping_sub(self.tail) > self.ring.layout.ring_bytes {

@@ -1,10 +1,11 @@
 //! The user side of `/dev/kfilter`: groups that the kernel owns.
 //!
-//! The ring belongs to the kernel and is mapped read-only: records, dirty bits and positions are read there, and every
-//! change is an ioctl (`calls`). So the agent's death loses nothing, and nothing that an agent does can damage a ring.
+//! The ring belongs to the kernel and is mapped read-only: records, dirty bits and positions are read there,
+//! and every change is an ioctl (`calls`). So the agent's death loses nothing, and nothing that an agent does
+//! can damage a ring.
 //!
-//! State: the open file (being a group's agent lasts as long as it is open), the mapping, and the bell. Nothing in the
-//! mapping is trusted for a length (`recovery`, `consumer`).
+//! State: the open file (being a group's agent lasts as long as it is open), the mapping, and the bell.
+//! Nothing in the mapping is trusted for a length (`recovery`, `consumer`).
 
 use super::abi::{BITMAPS_AT, GRANULE, Identity, Layout, Op, VolumeSpec, control_at, identity_at, slot_at};
 use super::calls::Calls;
@@ -123,8 +124,8 @@ impl Device {
         Group::map(self.calls, layout.total_bytes, identity)
     }
 
-    /// Becomes the agent of a group that the kernel holds. `Absent`: there is none; `Busy`: another process is its agent;
-    /// `Lost`: it is of another epoch.
+    /// Becomes the agent of a group that the kernel holds. `Absent`: there is none; `Busy`: another process
+    /// is its agent; `Lost`: it is of another epoch.
     pub fn take_over(self, identity: &Identity) -> Result<Group, Error> {
         let mut open = abi::Open { group_id: identity.group_id, total_bytes: 0 };
         self.calls.take(&mut open)?;
@@ -244,7 +245,8 @@ impl Group {
             current_bits: 0,
             pending_bits: 0,
         });
-        // The layout was checked as a whole (`check_identity`); a bitmap outside of it would be read out of bounds.
+        // The layout was checked as a whole (`check_identity`); a bitmap outside of it would be read out of
+        // bounds.
         let inside = found.filter(|volume| {
             let end = volume.bitmap_bytes.checked_mul(2).and_then(|both| both.checked_add(volume.bitmap_at));
             volume.bitmap_at >= BITMAPS_AT && end.is_some_and(|end| end <= self.layout.ring_at)
@@ -269,8 +271,8 @@ impl Group {
         self.calls.volume(&mut status).map(|()| status)
     }
 
-    /// Captures a device as a volume. True: it is a device-mapper device, which must be suspended and resumed before
-    /// anything is read for a synchronisation. A barrier is owed. `rdev` is what `stat` says.
+    /// Captures a device as a volume. True: it is a device-mapper device, which must be suspended and resumed
+    /// before anything is read for a synchronisation. A barrier is owed. `rdev` is what `stat` says.
     pub fn attach(&self, volume: u32, rdev: u64, clean: bool) -> Result<bool, Error> {
         let flags = if clean { abi::ATTACH_CLEAN } else { 0 };
         let device = device_number(rdev).ok_or_else(|| self.calls.error(ErrorKind::Invalid))?;
@@ -287,8 +289,8 @@ impl Group {
         Ok(attach.flags & abi::ATTACHED_BIO_BASED != 0)
     }
 
-    /// Ends the capture of a volume; the newest lsn then. `TimedOut`: it has ended, and writes are still under way; ask
-    /// again.
+    /// Ends the capture of a volume; the newest lsn then. `TimedOut`: it has ended, and writes are still
+    /// under way; ask again.
     pub fn detach(&self, volume: u32, timeout: Duration) -> Result<u64, Error> {
         let mut detach = abi::Detach { volume, timeout_ms: milliseconds(timeout), last_lsn: 0 };
         self.calls.detach(&mut detach).map(|()| detach.last_lsn)
@@ -332,8 +334,8 @@ impl Group {
         self.calls.begin(&mut begin).map(|()| begin.lsn)
     }
 
-    /// Whether every write submitted before the last begin has come back, within a time. `drained`: the caller did, since
-    /// the call that answered `MustDrain`, what that asks for.
+    /// Whether every write submitted before the last begin has come back, within a time. `drained`: the
+    /// caller did, since the call that answered `MustDrain`, what that asks for.
     pub fn barrier(&self, timeout: Duration, drained: bool) -> Result<Passed, Error> {
         let flags = if drained { abi::BARRIER_DRAINED } else { 0 };
         let mut barrier = abi::Barrier { timeout_ms: milliseconds(timeout), flags };
@@ -410,7 +412,8 @@ impl KernelConsumer {
         self.cursor = Cursor::at(self.group.word(control_at::TAIL));
     }
 
-    /// Gives back the room of consumed records up to this lsn; the lsn of the first record that is not released.
+    /// Gives back the room of consumed records up to this lsn; the lsn of the first record that is not
+    /// released.
     pub fn release(&mut self, up_to_lsn: u64) -> Result<u64, Error> {
         if up_to_lsn > self.released_lsn {
             let mut release = abi::Release { lsn: up_to_lsn };
@@ -438,7 +441,8 @@ impl KernelConsumer {
                 let _ = poll(&mut polled, Some(&timeout));
                 let _ = rustix::io::read(&self.group.bell, &mut [0; 8]);
             }
-            // There is something already, perhaps a record that is reserved and not published: never spin on it.
+            // There is something already, perhaps a record that is reserved and not published: never spin on
+            // it.
             Err(error) if error.is(Errno::AGAIN) => std::thread::yield_now(),
             Err(_) => std::thread::sleep(timeout.min(Duration::from_millis(10))),
         }
@@ -457,8 +461,9 @@ struct View {
 impl View {
     fn over(map: MmapRaw, bytes: u64) -> Option<Self> {
         let base = NonNull::new(map.as_mut_ptr())?;
-        // SAFETY: page aligned and mapped as long as `map` beside it. It is mapped for reading only, and only read: the
-        // stores of `Memory` are not passed on. Atomic loads of words of at most 8 bytes are allowed on such memory.
+        // SAFETY: page aligned and mapped as long as `map` beside it. It is mapped for reading only, and only
+        // read: the stores of `Memory` are not passed on. Atomic loads of words of at most 8 bytes are
+        // allowed on such memory.
         let span = unsafe { Span::new(base, bytes) };
         Some(Self { span, _map: Box::new(map) })
     }
@@ -527,7 +532,8 @@ mod tests {
     use crate::region::{Region, RegionSpec};
     use crate::testing::{IDENTITY, VOLUMES, write};
 
-    /// A mapping of a ring's file that is only read, beside the owner who writes it: what the kernel's mapping is.
+    /// A mapping of a ring's file that is only read, beside the owner who writes it: what the kernel's
+    /// mapping is.
     fn view(dir: &Path) -> (View, Layout) {
         let file = std::fs::File::open(dir.join("ring")).expect("a ring");
         let bytes = file.metadata().expect("its length").len();

@@ -1,4 +1,5 @@
-//! The free space of a mounted file system, as the running kernel knows it (`FS_IOC_GETFSMAP`, linux/fsmap.h): ext4 and xfs.
+//! The free space of a mounted file system, as the running kernel knows it (`FS_IOC_GETFSMAP`,
+//! linux/fsmap.h): ext4 and xfs.
 //!
 //! Here and not beside its caller, since ioctls are unsafe and this room has them.
 
@@ -56,8 +57,8 @@ struct Map {
 const _: () = assert!(size_of::<Head>() == 192 && size_of::<Record>() == 64);
 const _: () = assert!(size_of::<Map>() == 192 + 64 * RECORDS);
 
-/// Free ranges of the device `rdev`, in bytes of it, by a file system of which `place` is an open file or directory. Needs
-/// CAP_SYS_ADMIN. `EOPNOTSUPP` or `ENOTTY`: the file system cannot tell.
+/// Free ranges of the device `rdev`, in bytes of it, by a file system of which `place` is an open file or
+/// directory. Needs CAP_SYS_ADMIN. `EOPNOTSUPP` or `ENOTTY`: the file system cannot tell.
 pub fn free_ranges(place: &File, rdev: u64) -> Result<Vec<Range<u64>>, Errno> {
     // The kernel's `new_encode_dev`.
     let (major, minor) = (rustix::fs::major(rdev), rustix::fs::minor(rdev));
@@ -74,8 +75,8 @@ pub fn free_ranges(place: &File, rdev: u64) -> Result<Vec<Range<u64>>, Errno> {
     };
     let mut free: Vec<Range<u64>> = Vec::new();
     loop {
-        // SAFETY: the number is that of `struct fsmap_head`, and `Map` is one with `count` records behind it, which is all
-        // that the kernel writes; it keeps no pointer.
+        // SAFETY: the number is that of `struct fsmap_head`, and `Map` is one with `count` records behind it,
+        // which is all that the kernel writes; it keeps no pointer.
         match unsafe { ioctl(place, Updater::<GETFSMAP, Map>::new(&mut map)) } {
             Err(Errno::INTR) => continue,
             done => done?,

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
-//! The ioctls of `/dev/kfilter`: how an agent sets capture up, takes records, and repairs what was not recorded.
+//! The ioctls of `/dev/kfilter`: how an agent sets capture up, takes records, and repairs what was not
+//! recorded.
 //!
-//! A *group* (one ring, up to 64 volumes) belongs to the kernel. An open file becomes its agent with `CREATE` or `OPEN`,
-//! and stops being it when it is closed, however that happens; capture goes on, and the next agent takes over with
-//! `OPEN`. One agent a group. The mapping of the file (`mmap`, offset 0, whole length, read-only) is the ring of `abi`;
-//! head, tail, mode and bitmaps are read there, and changed by these calls only. All need `CAP_SYS_ADMIN`.
+//! A *group* (one ring, up to 64 volumes) belongs to the kernel. An open file becomes its agent with `CREATE`
+//! or `OPEN`, and stops being it when it is closed, however that happens; capture goes on, and the next agent
+//! takes over with `OPEN`. One agent a group. The mapping of the file (`mmap`, offset 0, whole length,
+//! read-only) is the ring of `abi`; head, tail, mode and bitmaps are read there, and changed by these calls
+//! only. All need `CAP_SYS_ADMIN`.
 //!
 //! | call | argument | does |
 //! |---|---|---|
@@ -184,17 +186,18 @@ pub struct Open {
     pub total_bytes: u64,
 }
 
-/// `attach` flag: the replica is known to equal the device: no bit is set. Without it all bits of the volume are set, and
-/// a resync is due; the mode stays what it is.
+/// `attach` flag: the replica is known to equal the device: no bit is set. Without it all bits of the volume
+/// are set, and a resync is due; the mode stays what it is.
 pub const ATTACH_CLEAN: u32 = 1;
-/// `attach` answer: bios go straight to the device's driver (device mapper): `BARRIER` will ask for a suspend and resume.
+/// `attach` answer: bios go straight to the device's driver (device mapper): `BARRIER` will ask for a suspend
+/// and resume.
 pub const ATTACHED_BIO_BASED: u32 = 1;
 
-/// A device becomes a volume. From its return on every write is captured; writes submitted before it may still be on
-/// their way: `BARRIER`. `ENXIO` no such device; `EBUSY` attached already; `EMEDIUMTYPE` a kind that cannot be captured
-/// exactly (zoned, DAX, hidden, a driver without requests other than device mapper): what holds the device (md, bcache,
-/// multipath) is the agent's to look at; `EINVAL` smaller than the volume. What a device has grown by is dirty, and its new
-/// size in the stream.
+/// A device becomes a volume. From its return on every write is captured; writes submitted before it may
+/// still be on their way: `BARRIER`. `ENXIO` no such device; `EBUSY` attached already; `EMEDIUMTYPE` a kind
+/// that cannot be captured exactly (zoned, DAX, hidden, a driver without requests other than device mapper):
+/// what holds the device (md, bcache, multipath) is the agent's to look at; `EINVAL` smaller than the volume.
+/// What a device has grown by is dirty, and its new size in the stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Attach {
@@ -208,8 +211,8 @@ pub struct Attach {
     pub zero: u32,
 }
 
-/// A volume is captured no longer. Waits until writes in flight have come back; `ETIMEDOUT`: they have not, capture has
-/// ended all the same, and the call can be repeated.
+/// A volume is captured no longer. Waits until writes in flight have come back; `ETIMEDOUT`: they have not,
+/// capture has ended all the same, and the call can be repeated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Detach {
@@ -251,8 +254,8 @@ pub struct Status {
     pub late: u64,
     /// Bios that could not be followed, because all contexts were in use; only bits were set.
     pub untracked: u64,
-    /// Bios whose pages could not be read (inline encryption, device memory), or that took more than half of the ring; only
-    /// bits were set.
+    /// Bios whose pages could not be read (inline encryption, device memory), or that took more than half of
+    /// the ring; only bits were set.
     pub unreadable: u64,
     /// Followed writes that have not come back.
     pub in_flight: u64,
@@ -262,8 +265,8 @@ pub struct Status {
     pub hook_ns_max: u64,
     /// How long the longest drain of a queue stopped its applications, ns.
     pub freeze_ns_max: u64,
-    /// Commands with data for the device that the block layer only passed on (SG_IO and the like). After each, all bits of
-    /// the volume are set when this is read.
+    /// Commands with data for the device that the block layer only passed on (SG_IO and the like). After
+    /// each, all bits of the volume are set when this is read.
     pub unseen: u64,
     /// Zero.
     pub zero: [u64; 3],
@@ -307,7 +310,8 @@ pub struct Arm {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Release {
-    /// In: released up to this lsn, as far as published. Out: the lsn of the first record that is not released.
+    /// In: released up to this lsn, as far as published. Out: the lsn of the first record that is not
+    /// released.
     pub lsn: u64,
 }
 
@@ -339,8 +343,8 @@ pub struct Slot {
     pub length: u64,
 }
 
-/// Empty sync slots next to each other: what they stand for was read before this call. `ENOSPC` no room; `ESTALE` bitmap
-/// mode.
+/// Empty sync slots next to each other: what they stand for was read before this call. `ENOSPC` no room;
+/// `ESTALE` bitmap mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Slots {
@@ -354,12 +358,13 @@ pub struct Slots {
     pub first_lsn: u64,
 }
 
-/// `begin` flag: no record and no change of mode (which must be ring): current bits become pending, and the barrier
-/// covers everything submitted before. For single ranges that failed.
+/// `begin` flag: no record and no change of mode (which must be ring): current bits become pending, and the
+/// barrier covers everything submitted before. For single ranges that failed.
 pub const BEGIN_FENCE: u32 = 1;
 
-/// What is current becomes pending; writes go into the ring (again). `ENOSPC` no room for the record; `ESTALE` a fence in
-/// bitmap mode; `EAGAIN` the barrier of the last begin was not passed: call `BARRIER` first.
+/// What is current becomes pending; writes go into the ring (again). `ENOSPC` no room for the record;
+/// `ESTALE` a fence in bitmap mode; `EAGAIN` the barrier of the last begin was not passed: call `BARRIER`
+/// first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Begin {
@@ -371,12 +376,12 @@ pub struct Begin {
     pub lsn: u64,
 }
 
-/// `barrier` flag: the agent has suspended (without `noflush`) and resumed the group's device-mapper devices since the
-/// call that answered `EUCLEAN`.
+/// `barrier` flag: the agent has suspended (without `noflush`) and resumed the group's device-mapper devices
+/// since the call that answered `EUCLEAN`.
 pub const BARRIER_DRAINED: u32 = 1;
 
-/// `ETIMEDOUT`: some write is still on its way; the call can be repeated. `EUCLEAN`: a device without requests (device
-/// mapper) must be suspended and resumed now, then the call repeated with `BARRIER_DRAINED`.
+/// `ETIMEDOUT`: some write is still on its way; the call can be repeated. `EUCLEAN`: a device without
+/// requests (device mapper) must be suspended and resumed now, then the call repeated with `BARRIER_DRAINED`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Barrier {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0
-//! What a device-mapper device is made of, as the kernel tells it: its table, and those of the mapped devices below it.
+//! What a device-mapper device is made of, as the kernel tells it: its table, and those of the mapped devices
+//! below it.
 //!
-//! A table can be loaded anew under a file system in use, and then lead to other disks. The hook above it sees every write
-//! all the same, but not that what stands there was exchanged. So a table that is not known to lead to the same content is
-//! a reason to look at all of it.
+//! A table can be loaded anew under a file system in use, and then lead to other disks. The hook above it
+//! sees every write all the same, but not that what stands there was exchanged. So a table that is not known
+//! to lead to the same content is a reason to look at all of it.
 
 use super::error::{Error, ErrorKind};
 use rustix::fs::{major, makedev, minor};

@@ -61,8 +61,8 @@ pub unsafe trait Host {
     fn locked<R>(&self, critical: impl FnOnce(&mut Reserver) -> R) -> R;
     /// Called after each publish, possibly under the lock: wakes the consumer if it sleeps.
     fn published(&self);
-    /// An invariant does not hold: a bug. Ends the process, or, where that would be a disk's own machine, tells it and
-    /// returns; what was asked for is then not done.
+    /// An invariant does not hold: a bug. Ends the process, or, where that would be a disk's own machine,
+    /// tells it and returns; what was asked for is then not done.
     #[cold]
     fn broken(&self, invariant: &'static str) {
         panic!("{invariant}")

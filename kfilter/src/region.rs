@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Invariants: every page of the file is allocated before it is mapped (a store to a page that a full tmpfs
-//! cannot give is a SIGBUS); the file is touched only under the flock; the directory is ours alone ([`RingDir`]).
+//! cannot give is a SIGBUS); the file is touched only under the flock; the directory is ours alone
+//! ([`RingDir`]).
 
 use super::abi::{BITMAPS_AT, Identity, Layout, MAGIC, VolumeSpec, control_at, identity_at};
 use super::consumer::Consumer;
@@ -95,10 +96,12 @@ pub fn boot_id() -> Result<[u8; 16], Error> {
 }
 
 impl Region {
-    /// Makes a ring in a directory of a tmpfs, in place of one that may be there and that nobody owns: that one goes first, so
-    /// that the room of one is enough. ⚠ The caller has made durable that the old one is given up.
+    /// Makes a ring in a directory of a tmpfs, in place of one that may be there and that nobody owns: that
+    /// one goes first, so that the room of one is enough. ⚠ The caller has made durable that the old one is
+    /// given up.
     ///
-    /// Refused with `NotInMemory`, `NotOurs`, `Busy` or `Invalid`; what was there before stays then. With `NoSpace` it is gone.
+    /// Refused with `NotInMemory`, `NotOurs`, `Busy` or `Invalid`; what was there before stays then. With
+    /// `NoSpace` it is gone.
     pub fn create(dir: &Path, spec: &RegionSpec<'_>) -> Result<Self, Error> {
         let dir = RingDir::open(dir)?;
         let lock = dir.lock(true)?;
@@ -167,12 +170,13 @@ impl Region {
         self.host().pinned
     }
 
-    /// Takes an empty ring whose writes only set bits into another epoch: the next record gets `next_lsn`. The consumer's
-    /// thread does it, since nobody else moves the tail. Refused with `BitmapMode` while writes are recorded, with `Full`
-    /// while records are held, with `Malformed` for an lsn that was given out.
+    /// Takes an empty ring whose writes only set bits into another epoch: the next record gets `next_lsn`.
+    /// The consumer's thread does it, since nobody else moves the tail. Refused with `BitmapMode` while
+    /// writes are recorded, with `Full` while records are held, with `Malformed` for an lsn that was given
+    /// out.
     ///
-    /// Crash order: 1 the lsn that a new owner counts from, 2 the identity; cut in between, the ring is nobody's, and the
-    /// next start begins a new epoch.
+    /// Crash order: 1 the lsn that a new owner counts from, 2 the identity; cut in between, the ring is
+    /// nobody's, and the next start begins a new epoch.
     pub fn renew(&self, epoch: u64, epoch_id: &[u8; 16], next_lsn: u64) -> Result<(), Refused> {
         self.host().locked(|reserver| {
             let memory = self.memory();
@@ -187,7 +191,8 @@ impl Region {
             }
             memory.store64(control_at::ANCHOR_LSN, next_lsn, Release);
             reserver.next_lsn = next_lsn;
-            // SAFETY: the identity is read by nobody but a new owner, and we are the owner as long as we live.
+            // SAFETY: the identity is read by nobody but a new owner, and we are the owner as long as we
+            // live.
             unsafe {
                 memory.write(identity_at::EPOCH, &epoch.to_le_bytes());
                 memory.write(identity_at::EPOCH_ID, epoch_id);

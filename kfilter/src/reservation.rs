@@ -81,8 +81,8 @@ impl<H: Host> Reservation<'_, H> {
         token
     }
 
-    /// Keeps the records from the consumer until it is known whether their write is started at all. Less payload
-    /// than was reserved aborts. Everything behind them waits too.
+    /// Keeps the records from the consumer until it is known whether their write is started at all. Less
+    /// payload than was reserved aborts. Everything behind them waits too.
     pub fn withhold(mut self) -> Withheld {
         self.fill_up();
         let Self { from, to, first_lsn, last_lsn, done, .. } = self;
@@ -139,7 +139,8 @@ impl<H: Host> Drop for Reservation<'_, H> {
     }
 }
 
-/// Filled records that wait for `Ring::settle`. Plain numbers: dropped, the records stay unpublished for good.
+/// Filled records that wait for `Ring::settle`. Plain numbers: dropped, the records stay unpublished for
+/// good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub struct Withheld {
@@ -182,7 +183,8 @@ impl Token {
 }
 
 impl<H: Host> Ring<H> {
-    /// Shows withheld records: as they are, because their write was started, or as void, because it never was.
+    /// Shows withheld records: as they are, because their write was started, or as void, because it never
+    /// was.
     pub fn settle(&self, withheld: Withheld, started: bool) {
         let Withheld { from, to, first_lsn, last_lsn, done } = withheld;
         let records = Reservation {

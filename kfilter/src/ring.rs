@@ -153,8 +153,9 @@ pub struct Ring<H> {
 }
 
 impl<H: Host> Ring<H> {
-    /// Makes an empty ring whose first record gets `first_lsn` and no earlier time than `last_time_ns`, in memory that is all zeros and as long as
-    /// `Layout::plan` says; `None` when the memory, the plan, an id given twice or an lsn of 0 forbid it.
+    /// Makes an empty ring whose first record gets `first_lsn` and no earlier time than `last_time_ns`, in
+    /// memory that is all zeros and as long as `Layout::plan` says; `None` when the memory, the plan, an id
+    /// given twice or an lsn of 0 forbid it.
     pub fn format(
         host: H,
         identity: &Identity,
@@ -383,8 +384,8 @@ impl<H: Host> Ring<H> {
         let from = from.unwrap_or(position);
         let (first_end, payload_left) = first;
         let last_lsn = reserver.next_lsn - 1;
-        // The first record is entered already; its only reader is the one who just wrote it. Where a second follows, a
-        // pad may lie between them, which its header tells.
+        // The first record is entered already; its only reader is the one who just wrote it. Where a second
+        // follows, a pad may lie between them, which its header tells.
         let (at, payload_left) = if first_lsn == last_lsn { (first_end, payload_left) } else { (from, 0) };
         Some(Reservation {
             ring: self,

@@ -1,8 +1,9 @@
 //! The directory of a ring: made by us, ours alone, and reached through no link of others.
 //!
-//! What passes through a ring is the content of disks, and a ring that was changed is one that redoes other writes. So the
-//! directory belongs to this user and to no other, with mode 0700; nobody else may write it, nor take it away from the
-//! directory above it. Files in it are opened by the directory's descriptor, and never through a link.
+//! What passes through a ring is the content of disks, and a ring that was changed is one that redoes other
+//! writes. So the directory belongs to this user and to no other, with mode 0700; nobody else may write it,
+//! nor take it away from the directory above it. Files in it are opened by the directory's descriptor, and
+//! never through a link.
 
 use super::error::{Error, ErrorKind};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock, fstat, fstatfs, openat, renameat, unlinkat};
@@ -31,8 +32,8 @@ pub struct RingDir {
 }
 
 impl RingDir {
-    /// Opens a directory, and makes it, and those above it, where they are missing. An own one that others may read is closed
-    /// to them.
+    /// Opens a directory, and makes it, and those above it, where they are missing. An own one that others
+    /// may read is closed to them.
     ///
     /// Refused with `NotInMemory`; with `NotOurs`, saying whose it is; with what the system says.
     pub fn open_or_make(path: &Path) -> Result<Self, Error> {

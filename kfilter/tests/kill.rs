@@ -1,5 +1,5 @@
-//! A process that writes through the ring is killed, again and again; the next owner must find every write that
-//! was answered, and a stream that says exactly what the backing store holds.
+//! A process that writes through the ring is killed, again and again; the next owner must find every write
+//! that was answered, and a stream that says exactly what the backing store holds.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -45,8 +45,8 @@ fn version_of(number: u64, bytes: &[u8]) -> u64 {
     version
 }
 
-/// What the consumer appends to its journal: lsn, block, version; no block for what is void. 32 bytes, so that none
-/// crosses a page, where a kill could cut it.
+/// What the consumer appends to its journal: lsn, block, version; no block for what is void. 32 bytes, so
+/// that none crosses a page, where a kill could cut it.
 fn entry(record: &kfilter::RecordRef<'_>) -> [u64; 4] {
     match record.op() {
         Op::Write => {

@@ -1,5 +1,6 @@
-//! Every interleaving, under C11 rules, of two producers and the consumer on a tiny ring, of a begin in pieces with a
-//! writer and with a reader of the dirty bits, and of a publish with a consumer that goes to sleep. Run with
+//! Every interleaving, under C11 rules, of two producers and the consumer on a tiny ring, of a begin in
+//! pieces with a writer and with a reader of the dirty bits, and of a publish with a consumer that goes to
+//! sleep. Run with
 //! `RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom cargo test -p afterimage-kfilter --release loom`.
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test")]
@@ -29,8 +30,8 @@ const VOLUMES: [VolumeSpec; 1] =
 #[derive(Clone, Copy)]
 struct Line(#[allow(dead_code)] [u8; 64]);
 
-/// Real bytes, with the words that matter as loom's atomics and a cell for each line of the ring, so that loom
-/// sees every plain access that is not ordered.
+/// Real bytes, with the words that matter as loom's atomics and a cell for each line of the ring, so that
+/// loom sees every plain access that is not ordered.
 struct LoomMemory {
     _lines: Box<[Line]>,
     span: Span,

@@ -1,7 +1,8 @@
 //! A task that panics says so: the future's panic as a value, in words.
 //!
-//! tokio keeps a panic in the task's handle, and a handle that is only awaited at the end of the run keeps it from everybody
-//! until then. Long-lived tasks run inside of [`caught`], and the caller makes a state of what comes out.
+//! tokio keeps a panic in the task's handle, and a handle that is only awaited at the end of the run keeps it
+//! from everybody until then. Long-lived tasks run inside of [`caught`], and the caller makes a state of what
+//! comes out.
 
 use std::any::Any;
 use std::future::{Future, poll_fn};

@@ -1,13 +1,17 @@
-//! MACHINE: the clocks, threads and waiting places that all rooms use, so that a simulation can stand in for them.
+//! MACHINE: the clocks, threads and waiting places that all rooms use, so that a simulation can stand in for
+//! them.
 //!
-//! On its own every function here is the standard library's, one thread-local look away. A thread that belongs to a
-//! [`World`] asks that instead: there is virtual time, one thread runs at a time, and whoever waits lets the world choose
-//! who is next. So a seed decides every interleaving of the very code that runs in production, and replays it.
+//! On its own every function here is the standard library's, one thread-local look away. A thread that
+//! belongs to a [`World`] asks that instead: there is virtual time, one thread runs at a time, and whoever
+//! waits lets the world choose who is next. So a seed decides every interleaving of the very code that runs
+//! in production, and replays it.
 //!
-//! State: which world this thread belongs to. Threads started by [`spawn`] belong to the world of their parent.
+//! State: which world this thread belongs to. Threads started by [`spawn`] belong to the world of their
+//! parent.
 //!
-//! Invariants: a thread of a world never blocks but through this crate, else the whole world stands still. What may be
-//! contended is therefore a [`Mutex`] of this crate; critical sections that neither wait nor touch a disk may keep to std's.
+//! Invariants: a thread of a world never blocks but through this crate, else the whole world stands still.
+//! What may be contended is therefore a [`Mutex`] of this crate; critical sections that neither wait nor
+//! touch a disk may keep to std's.
 
 mod caught;
 pub mod disk;
@@ -59,9 +63,10 @@ pub fn simulated_boot_ns() -> Option<u64> {
     world::current().map(|world| world.boot_ns())
 }
 
-/// Between pieces of background work: lets whoever waits for this core have it, once this thread has had half a millisecond.
-/// The scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's write passes several threads,
-/// each of which may wait for that (decision 0023). A simulation interleaves by itself.
+/// Between pieces of background work: lets whoever waits for this core have it, once this thread has had half
+/// a millisecond. The scheduler lets a thread run on for up to a tick (4 ms at 250 Hz), and an application's
+/// write passes several threads, each of which may wait for that (decision 0023). A simulation interleaves by
+/// itself.
 #[inline]
 pub fn give_way() {
     thread_local! {
@@ -85,7 +90,8 @@ pub fn sleep(time: Duration) {
     }
 }
 
-/// A random number: from the operating system's source of the standard library's hasher, or the world's seed. Not for keys.
+/// A random number: from the operating system's source of the standard library's hasher, or the world's seed.
+/// Not for keys.
 pub fn random_u64() -> u64 {
     use std::hash::{BuildHasher as _, Hasher as _};
     match world::current() {
@@ -94,12 +100,13 @@ pub fn random_u64() -> u64 {
     }
 }
 
-/// How long a thread of a world sleeps between two attempts of [`block`]: at first, doubled up to the longest.
+/// How long a thread of a world sleeps between two attempts of [`block`]: at first, doubled up to the
+/// longest.
 const ATTEMPT: Duration = Duration::from_micros(300);
 const LONGEST_ATTEMPT: Duration = Duration::from_millis(10);
 
-/// Waits in `real`, a call that blocks this thread by other means than this crate's; in a world `attempt` is made again and
-/// again until it succeeds. Both do the same thing.
+/// Waits in `real`, a call that blocks this thread by other means than this crate's; in a world `attempt` is
+/// made again and again until it succeeds. Both do the same thing.
 pub fn block<T>(mut attempt: impl FnMut() -> Option<T>, real: impl FnOnce() -> T) -> T {
     let Some(world) = world::current() else { return real() };
     let mut pause = ATTEMPT;
@@ -112,7 +119,8 @@ pub fn block<T>(mut attempt: impl FnMut() -> Option<T>, real: impl FnOnce() -> T
     }
 }
 
-/// The same for calls that have a time limit; `None` when it was over first. `real` keeps to the limit by itself.
+/// The same for calls that have a time limit; `None` when it was over first. `real` keeps to the limit by
+/// itself.
 pub fn block_for<T>(
     at_most: Duration,
     mut attempt: impl FnMut() -> Option<T>,

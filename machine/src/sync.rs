@@ -126,7 +126,8 @@ impl Condvar {
         }
     }
 
-    /// Waits for a notification, at most this long. Whether there was one is not told: look at what you wait for.
+    /// Waits for a notification, at most this long. Whether there was one is not told: look at what you wait
+    /// for.
     ///
     /// # Errors
     /// A thread panicked while it held the lock.

@@ -1,10 +1,12 @@
 //! Text that a peer, a file or a client wrote: made harmless before it is kept, shown or logged.
 //!
-//! Two rules. It is one line of printable characters: control characters, escape sequences, line ends and the marks that
-//! turn the direction of writing are written as `\u{1b}`. And it is short: what is cut off ends in `…`. What has passed
-//! [`tidy`] passes it again unchanged, so each printer may call it without asking who did before.
+//! Two rules. It is one line of printable characters: control characters, escape sequences, line ends and the
+//! marks that turn the direction of writing are written as `\u{1b}`. And it is short: what is cut off ends in
+//! `…`. What has passed [`tidy`] passes it again unchanged, so each printer may call it without asking who
+//! did before.
 //!
-//! [`Gate`] is the other half: a peer may cause a log line as often as it likes, and is heard once a minute for a reason.
+//! [`Gate`] is the other half: a peer may cause a log line as often as it likes, and is heard once a minute
+//! for a reason.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

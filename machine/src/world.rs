@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 /// A simulated machine room: virtual time, and threads of which one runs at a time.
 ///
-/// A call that waits may unwind instead of returning, by `resume_unwind`, when the world ends the thread: a simulated kill.
-/// It does not while the thread is unwinding already; then waits return at once.
+/// A call that waits may unwind instead of returning, by `resume_unwind`, when the world ends the thread: a
+/// simulated kill. It does not while the thread is unwinding already; then waits return at once.
 pub trait World: Send + Sync {
     /// Virtual monotonic time.
     fn now(&self) -> Instant;

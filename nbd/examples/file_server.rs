@@ -1,4 +1,5 @@
-//! Serves one file or block device over a Unix socket: `file_server SOCKET PATH`. Ends with its standard input.
+//! Serves one file or block device over a Unix socket: `file_server SOCKET PATH`. Ends with its standard
+//! input.
 
 use std::io::Read;
 use std::sync::Arc;

@@ -1,8 +1,8 @@
 //! A file or block device as a disk: the bottom of every write.
 //!
-//! Buffered I/O: a write is a copy into the page cache, and only [`Backing::sync`] makes it durable. State: the
-//! descriptor, and the size at the time it was opened. The disk is held while it is open: a block device by
-//! `O_EXCL` (so it cannot be mounted, nor opened so by another), a file by `flock` (exclusive for writing,
+//! Buffered I/O: a write is a copy into the page cache, and only [`Backing::sync`] makes it durable. State:
+//! the descriptor, and the size at the time it was opened. The disk is held while it is open: a block device
+//! by `O_EXCL` (so it cannot be mounted, nor opened so by another), a file by `flock` (exclusive for writing,
 //! shared for reading).
 
 use std::fs::{File, OpenOptions};
@@ -39,7 +39,8 @@ pub trait Store: std::fmt::Debug + Send + Sync {
     fn try_read_cached(&self, offset: u64, into: &mut [u8]) -> io::Result<bool>;
     /// Writes all of `bytes`; durable after [`Store::sync`].
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-    /// Changes the room of a range without changing the size. False: not supported here, or not at this alignment.
+    /// Changes the room of a range without changing the size. False: not supported here, or not at this
+    /// alignment.
     fn fallocate(&self, how: FallocateFlags, offset: u64, length_bytes: u64) -> io::Result<bool>;
     /// fdatasync.
     fn sync(&self) -> io::Result<()>;
@@ -143,7 +144,8 @@ impl Backing {
         self.store.identity()
     }
 
-    /// A mark that shows later whether others wrote to it. Exact when everything of ours is durable, times too.
+    /// A mark that shows later whether others wrote to it. Exact when everything of ours is durable, times
+    /// too.
     pub fn continuity(&self, ends: Ends) -> io::Result<Continuity> {
         self.store.continuity(ends)
     }
@@ -158,7 +160,8 @@ impl Backing {
         self.store.held().map_or(Ok(Vec::new()), machine::disk::users_of)
     }
 
-    /// Whether both share bytes: two paths to one disk, a file and a loop device over it, a disk and its partition.
+    /// Whether both share bytes: two paths to one disk, a file and a loop device over it, a disk and its
+    /// partition.
     pub fn shares_with(&self, other: &Backing) -> bool {
         match (self.store.held(), other.store.held()) {
             (Some(a), Some(b)) => machine::disk::share(a, b),
@@ -182,8 +185,8 @@ impl Backing {
         self.store.write_at(offset, bytes)
     }
 
-    /// Gives the range's room back. True: it reads as zeros now. False: the disk cannot do that, and the range
-    /// is unchanged.
+    /// Gives the range's room back. True: it reads as zeros now. False: the disk cannot do that, and the
+    /// range is unchanged.
     pub fn discard(&self, offset: u64, length_bytes: u64) -> io::Result<bool> {
         self.store.fallocate(FallocateFlags::PUNCH_HOLE, offset, length_bytes)
     }

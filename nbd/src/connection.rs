@@ -4,18 +4,20 @@
 //! then sends all replies together, so that many queued requests cost one receive and one send. Only then it
 //! waits: for bytes, for the pool, for room in the socket, or for the server's shutdown.
 //!
-//! When the server drains, nothing more is taken: what is in flight is answered, then the connection closes, and
-//! the unread rest (half a WRITE, too) gets no answer. An error reply instead would be final: Linux nbd and QEMU
-//! make an I/O error of it, whereas a request without an answer they send again once they have reconnected.
+//! When the server drains, nothing more is taken: what is in flight is answered, then the connection closes,
+//! and the unread rest (half a WRITE, too) gets no answer. An error reply instead would be final: Linux nbd
+//! and QEMU make an I/O error of it, whereas a request without an answer they send again once they have
+//! reconnected.
 //!
-//! Likewise a client that gave up on this connection has sent its unanswered requests again elsewhere, and may
-//! have gone on from there: what it left behind here is dropped, not done. One that says DISC has left in order: everything before
-//! it is done and answered, also when it closed its sending half right behind it.
+//! Likewise a client that gave up on this connection has sent its unanswered requests again elsewhere, and
+//! may have gone on from there: what it left behind here is dropped, not done. One that says DISC has left in
+//! order: everything before it is done and answered, also when it closed its sending half right behind it.
 //!
 //! Invariants: at most [`Limits::max_in_flight`] requests are in the pool, and no request is taken while more
 //! than [`REPLY_WINDOW_BYTES`] of replies are reserved or unsent. Of its own a connection holds its inbox and
-//! [`OWN_REPLY_BYTES`]; what goes beyond, and the payload of a long WRITE, is taken from memory that all connections share
-//! (`memory`). Who holds some of that and moves nothing while others wait for it is sent away.
+//! [`OWN_REPLY_BYTES`]; what goes beyond, and the payload of a long WRITE, is taken from memory that all
+//! connections share (`memory`). Who holds some of that and moves nothing while others wait for it is sent
+//! away.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -218,7 +220,8 @@ impl Connection {
         }
     }
 
-    /// Serves until the client leaves, breaks the protocol, or the server shuts down and nothing is in flight.
+    /// Serves until the client leaves, breaks the protocol, or the server shuts down and nothing is in
+    /// flight.
     pub async fn serve(mut self, mut phase: watch::Receiver<Phase>) -> Result<(), Error> {
         loop {
             phase.mark_unchanged();

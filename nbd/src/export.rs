@@ -1,10 +1,10 @@
 //! What a server serves: the trait behind every request.
 //!
-//! The calls are blocking. [`Export::write`] and [`Export::try_read_cached`] run on the thread of the connection
-//! that received the request; everything else runs on the server's pool, so that an fdatasync never holds up
-//! the requests behind it. Every range handed over lies within [`Export::size_bytes`], is not empty and is a
-//! multiple of 512 bytes; a write is at most [`crate::session::PIECE_BYTES`] long (longer ones come in pieces,
-//! in order, when all of them are there).
+//! The calls are blocking. [`Export::write`] and [`Export::try_read_cached`] run on the thread of the
+//! connection that received the request; everything else runs on the server's pool, so that an fdatasync
+//! never holds up the requests behind it. Every range handed over lies within [`Export::size_bytes`], is not
+//! empty and is a multiple of 512 bytes; a write is at most [`crate::session::PIECE_BYTES`] long (longer ones
+//! come in pieces, in order, when all of them are there).
 
 use std::io;
 

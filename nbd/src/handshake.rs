@@ -1,8 +1,8 @@
 //! The handshake, sans-IO: from the greeting to the chosen export.
 //!
-//! Bytes of the client go into [`Handshake::handle_bytes`] one message at a time, bytes for the client come out
-//! of [`Handshake::poll_transmit`]. State: whether the client flags have come, and what was negotiated so far.
-//! Invariants: an option is looked at only when all of it is there; an option longer than
+//! Bytes of the client go into [`Handshake::handle_bytes`] one message at a time, bytes for the client come
+//! out of [`Handshake::poll_transmit`]. State: whether the client flags have come, and what was negotiated so
+//! far. Invariants: an option is looked at only when all of it is there; an option longer than
 //! [`MAX_OPTION_BYTES`] ends the connection before it is read; every option gets exactly one final reply.
 
 use std::sync::Arc;
@@ -206,8 +206,8 @@ impl Handshake {
         self.ack(option::LIST);
     }
 
-    /// INFO and GO: `name length (4) | name | number of requests (2) | request (2) …`. Returns the export when
-    /// it was described.
+    /// INFO and GO: `name length (4) | name | number of requests (2) | request (2) …`. Returns the export
+    /// when it was described.
     fn describe(&mut self, option: u32, content: &[u8]) -> Option<usize> {
         let mut fields = Fields(content);
         let parsed = fields.string().and_then(|name| {

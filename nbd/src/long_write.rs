@@ -1,7 +1,8 @@
 //! A WRITE longer than one piece, while its payload comes in.
 //!
-//! It is collected whole, in pieces of [`PIECE_BYTES`], before the export sees any of it: a client that is gone in the middle leaves
-//! nothing behind, in the journal or on the disk. Memory is taken as bytes come; the share for all of it is held by the connection.
+//! It is collected whole, in pieces of [`PIECE_BYTES`], before the export sees any of it: a client that is
+//! gone in the middle leaves nothing behind, in the journal or on the disk. Memory is taken as bytes come;
+//! the share for all of it is held by the connection.
 
 use crate::session::{LongWrite, PIECE_BYTES};
 

@@ -1,9 +1,10 @@
 //! Memory that all connections of an agent share, for what is larger than a connection's own.
 //!
-//! A connection has a fixed allowance (its inbox, [`OWN_REPLY_BYTES`] of replies). A WRITE longer than one piece is collected
-//! before any of it is handed over, and replies beyond the allowance wait for their client: both take from a [`Memory`], whole
-//! and in the order they came, so that many clients that do not read, or stop in the middle of a payload, cost a bounded amount.
-//! Writes and replies have one each: what a reply holds is freed by its client, which may be waiting to send a write.
+//! A connection has a fixed allowance (its inbox, [`OWN_REPLY_BYTES`] of replies). A WRITE longer than one
+//! piece is collected before any of it is handed over, and replies beyond the allowance wait for their
+//! client: both take from a [`Memory`], whole and in the order they came, so that many clients that do not
+//! read, or stop in the middle of a payload, cost a bounded amount. Writes and replies have one each: what a
+//! reply holds is freed by its client, which may be waiting to send a write.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

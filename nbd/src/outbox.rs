@@ -1,8 +1,8 @@
 //! Replies on their way to the client, sent in few system calls.
 //!
-//! Small replies are appended to one open buffer; a large one (encoded by the pool) becomes a part of its own.
-//! The connection stops taking requests while [`Outbox::len`] is over its window, so that a client that does not
-//! read its replies holds a bounded amount of memory.
+//! Small replies are appended to one open buffer; a large one (encoded by the pool) becomes a part of its
+//! own. The connection stops taking requests while [`Outbox::len`] is over its window, so that a client that
+//! does not read its replies holds a bounded amount of memory.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};

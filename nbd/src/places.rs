@@ -1,9 +1,10 @@
 //! The places of a server's connections: who has one, and who gives way.
 //!
-//! A connection that says nothing holds no place. In the handshake it counts among [`Limits::handshakes`] and not among those
-//! that are served; when those are full the oldest handshake of the peer that has the most gives way. Served connections are
-//! limited for each export; when those are full, one that has never asked for anything gives way likewise, after a moment. One that has
-//! asked is never sent away: a mounted disk may be silent for days.
+//! A connection that says nothing holds no place. In the handshake it counts among [`Limits::handshakes`] and
+//! not among those that are served; when those are full the oldest handshake of the peer that has the most
+//! gives way. Served connections are limited for each export; when those are full, one that has never asked
+//! for anything gives way likewise, after a moment. One that has asked is never sent away: a mounted disk may
+//! be silent for days.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};

@@ -1,12 +1,12 @@
 //! The threads that do what must not hold up a connection: flushes, FUA, reads from disk, trims, zeroing.
 //!
-//! One bounded queue for all connections of a server. A full queue blocks the connection thread that adds to it,
-//! never a pool thread: each connection bounds its requests in flight, and its channel has room for the answer
-//! of every one of them. Replies are encoded here, so that the connection only has to send them.
+//! One bounded queue for all connections of a server. A full queue blocks the connection thread that adds to
+//! it, never a pool thread: each connection bounds its requests in flight, and its channel has room for the
+//! answer of every one of them. Replies are encoded here, so that the connection only has to send them.
 //!
 //! A job whose client has gone is not begun: the client sends the request again over its next connection, and
-//! may have changed the range once more before the old job's turn comes. A job that has begun is ordered by the
-//! export, before all that comes later.
+//! may have changed the range once more before the old job's turn comes. A job that has begun is ordered by
+//! the export, before all that comes later.
 
 use std::io;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! The server: listeners, connections, shutdown.
 //!
-//! One thread accepts; each connection gets a named thread with a current-thread runtime of its own, so that a
-//! write to the page cache can be done right where the request was read. State: how many connections there
+//! One thread accepts; each connection gets a named thread with a current-thread runtime of its own, so that
+//! a write to the page cache can be done right where the request was read. State: how many connections there
 //! are, and their places (`places`). Limits: [`Settings`].
 
 use std::net::SocketAddr;
@@ -154,12 +154,13 @@ impl Server {
     }
 
     /// Stops accepting and taking requests, and waits until what is in flight is answered, at most `deadline`
-    /// long. Then the connections are closed; requests not taken get no answer, so that clients which reconnect
-    /// send them to the next server instead of seeing an error. When it returns no socket is listened on.
+    /// long. Then the connections are closed; requests not taken get no answer, so that clients which
+    /// reconnect send them to the next server instead of seeing an error. When it returns no socket is
+    /// listened on.
     ///
     /// Returns how many connections and how many pool jobs (also of clients that had gone) were left. With 0
-    /// nothing of this server touches an export any more; otherwise a thread ends only when its export lets go
-    /// of it.
+    /// nothing of this server touches an export any more; otherwise a thread ends only when its export lets
+    /// go of it.
     pub async fn shutdown(mut self, deadline: Duration) -> usize {
         self.shared.phase.send_replace(Phase::Draining);
         let mut connections = self.shared.connections.subscribe();
@@ -209,7 +210,8 @@ fn run_accept(listen: &[Listen], shared: &Arc<Shared>, ready: Ready) {
         let addresses = listeners.iter().filter_map(Listener::tcp_address).collect();
         // If nobody waits any more, the shutdown that came with it ends the loop below.
         let _ = ready.send(Ok(addresses));
-        // Its clients use a protected disk: a fault in here takes it from none of them, and keeps no new one out.
+        // Its clients use a protected disk: a fault in here takes it from none of them, and keeps no new one
+        // out.
         while let Err(said) = machine::caught(accept(&listeners, shared)).await {
             tracing::error!(said, "accepting NBD clients panicked: a fault of this program; it goes on");
             tokio::time::sleep(ACCEPT_PAUSE).await;

@@ -4,9 +4,10 @@
 //! comes out of it is within the export, aligned and allowed; one that is not comes out as [`Event::Refused`]
 //! after its payload has been skipped. State: the WRITE whose payload is being received, if any.
 //!
-//! Invariants: no more than [`PIECE_BYTES`] `+` a header need be in memory to make progress, whatever length a peer claims; and no
-//! byte of a WRITE is handed over before all of it is there. A longer WRITE comes out as [`Event::LongWrite`]: its payload follows
-//! in the stream, to be collected by the connection, which has a budget for that.
+//! Invariants: no more than [`PIECE_BYTES`] `+` a header need be in memory to make progress, whatever length
+//! a peer claims; and no byte of a WRITE is handed over before all of it is there. A longer WRITE comes out
+//! as [`Event::LongWrite`]: its payload follows in the stream, to be collected by the connection, which has a
+//! budget for that.
 
 use std::ops::Range;
 
@@ -14,7 +15,8 @@ use crate::error::{Error, Kind};
 use crate::handshake::Selection;
 use crate::proto::{Errno, MIN_BLOCK_BYTES, REQUEST_HEADER_BYTES, REQUEST_MAGIC, command, command_flag};
 
-/// Largest WRITE that comes out with its payload; and the largest piece in which a longer one reaches the export.
+/// Largest WRITE that comes out with its payload; and the largest piece in which a longer one reaches the
+/// export.
 pub const PIECE_BYTES: usize = 1 << 20;
 
 /// Why a request is answered with an error.
@@ -112,7 +114,8 @@ pub enum Event {
     Request(Request),
     /// A WRITE, whole.
     Write(Write),
-    /// A WRITE whose payload, all of it, comes next and is not the session's: take it from the stream before the next call.
+    /// A WRITE whose payload, all of it, comes next and is not the session's: take it from the stream before
+    /// the next call.
     LongWrite(LongWrite),
     /// A request to be answered with an error.
     Refused {
@@ -228,8 +231,8 @@ impl Session {
         (from + take, event)
     }
 
-    /// What the request asks for, or why it is refused. (A WRITE that is allowed has no [`Command`] of its own;
-    /// its caller does not look at it.)
+    /// What the request asks for, or why it is refused. (A WRITE that is allowed has no [`Command`] of its
+    /// own; its caller does not look at it.)
     fn check(&self, header: &Header, size_bytes: u64) -> Result<Command, Refusal> {
         use command_flag::{DF, FAST_ZERO, FUA, NO_HOLE, REQ_ONE};
         let refuse = |errno, message: String| Err(Refusal::new(errno, message));

@@ -1,11 +1,12 @@
 //! A connected stream socket, Unix or TCP, as non-blocking system calls on tokio's reactor.
 //!
-//! It is registered for reading only. A socket that is registered for writing as well wakes its owner each time
-//! the client takes a reply out of it, which costs a thread switch per reply; so the write side is registered
-//! (through a duplicate of the descriptor) only while a send is blocked.
+//! It is registered for reading only. A socket that is registered for writing as well wakes its owner each
+//! time the client takes a reply out of it, which costs a thread switch per reply; so the write side is
+//! registered (through a duplicate of the descriptor) only while a send is blocked.
 //!
-//! Whether a client has gone, with requests before its end that are not read yet, is asked of the socket by any thread. A client
-//! that said DISC last has left in order: what it asked for before is done and answered. So the last bytes received are kept.
+//! Whether a client has gone, with requests before its end that are not read yet, is asked of the socket by
+//! any thread. A client that said DISC last has left in order: what it asked for before is done and answered.
+//! So the last bytes received are kept.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -47,7 +48,8 @@ impl Socket {
         let mut guard = self.readable.readable().await?;
         let room = into.len();
         let stream = self.readable.get_ref();
-        // Held over the call, so that nobody sees the socket without these bytes and their end not noted either.
+        // Held over the call, so that nobody sees the socket without these bytes and their end not noted
+        // either.
         let mut last = stream.last();
         match rustix::net::recv(&stream.socket, &mut *into, RecvFlags::empty()) {
             Ok((received, _)) => {
@@ -146,8 +148,8 @@ impl Last {
 pub(crate) struct Client(Weak<Stream>);
 
 impl Client {
-    /// The client gave up, without DISC, or we have closed our side. Unread requests may stand before that end, so that the socket's
-    /// reader does not know it yet.
+    /// The client gave up, without DISC, or we have closed our side. Unread requests may stand before that
+    /// end, so that the socket's reader does not know it yet.
     pub fn is_gone(&self) -> bool {
         let Some(stream) = self.0.upgrade() else { return true };
         let flags = PollFlags::RDHUP;

@@ -1,4 +1,5 @@
-//! Restore of a volume ÷ `cp --sparse=always` of its replica, both until the copy is durable, caches dropped before each.
+//! Restore of a volume ÷ `cp --sparse=always` of its replica, both until the copy is durable, caches dropped
+//! before each.
 //!
 //! `cargo bench -p afterimage-receiver --bench restore -- [--mib N] [--batches N] [--dir DIR] [--json]`
 //! Targets (issue 2): `latest` ≥ 0.8, 1,000 batches back ≥ 0.5, on 4 GiB.

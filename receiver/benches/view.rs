@@ -1,7 +1,7 @@
 //! A view far back: opening it and its first reads, with merged undo indexes and without, in the same run.
 //!
-//! `cargo bench -p afterimage-receiver --bench view -- [--batches N] [--dir DIR] [--json]`
-//! Target (DESIGN section 10): 1 s or less, 10,000 small batches back. Caches are warm: what is measured is the search.
+//! `cargo bench -p afterimage-receiver --bench view -- [--batches N] [--dir DIR] [--json]` Target (DESIGN
+//! section 10): 1 s or less, 10,000 small batches back. Caches are warm: what is measured is the search.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,8 +1,9 @@
 //! AGENT: the receiving daemon, from its settings to its graceful end.
 //!
-//! Owns the groups and the endpoint; runs on the caller's tokio runtime, with two named threads for each group. State on
-//! disk is the groups' own; this room keeps none beside it. Invariants: a group is opened once, under its lock; a final
-//! error (a failed sync, a dead thread) is kept, told by [`Handle::failed`], and nothing is acknowledged after it.
+//! Owns the groups and the endpoint; runs on the caller's tokio runtime, with two named threads for each
+//! group. State on disk is the groups' own; this room keeps none beside it. Invariants: a group is opened
+//! once, under its lock; a final error (a failed sync, a dead thread) is kept, told by [`Handle::failed`],
+//! and nothing is acknowledged after it.
 
 mod apply_thread;
 pub(crate) mod attach;
@@ -90,7 +91,8 @@ pub(crate) struct Shared {
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
     /// Groups that could not be opened; tried again when their source says hello, not too often.
     broken: Mutex<BTreeMap<String, Broken>>,
-    /// Held while the group of that name is opened or created. Names are those that the settings bind to sources.
+    /// Held while the group of that name is opened or created. Names are those that the settings bind to
+    /// sources.
     opening: Mutex<BTreeMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -127,7 +129,8 @@ const CHECK: Duration = Duration::from_secs(10);
 impl Receiver {
     /// Opens what is in the settings' directory and listens. On the current tokio runtime.
     ///
-    /// A group that cannot be opened does not keep the others from working: it is shown as such by the status.
+    /// A group that cannot be opened does not keep the others from working: it is shown as such by the
+    /// status.
     ///
     /// # Errors
     /// No identity, no socket, or a directory that the disk refuses.
@@ -370,8 +373,9 @@ impl Handle {
         Ok(self.known(group)?.history.clone())
     }
 
-    /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all. The restore ends
-    /// when the future is dropped, [`Handle::cancel_restore`] names its target, or the receiver stops.
+    /// Restores a point of a group, on a thread of its own; `progress` is told bytes done and bytes in all.
+    /// The restore ends when the future is dropped, [`Handle::cancel_restore`] names its target, or the
+    /// receiver stops.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] for a group that is not here; what the restore says.
@@ -382,7 +386,8 @@ impl Handle {
         mut progress: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<RestoreReport> {
         let known = self.known(group)?;
-        // Whoever changed a replica a moment ago is noticed before it is read; an applier that is busy looks by itself.
+        // Whoever changed a replica a moment ago is noticed before it is read; an applier that is busy looks
+        // by itself.
         let checked = known.orders.give(&known.bell, Order::Check);
         if let Ok(Err(error)) = tokio::time::timeout(CHECK, checked).await {
             tracing::debug!(%error, "the replicas were not looked at before a restore");
@@ -425,11 +430,12 @@ impl Handle {
         lock(&self.shared.guarded).add(more);
     }
 
-    /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on being received.
+    /// Brings the replicas of a group to a point, and keeps them there until [`Handle::resume`]. Frames go on
+    /// being received.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for the point; what kept it from being
-    /// carried out.
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for the point; what kept
+    /// it from being carried out.
     pub async fn rewind(&self, group: &str, at: At) -> Result<RewindReport> {
         let group = self.known(group)?;
         group.orders.give(&group.bell, |answer| Order::Rewind(at, answer)).await
@@ -444,10 +450,12 @@ impl Handle {
         group.orders.give(&group.bell, Order::Resume).await
     }
 
-    /// Has replicas of a group that others changed overwritten, by a new epoch of its source. What they hold stays reachable.
+    /// Has replicas of a group that others changed overwritten, by a new epoch of its source. What they hold
+    /// stays reachable.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] where nothing is wrong, or others use one.
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] where nothing is wrong,
+    /// or others use one.
     pub async fn overwrite(&self, group: &str) -> Result<OverwriteReport> {
         let group = self.known(group)?;
         group.orders.give(&group.bell, Order::Overwrite).await
@@ -456,8 +464,8 @@ impl Handle {
     /// Keeps a bookmark, and everything behind it, from retention; or lets it go again.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for a name that is not in the history,
-    /// or not under hold.
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] for a name that is not
+    /// in the history, or not under hold.
     pub async fn hold(&self, group: &str, name: &str, release: bool) -> Result<HoldReport> {
         let group = self.known(group)?;
         group.orders.give(&group.bell, |answer| Order::Hold(name.to_owned(), release, answer)).await
@@ -475,7 +483,8 @@ impl Handle {
     /// Takes whichever copy of a group's source comes next, also one that was refused.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] while a copy is connected.
+    /// [`ErrorKind::Usage`] for a group that is not here; [`ErrorKind::NotPossible`] while a copy is
+    /// connected.
     pub async fn admit(&self, group: &str) -> Result<()> {
         self.known(group)?.admit().await
     }
@@ -501,7 +510,8 @@ impl Handle {
         self.shared.failure.wait().await
     }
 
-    /// Ends in good order: connections are told, batches finished, what was received synced, replicas stamped.
+    /// Ends in good order: connections are told, batches finished, what was received synced, replicas
+    /// stamped.
     ///
     /// # Errors
     /// The final error, if there was one.

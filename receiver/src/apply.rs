@@ -1,17 +1,18 @@
 //! Apply: from the journal to the replica, in numbered batches, undo first.
 //!
-//! One owner, synchronous; the caller decides when a batch is due. State: the group's control file, the open replicas,
-//! the place in the journal. A failed batch leaves the checkpoint where it was.
+//! One owner, synchronous; the caller decides when a batch is due. State: the group's control file, the open
+//! replicas, the place in the journal. A failed batch leaves the checkpoint where it was.
 //!
 //! ⚠ The order of a batch (DESIGN section 8, `models/undo.py`), each step durable before the next:
-//! 1. the undo segment, under a temporary name, synced, renamed, its directory synced. From here on the batch's range
-//!    is fixed: after a crash exactly this range is redone, since the replica may hold any part of it;
+//! 1. the undo segment, under a temporary name, synced, renamed, its directory synced. From here on the
+//!    batch's range is fixed: after a crash exactly this range is redone, since the replica may hold any part
+//!    of it;
 //! 2. the batch is registered in [`History`], so that readers find the old content before it is overwritten;
 //! 3. the replicas are written, sorted; events appended and synced; replicas synced;
 //! 4. the checkpoint is advanced in the control file.
 //!
-//! Before the first consistent point there is nothing worth keeping: no undo is taken, a cut batch is simply redone
-//! from the checkpoint, in whatever batches.
+//! Before the first consistent point there is nothing worth keeping: no undo is taken, a cut batch is simply
+//! redone from the checkpoint, in whatever batches.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -46,8 +47,9 @@ pub use hold::HoldReport;
 pub use overwrite::OverwriteReport;
 pub use rewind::{ResumeReport, RewindReport};
 
-/// The default quota is never below this (DESIGN: 4 × the used size): a small disk that is overwritten again and again within
-/// `history.min` would otherwise stop being acknowledged within minutes. As large as the source journal's own default.
+/// The default quota is never below this (DESIGN: 4 × the used size): a small disk that is overwritten again
+/// and again within `history.min` would otherwise stop being acknowledged within minutes. As large as the
+/// source journal's own default.
 const MIN_DEFAULT_QUOTA_BYTES: u64 = 10 << 30;
 /// Length of the event log beyond which it is written anew: well above what the history keeps of it.
 const MAX_LOG_BYTES: u64 = 128 << 20;
@@ -140,11 +142,13 @@ pub struct Applier {
 }
 
 impl Applier {
-    /// Opens a group for applying: finds the batch that was cut, removes what a crash left over, opens and holds the
-    /// replicas. Where a replica cannot be had [`Applier::failure`] says why, and only retention goes on.
+    /// Opens a group for applying: finds the batch that was cut, removes what a crash left over, opens and
+    /// holds the replicas. Where a replica cannot be had [`Applier::failure`] says why, and only retention
+    /// goes on.
     ///
-    /// A replica that is not proven to be what was left sets [`crate::state::Seen::changed`]: it is left alone, and so is the
-    /// undo, until its overwriting is ordered. One that is put back as it was left is taken back.
+    /// A replica that is not proven to be what was left sets [`crate::state::Seen::changed`]: it is left
+    /// alone, and so is the undo, until its overwriting is ordered. One that is put back as it was left is
+    /// taken back.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] for the group's own files.
@@ -208,8 +212,8 @@ impl Applier {
 
     /// Finds the cut batch; removes temporary files and undo that the state does not know.
     ///
-    /// ⚠ What is found may be a killed process's, and its name in the page cache alone: durable before a batch is redone over
-    /// it, and before what it stands for is removed.
+    /// ⚠ What is found may be a killed process's, and its name in the page cache alone: durable before a
+    /// batch is redone over it, and before what it stands for is removed.
     fn sweep(&mut self) -> Result<()> {
         let dir = undo_dir(&self.group_dir);
         for dir in [&dir, &self.group_dir] {
@@ -294,13 +298,13 @@ impl Applier {
         Some(Error::new(ErrorKind::NotPossible, words))
     }
 
-    /// Applies at most one batch of what is durable in the journal up to `durable`; a rewind that is ordered comes first.
-    /// `None`: there is nothing to apply, or the group is rewound.
+    /// Applies at most one batch of what is durable in the journal up to `durable`; a rewind that is ordered
+    /// comes first. `None`: there is nothing to apply, or the group is rewound.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`]: the volume named cannot be written; the same error is returned from then on, until the
-    /// group is opened again. [`ErrorKind::NoSpace`]: try again later. [`ErrorKind::Sync`]: final, the process must exit.
-    /// In all cases the checkpoint stands where it was.
+    /// [`ErrorKind::ReplicaFailed`]: the volume named cannot be written; the same error is returned from then
+    /// on, until the group is opened again. [`ErrorKind::NoSpace`]: try again later. [`ErrorKind::Sync`]:
+    /// final, the process must exit. In all cases the checkpoint stands where it was.
     pub fn next_batch(&mut self, durable: &Position) -> Result<Option<BatchDone>> {
         if let Some(error) = self.failure() {
             return Err(error);
@@ -330,7 +334,8 @@ impl Applier {
             self.gatherer.reset();
             done = self.apply_one();
         }
-        // An epoch whose records cannot be applied is over: a newer one, which begins with the whole content, repairs it.
+        // An epoch whose records cannot be applied is over: a newer one, which begins with the whole content,
+        // repairs it.
         while let Some(number) = self.refused.take().filter(|number| *number < durable.epoch.number) {
             tracing::warn!(epoch = number, "the rest of an epoch is passed over: the next one replaces it");
             self.gatherer.reset();
@@ -390,7 +395,8 @@ impl Applier {
                 return Err(error);
             }
         };
-        // Whatever can be refused is refused before step 1: what stands behind an undo segment must be carried out.
+        // Whatever can be refused is refused before step 1: what stands behind an undo segment must be
+        // carried out.
         self.history.check_events(&batch.events)?;
         let volumes = self.plan_volumes(&batch).inspect_err(|_| self.refused = Some(batch.epoch.number))?;
         let number = self.store.state().applied_batch + 1;
@@ -402,11 +408,13 @@ impl Applier {
             let summary = self.write_undo(number, &batch, &mut changes)?;
             self.cut = Some(summary);
         }
-        // 2. Registered before the first byte is overwritten: readers look at the replica first, at the registry second.
+        // 2. Registered before the first byte is overwritten: readers look at the replica first, at the
+        //    registry second.
         if let Some(summary) = &self.cut {
             self.history.register(summary.clone());
         }
-        // 3. The replicas and the event log. Any part of this may be durable after a crash, and is written again.
+        // 3. The replicas and the event log. Any part of this may be durable after a crash, and is written
+        //    again.
         self.unmarked = true;
         self.follow_volumes(volumes)?;
         let mut written_bytes = 0;
@@ -419,7 +427,8 @@ impl Applier {
         for replica in self.replicas.values() {
             replica.sync()?;
         }
-        // 4. The checkpoint: from here on the replicas are exactly the batch's last lsn, and who writes to them is noticed.
+        // 4. The checkpoint: from here on the replicas are exactly the batch's last lsn, and who writes to
+        //    them is noticed.
         let marks = self.marks(Ends::Skip)?;
         let state = self.state_after(number, &batch, events_bytes, marks);
         self.store.store(state)?;
@@ -511,8 +520,8 @@ impl Applier {
             undo.finish()
         });
         if written.is_err() {
-            // The segment has no name yet, unless the last sync failed, and that is final. Best effort: what stays is
-            // removed at the next open.
+            // The segment has no name yet, unless the last sync failed, and that is final. Best effort: what
+            // stays is removed at the next open.
             let _ = self.disk.remove(&dir.join(format!("{}.tmp", file_name(number))));
         }
         written?;
@@ -579,7 +588,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Appends the batch's events to the log. One that grew far beyond what the history keeps of it is written anew first.
+    /// Appends the batch's events to the log. One that grew far beyond what the history keeps of it is
+    /// written anew first.
     fn append_events(&mut self, batch: &Gathered) -> Result<u64> {
         if self.store.state().events_bytes > MAX_LOG_BYTES {
             let mut state = self.store.state().clone();
@@ -625,8 +635,8 @@ impl Applier {
         state
     }
 
-    /// Keeps the newest heartbeat, so that `time:` can be answered up to it. Durable when it returns; the caller limits how
-    /// often.
+    /// Keeps the newest heartbeat, so that `time:` can be answered up to it. Durable when it returns; the
+    /// caller limits how often.
     ///
     /// # Errors
     /// [`ErrorKind::Sync`] and [`ErrorKind::Io`].
@@ -640,8 +650,8 @@ impl Applier {
         Ok(())
     }
 
-    /// Drops what the policy lets go: `oldest_batch` is raised durably, then undo segments are removed. `segments` are the
-    /// journal's, oldest first.
+    /// Drops what the policy lets go: `oldest_batch` is raised durably, then undo segments are removed.
+    /// `segments` are the journal's, oldest first.
     ///
     /// # Errors
     /// [`ErrorKind::Sync`] is final; others may be tried again.
@@ -668,7 +678,8 @@ impl Applier {
         let verdict = decide(policy, quota_bytes, &batches, &redo, newest_ns, floor);
         let mut removed = 0;
         if let Some(wanted) = verdict.keep_from {
-            // ⚠ From the reservation on no new pin is given out below; one that was taken since we looked counts.
+            // ⚠ From the reservation on no new pin is given out below; one that was taken since we looked
+            // counts.
             let keep_from = self.history.reserve_drop(wanted);
             let dropped = self.drop_before(keep_from);
             self.history.end_drop();
@@ -719,8 +730,8 @@ impl Applier {
         Ok(leaving.len() as u64)
     }
 
-    /// Makes at most so many of the merged indexes that are missing; says how many. Derived from what is durable, so it may
-    /// be done at any time, or never.
+    /// Makes at most so many of the merged indexes that are missing; says how many. Derived from what is
+    /// durable, so it may be done at any time, or never.
     pub fn merge(&mut self, at_most: usize) -> usize {
         self.history.merge(at_most)
     }
@@ -738,8 +749,8 @@ impl Applier {
         self.remove(&old)
     }
 
-    /// Writes a new log of what the history still needs; in force once `state` is stored. Returns it and the old one's
-    /// path.
+    /// Writes a new log of what the history still needs; in force once `state` is stored. Returns it and the
+    /// old one's path.
     fn rewrite_events(&self, state: &mut GroupState) -> Result<(EventLog, PathBuf)> {
         let old = log_path(&self.group_dir, state.events_file);
         state.events_file += 1;
@@ -753,15 +764,16 @@ impl Applier {
     /// Ends in good order: stamps the replicas, so that changes by others are noticed at the next open.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`], [`ErrorKind::Io`] and [`ErrorKind::ReplicaFailed`]; the group is then recovered as after a crash.
+    /// [`ErrorKind::Sync`], [`ErrorKind::Io`] and [`ErrorKind::ReplicaFailed`]; the group is then recovered
+    /// as after a crash.
     pub fn close(mut self) -> Result<()> {
         if let Err(error) = self.check_replicas() {
             tracing::warn!(%error, "the replicas are not certified");
             return Ok(());
         }
-        // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is. One that others
-        // changed keeps the stamps of what we left.
-        // Where it is rewound it was stamped when it came to stand, and has not been written since.
+        // With a cut batch the replica is not what the checkpoint says, and no stamp could say that it is.
+        // One that others changed keeps the stamps of what we left. Where it is rewound it was stamped when
+        // it came to stand, and has not been written since.
         let state = self.store.state();
         let stamped = state.seen.changed.is_some() || state.wishes.rewound.is_some();
         if self.cut.is_some() || self.failed.is_some() || stamped {
@@ -778,8 +790,8 @@ impl Applier {
         self.store.store(state)
     }
 
-    /// What was found and accepted is what was left from here on: it may have come by a copy, or be written to by a batch that
-    /// left no undo, or have no mark of an older version.
+    /// What was found and accepted is what was left from here on: it may have come by a copy, or be written
+    /// to by a batch that left no undo, or have no mark of an older version.
     fn mark_again(&mut self) -> Result<()> {
         if self.store.state().seen.changed.is_some() || self.cut.is_some() {
             return Ok(());
@@ -811,8 +823,8 @@ fn open_replicas(
     state.replicas.iter().map(|known| Ok((known.id, open(known)?))).collect()
 }
 
-/// An empty file in the place of a replica that was not empty is the operator's word that its content is given up: it is
-/// made anew by the next epoch, and the history, which rests on it, ends.
+/// An empty file in the place of a replica that was not empty is the operator's word that its content is
+/// given up: it is made anew by the next epoch, and the history, which rests on it, ends.
 fn forget_given_up(disk: &dyn Disk, group_dir: &Path, state: &mut GroupState) {
     let given_up = |known: &ReplicaState| {
         let path = replica_path(group_dir, &known.path);
@@ -846,7 +858,8 @@ fn data_bytes_up_to(replica: &Replica, range: std::ops::Range<u64>, most: u64) -
 /// The first journal segment to keep where redo up to `floor` may go.
 fn first_kept(segments: &[SegmentSummary], floor: Lsn) -> Option<u64> {
     let needed = segments.iter().position(|segment| segment.last_lsn > floor || !segment.sealed)?;
-    // An epoch may begin far above the floor. The segment before it says that nothing was dropped between the two.
+    // An epoch may begin far above the floor. The segment before it says that nothing was dropped between the
+    // two.
     let begins_above = segments[needed].start.lsn > floor;
     Some(segments[needed.saturating_sub(usize::from(begins_above))].number)
 }

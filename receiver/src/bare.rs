@@ -1,7 +1,8 @@
 //! Bare: a group's directory on which no daemon runs, worked on under its lock.
 //!
-//! For rewind, resume and hold where the receiver is stopped, or its source is gone for good. The journal is recovered
-//! exactly as the daemon does it (a torn tail is cut, what is kept is synced), so that nothing is applied that could be lost.
+//! For rewind, resume and hold where the receiver is stopped, or its source is gone for good. The journal is
+//! recovered exactly as the daemon does it (a torn tail is cut, what is kept is synced), so that nothing is
+//! applied that could be lost.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

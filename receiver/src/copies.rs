@@ -1,13 +1,16 @@
-//! Which copy of a group's source is the one: `groups/NAME/instance`, a two-slot control file ([`wire::instance`]).
+//! Which copy of a group's source is the one: `groups/NAME/instance`, a two-slot control file
+//! ([`wire::instance`]).
 //!
 //! ```text
 //! 0       1
 //! │ 1 │ postcard of Kept          1 = version
 //! ```
-//! The token of the last session is kept, who that was, and the tokens of copies that were refused: those stay refused when
-//! the one that is taken is away for a while, so that two copies never take turns. `afterimage admit GROUP` forgets it all.
+//! The token of the last session is kept, who that was, and the tokens of copies that were refused: those
+//! stay refused when the one that is taken is away for a while, so that two copies never take turns.
+//! `afterimage admit GROUP` forgets it all.
 //!
-//! What cannot be kept on disk is kept in memory. A file that is lost is begun anew: then the first that comes is the one.
+//! What cannot be kept on disk is kept in memory. A file that is lost is begun anew: then the first that
+//! comes is the one.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,8 +1,9 @@
 //! Doubt: times at which nobody can say, by the stream, what the disk held.
 //!
-//! The source's clock runs in stretches; between two of them it was set, which a clock step in the stream tells. Of the
-//! stretches of one boot it is known how they differ, and the newest clock is taken for the right one: it was set, and by
-//! hand or NTP clocks are set right. So a stretch is in doubt when the steps behind it do not add up to nothing:
+//! The source's clock runs in stretches; between two of them it was set, which a clock step in the stream
+//! tells. Of the stretches of one boot it is known how they differ, and the newest clock is taken for the
+//! right one: it was set, and by hand or NTP clocks are set right. So a stretch is in doubt when the steps
+//! behind it do not add up to nothing:
 //!
 //! ```text
 //! ahead, set back      [ newest time before the stretch … newest time in it ]     held times behind the step included
@@ -11,8 +12,8 @@
 //!                                                                                   paused has such a step, too
 //! ahead or behind, and never set right                                             from there on, without end
 //! ```
-//! `time:` in there is refused: every other moment, with exit 0, is what the disk held. Steps below 5 s are no events, and
-//! what a clock drifts by itself is no doubt: times are as inexact as the clock.
+//! `time:` in there is refused: every other moment, with exit 0, is what the disk held. Steps below 5 s are
+//! no events, and what a clock drifts by itself is no doubt: times are as inexact as the clock.
 
 use std::fmt;
 
@@ -168,7 +169,8 @@ fn stretch(first: &Step, chain: &Chain) -> Option<Doubt> {
     }
     let is_known = first.step.since_lsn.0 > 0;
     if is_known && last.step.shown_ns < since_ns {
-        // The new clock contradicts what was there before the stretch, too: it is the wrong one, as long as it is not set.
+        // The new clock contradicts what was there before the stretch, too: it is the wrong one, as long as
+        // it is not set.
         let held = Some(Moment { lsn: Lsn(first.at.lsn.0.saturating_sub(1)), time_ns: first.at.time_ns });
         return if is_newest {
             doubt(ended_ns, None, held)

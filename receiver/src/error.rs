@@ -15,7 +15,8 @@ pub enum ErrorKind {
     Sync,
     /// The disk is full: free space or shorten the history; apply goes on by itself once there is room.
     NoSpace,
-    /// Bytes that were durable are no longer what was written: the place is named; fetch them from the other side.
+    /// Bytes that were durable are no longer what was written: the place is named; fetch them from the other
+    /// side.
     Corrupt,
     /// The point or action asked for is not possible here and now; the text names the nearest that is.
     NotPossible,

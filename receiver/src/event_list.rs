@@ -1,12 +1,12 @@
 //! The events that a group's history holds in memory: what points, gaps and volumes are told from.
 //!
-//! Filled from the event log, then by ingest and the applier; owned by [`crate::history::History`]. A source may send any
-//! number of events, so the list is bounded, by kind:
-//! * what points and contents rest on (volumes, epochs, resyncs) is never let go to make room. What says nothing new is
-//!   not added: the same volume record again, a begin inside of an open gap, an end outside of one. At
-//!   [`MAX_STRUCTURAL`] the list is full, and nothing may be taken that would need more;
-//! * of the others (bookmarks, failed writes, clock jumps) the newest [`MAX_NOTES`] are kept, bookmarks longest, and the
-//!   rest is counted.
+//! Filled from the event log, then by ingest and the applier; owned by [`crate::history::History`]. A source
+//! may send any number of events, so the list is bounded, by kind:
+//! * what points and contents rest on (volumes, epochs, resyncs) is never let go to make room. What says
+//!   nothing new is not added: the same volume record again, a begin inside of an open gap, an end outside of
+//!   one. At [`MAX_STRUCTURAL`] the list is full, and nothing may be taken that would need more;
+//! * of the others (bookmarks, failed writes, clock jumps) the newest [`MAX_NOTES`] are kept, bookmarks
+//!   longest, and the rest is counted.
 
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -16,7 +16,8 @@ use journal::{Lsn, VolumeId};
 
 use crate::events::{Event, EventKind};
 
-/// Events that the history rests on, about 128 bytes each: at one resync a minute the default window holds 2,880.
+/// Events that the history rests on, about 128 bytes each: at one resync a minute the default window holds
+/// 2,880.
 pub const MAX_STRUCTURAL: usize = 65_536;
 /// Bookmarks, failed writes and clock jumps: about 256 bytes each at most.
 pub const MAX_NOTES: usize = 65_536;
@@ -163,8 +164,8 @@ impl EventList {
     }
 }
 
-/// Which events nobody can ask for any more: those at or below the oldest point, except bookmarks on it, a gap
-/// around it, and the last record of each volume.
+/// Which events nobody can ask for any more: those at or below the oldest point, except bookmarks on it, a
+/// gap around it, and the last record of each volume.
 pub fn outlived(events: &[Event], start: Lsn) -> Vec<bool> {
     let mut known = std::collections::BTreeSet::new();
     let mut ended = false;

@@ -1,8 +1,9 @@
 //! Events: what the stream says about history rather than content, and the log that keeps it.
 //!
-//! Applied events are appended to `groups/NAME/events` (rewritten as `events.N`); events above the checkpoint are read
-//! from the journal's flagged frames instead. The log's durable length stands in [`crate::state::GroupState`]: bytes
-//! beyond it belong to a batch that was cut, and are overwritten when it is redone.
+//! Applied events are appended to `groups/NAME/events` (rewritten as `events.N`); events above the checkpoint
+//! are read from the journal's flagged frames instead. The log's durable length stands in
+//! [`crate::state::GroupState`]: bytes beyond it belong to a batch that was cut, and are overwritten when it
+//! is redone.
 //!
 //! ```text
 //!        0     1     2     3     4     5     6     7
@@ -64,7 +65,8 @@ pub enum EventKind {
         /// Last record of the epoch before.
         after: Moment,
     },
-    /// The source's clock was set, and since when its times are in doubt. Instead of `ClockJump`, which old logs hold.
+    /// The source's clock was set, and since when its times are in doubt. Instead of `ClockJump`, which old
+    /// logs hold.
     ClockStep(ClockStep),
 }
 
@@ -104,8 +106,8 @@ fn failed_lsn(located: &Located<'_>) -> Result<Lsn> {
     })
 }
 
-/// Why a resync began. What the source says of earlier points is told with it and takes none of them away: a source that has
-/// fallen into other hands would take all.
+/// Why a resync began. What the source says of earlier points is told with it and takes none of them away: a
+/// source that has fallen into other hands would take all.
 fn reason(located: &Located<'_>) -> String {
     let Some(since) = InDoubt::of(&located.record) else { return text(located.payload) };
     let words = format!("points after lsn {} may lack what others wrote: ", since.after);
@@ -144,7 +146,8 @@ pub fn log_bytes(events: &[Event]) -> Result<u64> {
     Ok(encode(events)?.len() as u64)
 }
 
-/// The payload of the first entry and the bytes that the entry takes; `None` where it is not there as a whole.
+/// The payload of the first entry and the bytes that the entry takes; `None` where it is not there as a
+/// whole.
 fn entry(bytes: &[u8]) -> std::result::Result<Option<(&[u8], usize)>, &'static str> {
     let word = |from: usize| {
         let bytes: [u8; 4] = bytes.get(from..from + 4)?.try_into().ok()?;
@@ -175,7 +178,8 @@ impl EventLog {
         EventLog { disk, path: log_path(group_dir, number), file: None }
     }
 
-    /// Reads the durable part of the log, a piece at a time: it may be much longer than what is kept of it in memory.
+    /// Reads the durable part of the log, a piece at a time: it may be much longer than what is kept of it in
+    /// memory.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`], naming file and offset, for anything but `bytes` bytes of whole events.
@@ -212,7 +216,8 @@ impl EventLog {
                 rest = &rest[taken..];
                 at += taken as u64;
             }
-            // A chunk holds many of the largest entries: one that holds no whole entry is the last, and broken.
+            // A chunk holds many of the largest entries: one that holds no whole entry is the last, and
+            // broken.
             if rest.len() == got {
                 return Err(corrupt(at, "entry cut short"));
             }

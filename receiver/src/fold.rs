@@ -1,7 +1,8 @@
 //! The fold: of everything that a batch writes, only the last version of each byte.
 //!
-//! Between gather and apply. Payloads stay where they were unpacked (one buffer a frame, shared with the gatherer);
-//! the fold holds disjoint extents that point into them, so its memory is the batch's redo and little more.
+//! Between gather and apply. Payloads stay where they were unpacked (one buffer a frame, shared with the
+//! gatherer); the fold holds disjoint extents that point into them, so its memory is the batch's redo and
+//! little more.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

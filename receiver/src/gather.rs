@@ -1,15 +1,16 @@
 //! Gather: which records make the next batch.
 //!
-//! Reads durable frames from the receiver's journal behind the checkpoint, unpacks them, checks every record against
-//! the volumes that exist, and stops where a batch must end:
+//! Reads durable frames from the receiver's journal behind the checkpoint, unpacks them, checks every record
+//! against the volumes that exist, and stops where a batch must end:
 //! * at its bounds in redo and undo bytes (but never empty: one lsn is never split);
-//! * before another epoch, before a `resync-begin`, after a `resync-end`, so that consistent points are boundaries;
+//! * before another epoch, before a `resync-begin`, after a `resync-end`, so that consistent points are
+//!   boundaries;
 //! * at the point that a rewind asks for;
 //! * exactly at the range that an undo segment names, when a cut batch is redone.
 //!
-//! A batch may end in the middle of a frame; the rest of that frame is carried to the next one. A frame is checked as a
-//! whole before the first of its records is used; one that does not hold ends the batch before it, and is what the next
-//! gather fails with.
+//! A batch may end in the middle of a frame; the rest of that frame is carried to the next one. A frame is
+//! checked as a whole before the first of its records is used; one that does not hold ends the batch before
+//! it, and is what the next gather fails with.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -59,8 +60,8 @@ pub struct Behind {
     pub nothing: bool,
     /// The checkpoint is a recovery point, which must stay a boundary.
     pub consistent: bool,
-    /// Pass over what is left of epochs up to this number: the replica is not what their records were made for. Every
-    /// epoch begins with the whole content.
+    /// Pass over what is left of epochs up to this number: the replica is not what their records were made
+    /// for. Every epoch begins with the whole content.
     pub skip_through: Option<u64>,
     /// Records above this lsn are not wanted yet.
     pub until: Option<Lsn>,
@@ -127,7 +128,8 @@ pub struct Gatherer {
     refused: Option<u64>,
 }
 
-/// Estimates from above what the undo of zeros over a range will take; need not look further once it is over the bound.
+/// Estimates from above what the undo of zeros over a range will take; need not look further once it is over
+/// the bound.
 pub type UndoEstimate<'a> = dyn Fn(VolumeId, Range<u64>, u64) -> Result<u64> + 'a;
 
 impl Gatherer {
@@ -204,8 +206,8 @@ impl Gatherer {
     /// checkpoint; `undo_of` estimates what zeros over a range undo.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for damage in the journal, [`ErrorKind::Malformed`] for records that do not fit their
-    /// volumes; [`Gatherer::reset`] must follow.
+    /// [`ErrorKind::Corrupt`] for damage in the journal, [`ErrorKind::Malformed`] for records that do not fit
+    /// their volumes; [`Gatherer::reset`] must follow.
     pub fn gather(
         &mut self,
         behind: &Behind,
@@ -335,8 +337,8 @@ fn take(
     Ok(true)
 }
 
-/// What a record adds to the batch's undo, at most. What the batch changes already is counted already, and nothing is
-/// counted beyond the bound: a full volume may be discarded over and over.
+/// What a record adds to the batch's undo, at most. What the batch changes already is counted already, and
+/// nothing is counted beyond the bound: a full volume may be discarded over and over.
 fn undo_bytes(
     batch: &Gathered,
     located: &Located<'_>,

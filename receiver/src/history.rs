@@ -1,18 +1,22 @@
 //! History: the list of numbered batches, and how to get at what each one overwrote.
 //!
-//! Shared by the applier (which adds to it), ingest (which tells it what was received) and any number of views and
-//! restores. State at the boundary of batch `b` = replica with the undo of all batches above `b` laid over it, the
-//! smallest batch first. State at lsn `T` = a boundary at or below `T`, then redo records up to `T`.
+//! Shared by the applier (which adds to it), ingest (which tells it what was received) and any number of
+//! views and restores. State at the boundary of batch `b` = replica with the undo of all batches above `b`
+//! laid over it, the smallest batch first. State at lsn `T` = a boundary at or below `T`, then redo records
+//! up to `T`.
 //!
-//! A rewind is a batch whose boundary lies *below* that of the batch before it. So boundaries do not rise with their
-//! numbers, several may stand at one lsn, and each of them is right: what a replica holds depends on its lsn alone.
+//! A rewind is a batch whose boundary lies *below* that of the batch before it. So boundaries do not rise
+//! with their numbers, several may stand at one lsn, and each of them is right: what a replica holds depends
+//! on its lsn alone.
 //!
 //! Invariants:
 //! * no boundary that is kept lies below the oldest point: the redo below that is gone;
-//! * ⚠ a batch is registered before the applier overwrites the first byte of it; a reader reads the replica first and
-//!   asks for batches second, so whatever it read is either unharmed or told by a batch that it finds;
+//! * ⚠ a batch is registered before the applier overwrites the first byte of it; a reader reads the replica
+//!   first and asks for batches second, so whatever it read is either unharmed or told by a batch that it
+//!   finds;
 //! * a [`Pin`] keeps its boundary: neither undo nor redo that leads to it is dropped;
-//! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open, with [`MAX_OPEN_BYTES`] of indexes; a reader holds what it uses.
+//! * at most [`MAX_OPEN_SEGMENTS`] undo segments are open, with [`MAX_OPEN_BYTES`] of indexes; a reader holds
+//!   what it uses.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -48,8 +52,8 @@ const MAX_OPEN_BYTES: u64 = 32 << 20;
 /// Receipts remembered for batches to come; merged at 1 s, so this is over an hour of backlog.
 const MAX_RECEIPTS: usize = 4096;
 const RECEIPT_STEP_NS: u64 = 1_000_000_000;
-/// What a batch counts for in the quota, however small: its file's blocks, inode and place in the registry. So a source
-/// that makes many tiny batches shortens its own history, not the receiver's memory.
+/// What a batch counts for in the quota, however small: its file's blocks, inode and place in the registry.
+/// So a source that makes many tiny batches shortens its own history, not the receiver's memory.
 const MIN_BATCH_BYTES: u64 = 64 << 10;
 
 mod steps;
@@ -59,7 +63,8 @@ mod steps;
 pub(crate) enum Slot {
     /// It is there.
     Kept(UndoSummary),
-    /// It is promised, but missing or damaged: file and reason. Perhaps it stood for the numbers before it, too.
+    /// It is promised, but missing or damaged: file and reason. Perhaps it stood for the numbers before it,
+    /// too.
     Damaged(String),
 }
 
@@ -94,7 +99,8 @@ pub struct History {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) group_dir: PathBuf,
     inner: Mutex<Inner>,
-    /// Held while a boundary is pinned, and while batches are merged into one: nobody reads what is being replaced.
+    /// Held while a boundary is pinned, and while batches are merged into one: nobody reads what is being
+    /// replaced.
     shape: Mutex<()>,
     open_segments: Mutex<VecDeque<(u64, Arc<UndoSegment>)>>,
     pub(crate) open_indexes: Mutex<OpenIndexes>,
@@ -116,12 +122,13 @@ impl Drop for Pin {
 }
 
 impl History {
-    /// Opens a group's history from its directory, changing nothing there. Also right when the last batch was cut by a
-    /// crash: its undo segment then stands above the checkpoint and is laid over like any other.
+    /// Opens a group's history from its directory, changing nothing there. Also right when the last batch was
+    /// cut by a crash: its undo segment then stands above the checkpoint and is laid over like any other.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] for damage in the group's state or event log. Damaged undo segments are kept in mind and
-    /// reported when a point needs them; damage in the journal above the checkpoint ends the window there.
+    /// [`ErrorKind::Corrupt`] for damage in the group's state or event log. Damaged undo segments are kept in
+    /// mind and reported when a point needs them; damage in the journal above the checkpoint ends the window
+    /// there.
     pub fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<Arc<History>> {
         let state = GroupStore::read(&*disk, group_dir)?;
         let mut events = EventList::default();
@@ -176,7 +183,8 @@ impl History {
         let cut = present.binary_search(&(applied + 1)).ok().map(|_| applied + 1);
         let mut next = cut.unwrap_or(applied);
         while next >= oldest {
-            // Merged undo stands for the numbers before its own, and its file is right where some of theirs are left over.
+            // Merged undo stands for the numbers before its own, and its file is right where some of theirs
+            // are left over.
             let number = next;
             next = number - 1;
             let slot = match read_summary(&*self.disk, &dir, number, inner.state.group) {
@@ -200,8 +208,8 @@ impl History {
         Ok(())
     }
 
-    /// Notes what the journal holds above everything ever applied. Whatever cannot be read there ends the window, nothing else: the
-    /// older points do not need it.
+    /// Notes what the journal holds above everything ever applied. Whatever cannot be read there ends the
+    /// window, nothing else: the older points do not need it.
     fn read_received(&self) -> Result<()> {
         let dir = journal_dir(&self.group_dir);
         if !Writer::exists(&*self.disk, &dir)? {
@@ -227,20 +235,21 @@ impl History {
         Ok(())
     }
 
-    /// Lets readers of this history follow a journal that is being written, up to what is durable. Without it the journal
-    /// is read to its end.
+    /// Lets readers of this history follow a journal that is being written, up to what is durable. Without it
+    /// the journal is read to its end.
     pub fn attach_tail(&self, tail: Arc<Tail>) {
         // A second writer of the same group would be a broken invariant; the first one's tail stays.
         let _ = self.tail.set(tail);
     }
 
-    /// No daemon runs on this directory: from here on each replica has to prove, before it is read, that it is what was left.
+    /// No daemon runs on this directory: from here on each replica has to prove, before it is read, that it
+    /// is what was left.
     pub fn read_alone(&self) {
         _ = self.alone.set(Mutex::default());
     }
 
-    /// Whether a replica, open as `file`, is the one that this history belongs to. Under a daemon its applier looks at the
-    /// content, and here only who it is counts: it may be written just now.
+    /// Whether a replica, open as `file`, is the one that this history belongs to. Under a daemon its applier
+    /// looks at the content, and here only who it is counts: it may be written just now.
     fn prove(&self, known: &ReplicaState, path: &Path, file: &dyn File) -> Result<()> {
         let refuse = |at: String| Err(Error::new(ErrorKind::NotPossible, at));
         let state = self.state();
@@ -275,12 +284,13 @@ impl History {
         self.tail.get().map_or(Limit::End, |tail| Limit::UpTo(tail.durable()))
     }
 
-    /// Ingest tells of a durable frame, in order, and when it was received by the receiver's clock; frames known already
-    /// are passed over. So points above the checkpoint are known before they are applied. Behind a frame that cannot be
-    /// read nothing is noted until the applier has passed it.
+    /// Ingest tells of a durable frame, in order, and when it was received by the receiver's clock; frames
+    /// known already are passed over. So points above the checkpoint are known before they are applied.
+    /// Behind a frame that cannot be read nothing is noted until the applier has passed it.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] where its events cannot be read, [`ErrorKind::NotPossible`] where they are too many.
+    /// [`ErrorKind::Malformed`] where its events cannot be read, [`ErrorKind::NotPossible`] where they are
+    /// too many.
     pub fn note_frame(&self, header: &FrameHeader, frame: &[u8], received_ns: u64) -> Result<()> {
         let noted = self.note(header, frame);
         let mut inner = self.lock();
@@ -301,8 +311,8 @@ impl History {
         noted
     }
 
-    /// A frame has been received and waits for room: time passes, although nothing is taken. So what outlives its
-    /// minimum meanwhile can go, and make the room.
+    /// A frame has been received and waits for room: time passes, although nothing is taken. So what outlives
+    /// its minimum meanwhile can go, and make the room.
     pub fn note_waiting(&self, received_ns: u64) {
         let mut inner = self.lock();
         inner.newest_receipt_ns = inner.newest_receipt_ns.max(received_ns);
@@ -392,7 +402,8 @@ impl History {
         inner.events.iter().filter(|event| event.at.lsn <= reached).cloned().collect()
     }
 
-    /// Receipt time of a batch that ends at `lsn`: never earlier than the real one, so that nothing expires too soon.
+    /// Receipt time of a batch that ends at `lsn`: never earlier than the real one, so that nothing expires
+    /// too soon.
     pub(crate) fn receipt_of(&self, lsn: Lsn) -> u64 {
         let mut inner = self.lock();
         let newest_ns = inner.newest_receipt_ns;
@@ -458,8 +469,8 @@ impl History {
         self.lock().batches.values().filter_map(|slot| slot.kept().map(|summary| summary.bytes)).sum()
     }
 
-    /// What retention needs: batches that are applied, oldest first, the newest receipt, and the newest boundary that may
-    /// become the oldest point.
+    /// What retention needs: batches that are applied, oldest first, the newest receipt, and the newest
+    /// boundary that may become the oldest point.
     pub(crate) fn aged(&self) -> (Vec<Aged>, u64, u64) {
         let inner = self.lock();
         let applied = inner.state.applied_batch;
@@ -534,8 +545,9 @@ impl History {
         Ok(Pin { history: Arc::clone(self), id })
     }
 
-    /// ⚠ Before batches below `keep_from` are dropped: looks at the pins again, and gives out none below from here on, all
-    /// under one lock. Returns the batch to keep from, which a pin may have lowered. [`History::end_drop`] must follow.
+    /// ⚠ Before batches below `keep_from` are dropped: looks at the pins again, and gives out none below from
+    /// here on, all under one lock. Returns the batch to keep from, which a pin may have lowered.
+    /// [`History::end_drop`] must follow.
     pub(crate) fn reserve_drop(&self, keep_from: u64) -> u64 {
         let mut inner = self.lock();
         let pinned = inner.pins.values().copied().min().unwrap_or(u64::MAX);
@@ -596,8 +608,8 @@ impl History {
     /// Opens a replica for reading.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`] where the group has no replica of that volume, [`ErrorKind::ReplicaFailed`] where it
-    /// cannot be opened.
+    /// [`ErrorKind::NotPossible`] where the group has no replica of that volume, [`ErrorKind::ReplicaFailed`]
+    /// where it cannot be opened.
     pub(crate) fn replica(&self, volume: VolumeId) -> Result<(PathBuf, Arc<dyn File>)> {
         let inner = self.lock();
         let Some(known) = inner.state.replicas.iter().find(|replica| replica.id == volume) else {
@@ -648,12 +660,13 @@ impl Inner {
         self.batches.get(&number).and_then(Slot::kept).map(|summary| summary.last)
     }
 
-    /// The applied boundary at or below an lsn, within the history, that the least has to be replayed from; of several
-    /// the newest. One that damage separates from the replica only where there is no other.
+    /// The applied boundary at or below an lsn, within the history, that the least has to be replayed from;
+    /// of several the newest. One that damage separates from the replica only where there is no other.
     pub(crate) fn boundary_below(&self, lsn: Lsn) -> Option<u64> {
         let (oldest, applied) = (self.state.oldest_batch.checked_sub(1)?, self.state.applied_batch);
-        // Below the exact window there is no redo: a boundary is a point, and leads to no other. Neither does one from before
-        // a rewind to where the window begins now, though it lies above: thinning merges such batches.
+        // Below the exact window there is no redo: a boundary is a point, and leads to no other. Neither does
+        // one from before a rewind to where the window begins now, though it lies above: thinning merges such
+        // batches.
         let exact = self.state.exact_start();
         let leads = |number: u64, last: Lsn| number >= exact.batch && exact.start.lsn <= last && last <= lsn;
         let damaged = self.batches.range(..=applied).rev().find(|(_, slot)| slot.kept().is_none());
@@ -667,8 +680,8 @@ impl Inner {
             .map(|(number, _)| number)
     }
 
-    /// Batches whose boundary may become the oldest point, in rising order: no later boundary lies below it, and no hold.
-    /// What a rewind took back goes with the rewind, not before it.
+    /// Batches whose boundary may become the oldest point, in rising order: no later boundary lies below it,
+    /// and no hold. What a rewind took back goes with the rewind, not before it.
     fn may_begin(&self) -> Vec<u64> {
         let applied = self.state.applied_batch;
         let held = self.state.wishes.holds.iter().map(|hold| hold.at.lsn).min();
@@ -686,7 +699,8 @@ impl Inner {
         allowed
     }
 
-    /// Whether a frame is the next to be noted. Behind damage only the one that follows what was applied meanwhile is.
+    /// Whether a frame is the next to be noted. Behind damage only the one that follows what was applied
+    /// meanwhile is.
     fn awaits(&self, header: &FrameHeader) -> bool {
         let known = self.received.lsn;
         header.last_lsn > known && (self.damage.is_none() || header.first_lsn <= known.next())
@@ -706,8 +720,8 @@ impl Inner {
     }
 }
 
-/// A journal reader whose next frame holds the first record behind `after`, or is the oldest for `None`; no reader where
-/// nothing that can be read lies behind it. Whoever knows that something must asks why.
+/// A journal reader whose next frame holds the first record behind `after`, or is the oldest for `None`; no
+/// reader where nothing that can be read lies behind it. Whoever knows that something must asks why.
 ///
 /// # Errors
 /// [`ErrorKind::Corrupt`] where that record is older than what the journal holds: it was dropped too early.

@@ -1,11 +1,12 @@
 //! INGEST: which frames a group takes, in which order, and the thread that makes them durable.
 //!
-//! Stands between the link, which hands in foreign bytes, and the journal, which must hold one unbroken chain.
-//! [`IngestCore`] decides and holds no socket, file or clock; [`thread`] runs it over the group's journal writer.
+//! Stands between the link, which hands in foreign bytes, and the journal, which must hold one unbroken
+//! chain. [`IngestCore`] decides and holds no socket, file or clock; [`thread`] runs it over the group's
+//! journal writer.
 //!
-//! State: the position of the last frame taken. Invariants: a frame is taken once, in order, and only if lineage,
-//! epoch, lsn and chain all say that it is the next; a newer epoch is entered only through a frame that announces what
-//! it is about (its volumes, and that a resync begins), above everything held.
+//! State: the position of the last frame taken. Invariants: a frame is taken once, in order, and only if
+//! lineage, epoch, lsn and chain all say that it is the next; a newer epoch is entered only through a frame
+//! that announces what it is about (its volumes, and that a resync begins), above everything held.
 
 pub mod queue;
 pub mod thread;
@@ -98,7 +99,8 @@ impl IngestCore {
         Ok(step)
     }
 
-    /// The journal has begun the epoch of the frame that [`judge`](Self::judge) accepted last, and not the frame yet.
+    /// The journal has begun the epoch of the frame that [`judge`](Self::judge) accepted last, and not the
+    /// frame yet.
     pub fn begun(&mut self, start: Position) {
         self.held = start;
         self.opening = true;

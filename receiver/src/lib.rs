@@ -6,10 +6,10 @@
 //!                    ▼                             ▼
 //!                  source                    undo segments ─► history ─► view, restore
 //! ```
-//! The network half (`link`, `ingest`, `agent`, `status`, `lock`) takes frames, makes them durable and acknowledges
-//! them. The storage half applies them in numbered batches ([`apply`]), keeps what each batch overwrote ([`undo`]),
-//! and gives back any past write ([`history`], [`view`], [`restore`]); the replica itself goes to any of them and back
-//! ([`apply`], [`bare`]). A failed or slow replica never stops ingest.
+//! The network half (`link`, `ingest`, `agent`, `status`, `lock`) takes frames, makes them durable and
+//! acknowledges them. The storage half applies them in numbered batches ([`apply`]), keeps what each batch
+//! overwrote ([`undo`]), and gives back any past write ([`history`], [`view`], [`restore`]); the replica
+//! itself goes to any of them and back ([`apply`], [`bare`]). A failed or slow replica never stops ingest.
 //!
 //! # A group's directory
 //! ```text

@@ -3,10 +3,11 @@
 //! ```text
 //! accept ─► TLS, pinned identity ─► Hello ─► greet: version, group, owner, lineage ─► attach ─► Welcome ─► session
 //! ```
-//! Owns the accepted connections; the groups they speak to belong to [`crate::agent`]. What a peer sends can end its own
-//! connection and nothing else. Invariants: at most `max_connections` known ones at once, and few that are not known yet
-//! ([`guests`]); what a peer may send before it has its group's place is a hello; a peer that does not say it in time is
-//! dropped; every refusal is told with its reason before the connection closes.
+//! Owns the accepted connections; the groups they speak to belong to [`crate::agent`]. What a peer sends can
+//! end its own connection and nothing else. Invariants: at most `max_connections` known ones at once, and few
+//! that are not known yet ([`guests`]); what a peer may send before it has its group's place is a hello; a
+//! peer that does not say it in time is dropped; every refusal is told with its reason before the connection
+//! closes.
 
 mod greet;
 mod guests;
@@ -50,7 +51,8 @@ struct Door {
 /// Accepts connections until the endpoint is closed or the agent stops; returns when all of them have ended.
 ///
 /// # Errors
-/// In words, where it ends and the agent does not: nothing would be received any more, and nothing would say so.
+/// In words, where it ends and the agent does not: nothing would be received any more, and nothing would say
+/// so.
 pub(crate) async fn serve(server: Server, shared: Arc<Shared>) -> Result<(), String> {
     let slots = Arc::new(Semaphore::new(shared.settings.max_connections as usize));
     let mut stopping = shared.stopping.subscribe();

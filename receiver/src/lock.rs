@@ -1,12 +1,12 @@
 //! The flock that says who uses a group's directory: the daemon, or one command on a bare directory.
 //!
-//! It stands before everything else that touches `groups/NAME/`: journal, undo and control file have one owner, and
-//! two would each be right about a different file. The lock belongs to the open file, so a killed process leaves none
-//! behind. The file holds the owner's process id, for the error message only.
+//! It stands before everything else that touches `groups/NAME/`: journal, undo and control file have one
+//! owner, and two would each be right about a different file. The lock belongs to the open file, so a killed
+//! process leaves none behind. The file holds the owner's process id, for the error message only.
 //!
-//! Locking never needs room. The directory itself is locked first, which works on a full and on a read-only file system;
-//! then the file `lock`, which is what programs before this rule look at, where it can be opened. The process id is written
-//! where there is room for it.
+//! Locking never needs room. The directory itself is locked first, which works on a full and on a read-only
+//! file system; then the file `lock`, which is what programs before this rule look at, where it can be
+//! opened. The process id is written where there is room for it.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -35,7 +35,8 @@ impl GroupLock {
     /// Takes the lock of `group_dir`, at once or not at all.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`] naming the process that holds it; [`ErrorKind::Io`] where the directory cannot be opened.
+    /// [`ErrorKind::Busy`] naming the process that holds it; [`ErrorKind::Io`] where the directory cannot be
+    /// opened.
     pub fn take(group_dir: &Path) -> Result<GroupLock> {
         let path = group_dir.join(FILE);
         let io = |source| Error::io(format!("open lock {}", path.display()), source);
@@ -64,7 +65,8 @@ impl GroupLock {
 
 impl Drop for GroupLock {
     fn drop(&mut self) {
-        // Closing a file releases its lock too; said here so that the order against other fields does not matter.
+        // Closing a file releases its lock too; said here so that the order against other fields does not
+        // matter.
         for file in self.files.iter().rev() {
             match flock(file, FlockOperation::Unlock) {
                 Ok(()) | Err(Errno::BADF | Errno::OPNOTSUPP | Errno::NOLCK) => {}
@@ -89,8 +91,8 @@ fn open(path: &Path) -> std::io::Result<Option<File>> {
     }
 }
 
-/// For the message of another one alone, so a full or a read-only file system is no reason to refuse. Nothing is cut off
-/// first: what is written over in place mostly has its room.
+/// For the message of another one alone, so a full or a read-only file system is no reason to refuse. Nothing
+/// is cut off first: what is written over in place mostly has its room.
 fn write_holder(file: &File) {
     let holder = format!("{:<HOLDER_BYTES$}", std::process::id());
     if let Err(error) = file.write_all_at(holder.as_bytes(), 0).and_then(|()| {

@@ -3,10 +3,11 @@
 //! ```text
 //! scrub, apply: suspect ─► look (footer, neighbours) ─► fetch a run ─► check ─► the ingest thread puts it back ─► look again
 //! ```
-//! Runs on the scrub thread. The source is asked for each frame of a run before the first is written; the writer of the
-//! journal checks the run once more and puts it back in place ([`journal::writer::Writer::mend`]). What the source does not
-//! hold any more is told to the history: a hole, whose points are refused. Where it is not applied yet nothing but a new
-//! epoch brings the replica further.
+//! Runs on the scrub thread. The source is asked for each frame of a run before the first is written; the
+//! writer of the journal checks the run once more and puts it back in place
+//! ([`journal::writer::Writer::mend`]). What the source does not hold any more is told to the history: a
+//! hole, whose points are refused. Where it is not applied yet nothing but a new epoch brings the replica
+//! further.
 //!
 //! State: what is rotten, by segment; it is found again after a restart.
 
@@ -117,8 +118,8 @@ impl Mender {
         self.segments.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// Looks at segments, and mends what can be mended, up to the first in which something was found where `first` says so.
-    /// `open` opens a segment to be read at the scrub's pace.
+    /// Looks at segments, and mends what can be mended, up to the first in which something was found where
+    /// `first` says so. `open` opens a segment to be read at the scrub's pace.
     pub fn mend(
         &mut self,
         numbers: &[u64],

@@ -1,14 +1,17 @@
-//! Merged undo indexes: what each of 16, 256, 4,096 … batches in a row overwrote first, sorted, searched on disk.
+//! Merged undo indexes: what each of 16, 256, 4,096 … batches in a row overwrote first, sorted, searched on
+//! disk.
 //!
-//! A view or restore that goes far back asks, for an address, which batch behind its boundary overwrote it first. Asking
-//! every batch means opening every segment. A merged index of level `n` answers for 16^n aligned batches at once, so that a
-//! search over a day of batches opens some tens of files, and no map of the volume is built.
+//! A view or restore that goes far back asks, for an address, which batch behind its boundary overwrote it
+//! first. Asking every batch means opening every segment. A merged index of level `n` answers for 16^n
+//! aligned batches at once, so that a search over a day of batches opens some tens of files, and no map of
+//! the volume is built.
 //!
-//! Derived from the segments' own indexes, and from merged ones of the level below: a file that is missing, damaged or of
-//! other segments is passed over and made anew, and the batches are asked one by one meanwhile. Nothing rests on it, so
-//! its name is not synced. It goes with the first of its batches.
+//! Derived from the segments' own indexes, and from merged ones of the level below: a file that is missing,
+//! damaged or of other segments is passed over and made anew, and the batches are asked one by one meanwhile.
+//! Nothing rests on it, so its name is not synced. It goes with the first of its batches.
 //!
-//! `groups/NAME/merged/{level}-{first batch, 20 digits}.idx` holds pages of 4 KiB; docs/format.md has the byte maps.
+//! `groups/NAME/merged/{level}-{first batch, 20 digits}.idx` holds pages of 4 KiB; docs/format.md has the
+//! byte maps.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -280,7 +283,8 @@ impl MergedIndex {
         Ok(low)
     }
 
-    /// Lays what its batches overwrote under what `map` holds already; false where the map outgrew `most` pieces before.
+    /// Lays what its batches overwrote under what `map` holds already; false where the map outgrew `most`
+    /// pieces before.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] naming file and offset; what was laid until then is right.

@@ -1,11 +1,11 @@
 //! Past: what volumes held at a point, where later batches changed them, in folds of bounded memory.
 //!
-//! For rewinds, which write it over the replica. Derived from immutable segments alone (undo of the batches behind a
-//! boundary, then redo up to the point) and never from the replica, which may hold any part of it after a crash: whatever
-//! is asked for again is the same again.
+//! For rewinds, which write it over the replica. Derived from immutable segments alone (undo of the batches
+//! behind a boundary, then redo up to the point) and never from the replica, which may hold any part of it
+//! after a crash: whatever is asked for again is the same again.
 //!
-//! A volume is walked from left to right in windows of at most [`MAX_EXTENTS`] pieces, each cut into parts of about
-//! [`PART_BYTES`]; a part's undo frames are unpacked once each.
+//! A volume is walked from left to right in windows of at most [`MAX_EXTENTS`] pieces, each cut into parts of
+//! about [`PART_BYTES`]; a part's undo frames are unpacked once each.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -27,7 +27,8 @@ const MAX_EXTENTS: usize = 250_000;
 const MIN_WINDOW_BYTES: u64 = 16 << 20;
 /// Old content unpacked at once.
 const PART_BYTES: u64 = 16 << 20;
-/// Redo between a boundary and a point that is held in memory. Boundaries are one batch apart, unless undo is damaged.
+/// Redo between a boundary and a point that is held in memory. Boundaries are one batch apart, unless undo is
+/// damaged.
 const MAX_REDO_BYTES: u64 = 512 << 20;
 
 /// See the module.
@@ -41,10 +42,12 @@ pub(crate) struct Past<'a> {
 }
 
 impl<'a> Past<'a> {
-    /// The past at `point`, as seen from the boundary of batch `newest`. The caller keeps the point reachable.
+    /// The past at `point`, as seen from the boundary of batch `newest`. The caller keeps the point
+    /// reachable.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] naming file and offset; [`ErrorKind::NotPossible`] where too much would have to be replayed.
+    /// [`ErrorKind::Corrupt`] naming file and offset; [`ErrorKind::NotPossible`] where too much would have to
+    /// be replayed.
     pub(crate) fn new(history: &'a History, point: Point, newest: u64) -> Result<Past<'a>> {
         let mut redo = Fold::default();
         let mut bytes = 0;
@@ -74,8 +77,8 @@ impl<'a> Past<'a> {
         Ok(Past { history, boundary: point.boundary, newest, redo, buffers: FrameBuffers::new()? })
     }
 
-    /// Walks what a volume of `size_bytes` held, wherever it was changed since; what it has grown by since, up to
-    /// `grown_bytes`, is zeros. Each fold lies to the right of the one before.
+    /// Walks what a volume of `size_bytes` held, wherever it was changed since; what it has grown by since,
+    /// up to `grown_bytes`, is zeros. Each fold lies to the right of the one before.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] naming file and offset, or the first error of `visit`.

@@ -1,8 +1,8 @@
 //! Points: which moments of a group can be had back, and what is asked for when one is wanted.
 //!
-//! A point is an lsn between the oldest boundary and the newest record received, outside of every gap. A gap reaches
-//! from the last record before capture broke (or a resync began) to the `resync-end` that repaired it, both
-//! exclusive at the front and the end: those two are points.
+//! A point is an lsn between the oldest boundary and the newest record received, outside of every gap. A gap
+//! reaches from the last record before capture broke (or a resync began) to the `resync-end` that repaired
+//! it, both exclusive at the front and the end: those two are points.
 
 use std::fmt;
 use std::str::FromStr;
@@ -265,7 +265,8 @@ impl Inner {
         gaps.extend(self.rotten.iter().map(|rotten| self.lost(rotten)));
         gaps.sort_by_key(|gap| gap.after.lsn);
         gaps.extend(open);
-        // Where others' content was found nothing of the source is a point, until the next synchronisation has ended.
+        // Where others' content was found nothing of the source is a point, until the next synchronisation
+        // has ended.
         for found in &self.state.seen.found {
             let after = Moment { lsn: Lsn(found.at.lsn.0.saturating_sub(1)), ..found.at };
             match gaps.iter_mut().find(|gap| gap.until.is_none_or(|until| until.lsn > found.at.lsn)) {
@@ -384,8 +385,9 @@ impl History {
     /// Says which point is meant.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`], naming the nearest points: outside the window, inside a gap, an unknown bookmark, a time
-    /// that nothing received so far can vouch for. [`ErrorKind::Corrupt`] for damage on the way.
+    /// [`ErrorKind::NotPossible`], naming the nearest points: outside the window, inside a gap, an unknown
+    /// bookmark, a time that nothing received so far can vouch for. [`ErrorKind::Corrupt`] for damage on the
+    /// way.
     pub fn resolve(&self, at: &At) -> Result<Point> {
         if let At::Found(number) = at {
             return self.find_found(*number);

@@ -1,7 +1,8 @@
 //! Proof: whether a replica is the one that its history belongs to, and holds what we left there.
 //!
-//! Asked before a group is applied, before its directory is read without a daemon, and while it is applied. Unchanged is
-//! proven by the mark that every checkpoint takes ([`Mark`]), through the descriptor that is used.
+//! Asked before a group is applied, before its directory is read without a daemon, and while it is applied.
+//! Unchanged is proven by the mark that every checkpoint takes ([`Mark`]), through the descriptor that is
+//! used.
 //!
 //! | last owner | accepted |
 //! |---|---|
@@ -9,9 +10,9 @@
 //! | killed between two batches | the same file or device, not written since |
 //! | killed in a batch | the same file or device; a file not written later than that batch may have been |
 //!
-//! A directory that was copied while its receiver ran is of the second or third kind with another inode: refused. Where a disk
-//! cannot prove anything (a device in another boot after a kill; a file whose change time alone moved) it is accepted, and said
-//! in the log.
+//! A directory that was copied while its receiver ran is of the second or third kind with another inode:
+//! refused. Where a disk cannot prove anything (a device in another boot after a kill; a file whose change
+//! time alone moved) it is accepted, and said in the log.
 
 use std::path::Path;
 
@@ -46,7 +47,8 @@ impl Written {
             return Ok(Written::Nothing);
         }
         if state.oldest_batch == 0 || state.wishes.rewound.is_some() {
-            // Without undo a batch leaves no trace; a replica that was brought to a point is cut to size after its mark.
+            // Without undo a batch leaves no trace; a replica that was brought to a point is cut to size
+            // after its mark.
             return Ok(Written::Batch(None));
         }
         let undo = undo_dir(group_dir).join(file_name(state.applied_batch + 1));
@@ -97,7 +99,8 @@ pub(crate) fn doubt(
     })
 }
 
-/// As [`doubt`], for one that is being applied: nothing of ours is under way, and the identity is the descriptor's.
+/// As [`doubt`], for one that is being applied: nothing of ours is under way, and the identity is the
+/// descriptor's.
 ///
 /// # Errors
 /// It cannot be looked at.
@@ -111,8 +114,8 @@ pub(crate) fn doubt_now(mark: &Mark, file: &dyn File) -> std::io::Result<Option<
     })
 }
 
-/// What became of a replica since its mark. A device that has grown is judged by its counters: it has another end, and the
-/// file below a loop device was touched to make it longer.
+/// What became of a replica since its mark. A device that has grown is judged by its counters: it has another
+/// end, and the file below a loop device was touched to make it longer.
 fn since(mark: &Mark, now: &Continuity) -> Unchanged {
     let is_device = matches!(mark.identity, DiskIdentity::Device(_));
     if !is_device || now.size_bytes <= mark.left.size_bytes {

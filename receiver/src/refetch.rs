@@ -3,7 +3,8 @@
 //! ```text
 //! scrub thread: fetch ──► [one question] ──► session: asks the source, pauses ──► answer
 //! ```
-//! One question at a time. Nobody waits for a source that is not there: the caller asks again when one connects.
+//! One question at a time. Nobody waits for a source that is not there: the caller asks again when one
+//! connects.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{SyncSender, TryRecvError, sync_channel};
@@ -54,7 +55,8 @@ impl Drop for Connected<'_> {
 }
 
 impl Fetcher {
-    /// The frame behind `after` that ends at `last_lsn`, from the source that is connected. Blocks; not for the runtime.
+    /// The frame behind `after` that ends at `last_lsn`, from the source that is connected. Blocks; not for
+    /// the runtime.
     pub fn fetch(&self, after: Position, last_lsn: u64, bytes: usize) -> Answer {
         let away = || Answer::Later("no source is connected".to_owned());
         match self.peer.load(Ordering::Acquire) {

@@ -1,7 +1,7 @@
 //! Replicas: one plain image file or block device for each volume.
 //!
-//! The applier is the only writer. On the real disk each replica is held ([`ReplicaHold`]) while we write it; a stamp
-//! taken at a clean end tells whether others wrote to it while we were away.
+//! The applier is the only writer. On the real disk each replica is held ([`ReplicaHold`]) while we write it;
+//! a stamp taken at a clean end tells whether others wrote to it while we were away.
 
 use std::fs;
 use std::ops::Range;
@@ -20,12 +20,12 @@ use crate::fold::{Fold, Run};
 use crate::state::{Mark, ReplicaState, replica_path};
 use crate::{Error, ErrorKind, Result};
 
-/// Written bytes after which the kernel is asked to start writing back, so that the sync at the end is short and
-/// other I/O is not held up by one large burst.
+/// Written bytes after which the kernel is asked to start writing back, so that the sync at the end is short
+/// and other I/O is not held up by one large burst.
 const PACE_BYTES: u64 = 8 << 20;
 
-/// Keeps other writers away from a replica or a restore's target as far as the system allows: O_EXCL for a block
-/// device (refuses a mounted one), flock for a file.
+/// Keeps other writers away from a replica or a restore's target as far as the system allows: O_EXCL for a
+/// block device (refuses a mounted one), flock for a file.
 #[derive(Debug)]
 pub struct ReplicaHold {
     file: fs::File,
@@ -84,7 +84,8 @@ impl ReadHold {
     /// Takes hold of a replica for reading.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`] where a receiver, or whoever mounted the device, holds it; [`ErrorKind::Io`].
+    /// [`ErrorKind::NotPossible`] where a receiver, or whoever mounted the device, holds it;
+    /// [`ErrorKind::Io`].
     pub fn acquire(path: &Path) -> Result<ReadHold> {
         let shown = path.display();
         let held = || {
@@ -111,16 +112,16 @@ pub fn is_block_device(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// Modification time and size of a replica file, to find out later whether others changed it. Block devices have
-/// none that could be trusted.
+/// Modification time and size of a replica file, to find out later whether others changed it. Block devices
+/// have none that could be trusted.
 pub fn stamp(path: &Path) -> Option<(i64, u64)> {
     let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
     let since = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).ok()?;
     Some((i64::try_from(since.as_nanos()).ok()?, metadata.len()))
 }
 
-/// Whether a replica with the stamp `now` is what was left with the stamp `left`. Tools that move files may keep whole
-/// seconds only.
+/// Whether a replica with the stamp `now` is what was left with the stamp `left`. Tools that move files may
+/// keep whole seconds only.
 pub fn is_same_stamp(left: (i64, u64), now: (i64, u64)) -> bool {
     const SECOND_NS: i64 = 1_000_000_000;
     let cut_to_seconds = now.0 % SECOND_NS == 0 && now.0 == left.0 - left.0 % SECOND_NS;
@@ -141,14 +142,15 @@ pub struct Replica {
 }
 
 impl Replica {
-    /// Opens a replica that the group's state names; creates or takes over the file where the state says that its
-    /// creation had begun.
+    /// Opens a replica that the group's state names; creates or takes over the file where the state says that
+    /// its creation had begun.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`] where it is missing, too small or refused; [`ErrorKind::Busy`] where it is held.
+    /// [`ErrorKind::ReplicaFailed`] where it is missing, too small or refused; [`ErrorKind::Busy`] where it
+    /// is held.
     ///
-    /// ⚠ A device that is new reads as zeros from here on, but for one that is `seeded`: the source sends no zeros where
-    /// its own disk was never written.
+    /// ⚠ A device that is new reads as zeros from here on, but for one that is `seeded`: the source sends no
+    /// zeros where its own disk was never written.
     pub fn open(
         disk: &dyn Disk,
         group_dir: &Path,
@@ -225,8 +227,9 @@ impl Replica {
             replica.zero(0..state.size_bytes)?;
         }
         if !state.created && have > 0 {
-            // ⚠ Whoever brought this content need not have synced it. It will be found equal and never be written by us, so it
-            // is durable before anything is compared, and before the first checkpoint relies on it.
+            // ⚠ Whoever brought this content need not have synced it. It will be found equal and never be
+            // written by us, so it is durable before anything is compared, and before the first checkpoint
+            // relies on it.
             replica.sync()?;
         }
         Ok(replica)
@@ -312,7 +315,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Cuts the replica to a size that its volume had before; a block device keeps its own. Not durable by itself.
+    /// Cuts the replica to a size that its volume had before; a block device keeps its own. Not durable by
+    /// itself.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`].
@@ -366,8 +370,8 @@ impl Replica {
         found.map_or(0, |found| std::os::unix::fs::MetadataExt::blocks(&found).saturating_mul(512))
     }
 
-    /// Writes the fold's content of `ranges`, which are sorted; not durable before [`Replica::sync`]. Returns the bytes
-    /// written, zeros included.
+    /// Writes the fold's content of `ranges`, which are sorted; not durable before [`Replica::sync`]. Returns
+    /// the bytes written, zeros included.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`], or [`ErrorKind::NoSpace`] where a sparse file finds its disk full.
@@ -404,13 +408,13 @@ impl Replica {
         Ok(written)
     }
 
-    /// fsync: what was written is durable when this returns, and so are its times: after fdatasync alone a power loss would
-    /// bring back older ones, which look like a change by others.
+    /// fsync: what was written is durable when this returns, and so are its times: after fdatasync alone a
+    /// power loss would bring back older ones, which look like a change by others.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`]. ⚠ What was written since the last sync may be lost, though it can still be read: all
-    /// of it must be written again before the next sync says anything. It ends this replica, not the receiver: ingest
-    /// has its own disk to answer for.
+    /// [`ErrorKind::ReplicaFailed`]. ⚠ What was written since the last sync may be lost, though it can still
+    /// be read: all of it must be written again before the next sync says anything. It ends this replica, not
+    /// the receiver: ingest has its own disk to answer for.
     pub fn sync(&self) -> Result<()> {
         self.file.sync_all().map_err(|e| self.error("sync", 0, e))
     }
@@ -430,7 +434,8 @@ impl Replica {
         &*self.file
     }
 
-    /// The stamp of what is on the disk now, for the next start; `None` for a device. Times are made durable first.
+    /// The stamp of what is on the disk now, for the next start; `None` for a device. Times are made durable
+    /// first.
     ///
     /// # Errors
     /// [`ErrorKind::ReplicaFailed`].

@@ -1,13 +1,15 @@
 //! Restore: a whole group, or one of its volumes, at one point, into files or a device.
 //!
-//! For each volume, window by window: what undo holds of it (smallest batch first); the replica's content for the rest,
-//! data ranges only; the undo's pieces, each frame unpacked once in a window. Then the redo records up to the point, in
-//! their order, over all volumes at once. Every frame read is verified; damage ends the restore and names its place.
+//! For each volume, window by window: what undo holds of it (smallest batch first); the replica's content for
+//! the rest, data ranges only; the undo's pieces, each frame unpacked once in a window. Then the redo records
+//! up to the point, in their order, over all volumes at once. Every frame read is verified; damage ends the
+//! restore and names its place.
 //!
-//! Runs beside the applier. ⚠ As in a view the replica is read before the registry is asked for the last time: batches
-//! registered meanwhile are laid under what is known, until there are none.
+//! Runs beside the applier. ⚠ As in a view the replica is read before the registry is asked for the last
+//! time: batches registered meanwhile are laid under what is known, until there are none.
 //!
-//! Memory: extents of one window, at most [`MAX_EXTENTS`] and one batch's; a window that holds more is halved.
+//! Memory: extents of one window, at most [`MAX_EXTENTS`] and one batch's; a window that holds more is
+//! halved.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -36,8 +38,8 @@ use crate::{Error, ErrorKind, Result};
 const MAX_EXTENTS: usize = 500_000;
 /// Windows are not halved below this: one batch's extents in it are few enough.
 const MIN_WINDOW_BYTES: u64 = 16 << 20;
-/// Windows are no larger than this: what is copied and then written again should still be in the page cache, and go to the
-/// disk once, in one sweep.
+/// Windows are no larger than this: what is copied and then written again should still be in the page cache,
+/// and go to the disk once, in one sweep.
 const MAX_WINDOW_BYTES: u64 = 1 << 30;
 /// Pieces below this are copied over before they are written.
 const SMALL_PIECE_BYTES: u64 = 128 << 10;
@@ -129,8 +131,8 @@ pub fn restore(
 ///
 /// # Errors
 /// [`ErrorKind::NotPossible`] for the point, or a target that is being restored to; [`ErrorKind::Usage`] and
-/// [`ErrorKind::Busy`] for the target, [`ErrorKind::Corrupt`] naming file and offset, [`ErrorKind::Cancelled`]; no target
-/// keeps its name then.
+/// [`ErrorKind::Busy`] for the target, [`ErrorKind::Corrupt`] naming file and offset,
+/// [`ErrorKind::Cancelled`]; no target keeps its name then.
 pub fn restore_as(
     history: &Arc<History>,
     request: &RestoreRequest,
@@ -327,8 +329,9 @@ fn write_redo(
     })
 }
 
-/// What to copy from the replica: all but zeros and large old pieces. Small ones are copied over and written again, since
-/// a target that is laid out in one sweep is written much faster than one with thousands of holes filled later.
+/// What to copy from the replica: all but zeros and large old pieces. Small ones are copied over and written
+/// again, since a target that is laid out in one sweep is written much faster than one with thousands of
+/// holes filled later.
 fn worth_copying(pieces: &ExtentMap<UndoPiece>, window: &Range<u64>) -> Vec<Range<u64>> {
     let mut ranges = Vec::new();
     let mut from = window.start;
@@ -385,7 +388,8 @@ impl<'a> Content<'a> {
         Ok(())
     }
 
-    /// Lays the batches above `laid` under `pieces`; returns the newest laid, or `None` when the window is too large.
+    /// Lays the batches above `laid` under `pieces`; returns the newest laid, or `None` when the window is
+    /// too large.
     fn lay(
         &self,
         pieces: &mut ExtentMap<UndoPiece>,

@@ -1,6 +1,7 @@
 //! Restoring: the restores that run, each with its targets, how far it is, and the way to end it.
 //!
-//! Invariants: no two of them have a target in common; one that was told to end gives no target its name any more.
+//! Invariants: no two of them have a target in common; one that was told to end gives no target its name any
+//! more.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

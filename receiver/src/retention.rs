@@ -1,9 +1,9 @@
 //! Retention: which batches' undo may go. Pure policy; the applier carries it out.
 //!
-//! Age is counted by the receiver's clock, from a batch's receipt to the group's *newest* receipt, so nothing ages
-//! while nothing arrives and no source's clock can expire it. Dropping batch `k` makes its boundary the oldest point.
-//! Never dropped: what leads to the last consistent point or a running restore (`floor`), what is younger than `min_ns`,
-//! and what a hold keeps (`may_begin`).
+//! Age is counted by the receiver's clock, from a batch's receipt to the group's *newest* receipt, so nothing
+//! ages while nothing arrives and no source's clock can expire it. Dropping batch `k` makes its boundary the
+//! oldest point. Never dropped: what leads to the last consistent point or a running restore (`floor`), what
+//! is younger than `min_ns`, and what a hold keeps (`may_begin`).
 
 use journal::Lsn;
 
@@ -59,7 +59,8 @@ pub struct Verdict {
     pub kept_bytes: u64,
 }
 
-/// Decides. `batches` and `redo` oldest first; `floor` is the newest boundary that may become the oldest point.
+/// Decides. `batches` and `redo` oldest first; `floor` is the newest boundary that may become the oldest
+/// point.
 pub fn decide(
     policy: &Policy,
     quota_bytes: u64,

@@ -1,11 +1,12 @@
 //! Room: what a group may take of a disk that all groups of a receiver share.
 //!
-//! Two rules. A group's replica images, journal and undo together stay below its `max_bytes`, where the settings say one. And
-//! the last room of a file system is divided before it is needed: once what is free falls below a floor, each group may grow
-//! by its own slice of it and no further. So a group that floods the disk stops, and the others go on being acknowledged.
+//! Two rules. A group's replica images, journal and undo together stay below its `max_bytes`, where the
+//! settings say one. And the last room of a file system is divided before it is needed: once what is free
+//! falls below a floor, each group may grow by its own slice of it and no further. So a group that floods the
+//! disk stops, and the others go on being acknowledged.
 //!
-//! A mark is the size that a group had when the floor was reached; it is forgotten when there is room again, and at a restart.
-//! Replicas on block devices take none of this room.
+//! A mark is the size that a group had when the floor was reached; it is forgotten when there is room again,
+//! and at a restart. Replicas on block devices take none of this room.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

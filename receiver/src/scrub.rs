@@ -1,12 +1,13 @@
-//! Scrub: the stored segments are read and checked in the background, slowly, so that rot is found while the other side
-//! or a backup can still mend it, and not by the restore that needs them.
+//! Scrub: the stored segments are read and checked in the background, slowly, so that rot is found while the
+//! other side or a backup can still mend it, and not by the restore that needs them.
 //!
-//! A pass verifies the group's journal and undo as `afterimage journal verify` does, beside the threads that append to
-//! them and drop from them. ⚠ What such a neighbour does in the middle of a look can pass for damage: only what two looks
-//! find at the same place is told. What the page cache holds is read from there: rot below it shows once it is evicted.
+//! A pass verifies the group's journal and undo as `afterimage journal verify` does, beside the threads that
+//! append to them and drop from them. ⚠ What such a neighbour does in the middle of a look can pass for
+//! damage: only what two looks find at the same place is told. What the page cache holds is read from there:
+//! rot below it shows once it is evicted.
 //!
-//! What rotted of the journal is mended ([`crate::mend`]): after a pass, when the applier could not read on, and again when a
-//! source connects.
+//! What rotted of the journal is mended ([`crate::mend`]): after a pass, when the applier could not read on,
+//! and again when a source connects.
 //!
 //! State: the last pass's result, and what was put back; nothing on disk.
 
@@ -33,7 +34,8 @@ mod paced;
 
 use paced::Paced;
 
-/// Bytes read a second: a day's history of 1 TiB in less than a day, and little beside the stream on any disk.
+/// Bytes read a second: a day's history of 1 TiB in less than a day, and little beside the stream on any
+/// disk.
 const RATE_BYTES_PER_S: u64 = 16 << 20;
 /// Pause after the group is opened: its first minutes have other work.
 const FIRST: Duration = Duration::from_secs(600);

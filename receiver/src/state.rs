@@ -1,14 +1,14 @@
 //! What a group durably is: owner, checkpoint, batches, replicas.
 //!
-//! Stored in `groups/NAME/group`, a two-slot control file with slots of 64 KiB (32 KiB before version 4): room for 64
-//! volumes; payload = version byte, then postcard of [`GroupState`], from version 2 on followed by postcard of its [`Wishes`],
-//! in version 3 by postcard of its [`Exact`], too, in version 4 by postcard of `Option<Exact>` and of its [`Seen`]. Version 1 is
-//! read; versions 3 and 4 are written only where there is something of the kind.
-//! One owner writes it: the agent when it creates the group, from then on the applier.
+//! Stored in `groups/NAME/group`, a two-slot control file with slots of 64 KiB (32 KiB before version 4):
+//! room for 64 volumes; payload = version byte, then postcard of [`GroupState`], from version 2 on followed
+//! by postcard of its [`Wishes`], in version 3 by postcard of its [`Exact`], too, in version 4 by postcard of
+//! `Option<Exact>` and of its [`Seen`]. Version 1 is read; versions 3 and 4 are written only where there is
+//! something of the kind. One owner writes it: the agent when it creates the group, from then on the applier.
 //!
 //! Invariants:
-//! * the replicas, synced, with the undo of batch `applied_batch + 1` (if such a segment exists) laid over them, are
-//!   exactly the state at `checkpoint`;
+//! * the replicas, synced, with the undo of batch `applied_batch + 1` (if such a segment exists) laid over
+//!   them, are exactly the state at `checkpoint`;
 //! * `oldest_batch` is raised here, durably, before an undo segment below it is removed;
 //! * no undo exists while `first_consistent` is `None`: what cannot be used is not kept.
 
@@ -40,8 +40,8 @@ const VERSION_WITH_SEEN: u8 = 4;
 const VERSION_WITHOUT_WISHES: u8 = 1;
 /// Size of its slots. A replica takes about 280 bytes in its default place, and its mark up to 400.
 const SLOT_BYTES: usize = 64 << 10;
-/// Kept free when a replica or a hold is added, for what grows later: numbers, a reason, a rewind and the next one, and of
-/// each replica a stamp and a mark.
+/// Kept free when a replica or a hold is added, for what grows later: numbers, a reason, a rewind and the
+/// next one, and of each replica a stamp and a mark.
 const RESERVE_BYTES: usize = 8192;
 const RESERVE_REPLICA_BYTES: usize = 440;
 /// Longest reason that is kept.
@@ -70,10 +70,11 @@ pub struct ReplicaState {
     pub path: PathBuf,
     /// Size at the checkpoint, bytes.
     pub size_bytes: u64,
-    /// False between the decision to create the file and the first checkpoint that relies on it: only then may an
-    /// existing file be taken over.
+    /// False between the decision to create the file and the first checkpoint that relies on it: only then
+    /// may an existing file be taken over.
     pub created: bool,
-    /// Modification time and size at a clean end; a difference on the next start means that others wrote to it.
+    /// Modification time and size at a clean end; a difference on the next start means that others wrote to
+    /// it.
     pub stamp: Option<(i64, u64)>,
 }
 
@@ -88,14 +89,15 @@ pub struct GroupState {
     pub owner: [u8; 32],
     /// Line of descent that is accepted.
     pub lineage: Lineage,
-    /// The replicas are exactly this. Its chain is that of the frame that holds `lsn`, also where `lsn` is not that
-    /// frame's last.
+    /// The replicas are exactly this. Its chain is that of the frame that holds `lsn`, also where `lsn` is
+    /// not that frame's last.
     pub checkpoint: Position,
     /// Time of the checkpoint's record.
     pub checkpoint_time_ns: u64,
     /// Newest batch whose checkpoint was taken; 0 before the first.
     pub applied_batch: u64,
-    /// First batch whose undo is kept (or will be, when it equals `applied_batch + 1`); 0 while there is no history.
+    /// First batch whose undo is kept (or will be, when it equals `applied_batch + 1`); 0 while there is no
+    /// history.
     pub oldest_batch: u64,
     /// The boundary below `oldest_batch`: the oldest recovery point.
     pub history_start: Moment,
@@ -123,8 +125,8 @@ pub struct GroupState {
     /// What the operator asked for: rewinds and holds.
     #[serde(skip)]
     pub wishes: Wishes,
-    /// Where the exact window begins; `None` where it is the oldest point. Below it only boundaries are points: the redo
-    /// between them is gone.
+    /// Where the exact window begins; `None` where it is the oldest point. Below it only boundaries are
+    /// points: the redo between them is gone.
     #[serde(skip)]
     pub exact: Option<Exact>,
 }
@@ -172,7 +174,8 @@ impl GroupState {
         self.wishes.reached.filter(|reached| reached.position.lsn > self.checkpoint.lsn).unwrap_or(checkpoint)
     }
 
-    /// The history ends: nothing kept so far fits the replica any more, and no wish about it can be fulfilled.
+    /// The history ends: nothing kept so far fits the replica any more, and no wish about it can be
+    /// fulfilled.
     pub fn end_history(&mut self) {
         for hold in self.wishes.holds.drain(..) {
             tracing::warn!(group = self.name, bookmark = hold.name, "the history ends, and a hold with it");
@@ -254,8 +257,8 @@ impl GroupState {
         }
     }
 
-    /// Whether its numbers are ones that a group can reach: they are added to, and counted up to. Lsns and epochs were
-    /// bounded where they were decoded.
+    /// Whether its numbers are ones that a group can reach: they are added to, and counted up to. Lsns and
+    /// epochs were bounded where they were decoded.
     fn is_possible(&self) -> bool {
         let wishes = &self.wishes;
         let batches = [self.applied_batch, self.oldest_batch, self.consistent_batch]
@@ -325,7 +328,8 @@ impl GroupStore {
     /// Opens a group's control file.
     ///
     /// # Errors
-    /// [`ErrorKind::Corrupt`] where neither slot holds, [`ErrorKind::Malformed`] for a version of another program.
+    /// [`ErrorKind::Corrupt`] where neither slot holds, [`ErrorKind::Malformed`] for a version of another
+    /// program.
     pub fn open(disk: Arc<dyn Disk>, group_dir: &Path) -> Result<GroupStore> {
         let path = group_dir.join(GROUP_FILE);
         let (slots, payload) = TwoSlot::open(&disk, &path)?;
@@ -349,8 +353,8 @@ impl GroupStore {
     /// Replaces the state; durable when it returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`], which is final, [`ErrorKind::ReplicaFailed`] for more than the file holds, or what else the
-    /// disk refuses; the old state then stands.
+    /// [`ErrorKind::Sync`], which is final, [`ErrorKind::ReplicaFailed`] for more than the file holds, or
+    /// what else the disk refuses; the old state then stands.
     pub fn store(&mut self, mut state: GroupState) -> Result<()> {
         if let Some(why) = &mut state.needs_resync {
             let end = (0..=why.len().min(MAX_REASON_BYTES)).rev().find(|at| why.is_char_boundary(*at));
@@ -359,7 +363,8 @@ impl GroupStore {
         let mut payload = state.encode()?;
         let most = self.slots.max_payload_bytes();
         if payload.len() > most && !state.seen.marks.is_empty() {
-            // A file of an older version is smaller. Without marks the replicas are trusted by their stamps, as there.
+            // A file of an older version is smaller. Without marks the replicas are trusted by their stamps,
+            // as there.
             state.seen.marks.clear();
             payload = state.encode()?;
         }

@@ -1,7 +1,8 @@
 //! What `status --json` prints, in the shape that both daemons share.
 //!
-//! Keys are a contract: they are added to, never bent. On the receiver `captured_lsn` is the newest lsn that the source
-//! spoke of (a heartbeat, or what was received), and `journaled_lsn` is what this side's journal holds.
+//! Keys are a contract: they are added to, never bent. On the receiver `captured_lsn` is the newest lsn that
+//! the source spoke of (a heartbeat, or what was received), and `journaled_lsn` is what this side's journal
+//! holds.
 
 use std::path::PathBuf;
 
@@ -34,7 +35,8 @@ pub struct GroupStatus {
     /// The five positions.
     #[serde(flatten)]
     pub positions: Positions,
-    /// Time between what was captured and what is durable here; `None` where nothing was ever heard of the source.
+    /// Time between what was captured and what is durable here; `None` where nothing was ever heard of the
+    /// source.
     pub rpo_ms: Option<u64>,
     /// Raw bytes that are durable here and not on the replica yet.
     pub backlog_bytes: u64,
@@ -52,7 +54,8 @@ pub struct GroupStatus {
     pub rewound: Option<RewoundStatus>,
     /// What the last check of the stored segments found; absent before the first has ended.
     pub scrub: Option<ScrubStatus>,
-    /// What rotted of the journal and was fetched from the source again since this process started; the newest 100.
+    /// What rotted of the journal and was fetched from the source again since this process started; the
+    /// newest 100.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub repaired: Vec<Repaired>,
     /// By how much the source's clock is ahead of this machine's; `None` while no source is heard.

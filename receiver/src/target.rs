@@ -5,8 +5,9 @@
 //! 2 content, then sync                              all targets of a restore, before the first gets its name
 //! 3 PATH.partial becomes PATH, its directory synced what is there is replaced on request only
 //! ```
-//! A restore that was stopped never looks like one that was not. A lock goes with its process: what lies there without
-//! one is a left-over. A device is held exclusively; it has no second name, so what was stopped there is told.
+//! A restore that was stopped never looks like one that was not. A lock goes with its process: what lies
+//! there without one is a left-over. A device is held exclusively; it has no second name, so what was stopped
+//! there is told.
 
 mod guarded;
 mod place;
@@ -52,8 +53,9 @@ pub struct Target {
 /// Says whether a restore may write to `place`; changes nothing. `shown` is its name as it was given.
 ///
 /// # Errors
-/// [`ErrorKind::Usage`] where something is there and `force` is not given, where it is guarded, or a device is too small;
-/// [`ErrorKind::Busy`] where it is mounted or in use; [`ErrorKind::NotPossible`] where it is being restored to.
+/// [`ErrorKind::Usage`] where something is there and `force` is not given, where it is guarded, or a device
+/// is too small; [`ErrorKind::Busy`] where it is mounted or in use; [`ErrorKind::NotPossible`] where it is
+/// being restored to.
 pub fn check(place: &Place, shown: &Path, size_bytes: u64, force: bool, guarded: &Guarded) -> Result<()> {
     place.refuse_guarded(guarded, shown)?;
     if !place.is_device {
@@ -100,7 +102,8 @@ pub fn check_apart(disk: &dyn Disk, path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Refuses what others use: mounted, under a loop device or another device, or open for writing in another process.
+/// Refuses what others use: mounted, under a loop device or another device, or open for writing in another
+/// process.
 fn refuse_used(path: &Path) -> Result<()> {
     let failed = |e| Error::io(format!("look who uses {}", path.display()), e);
     let file = fs::File::open(path).map_err(failed)?;
@@ -185,11 +188,12 @@ fn make_partial(partial: &Path, force: bool) -> Result<fs::File> {
 }
 
 impl Target {
-    /// Opens a target that [`check`] accepted; it reads as zeros from here on. `go_on` is asked while a device is made
-    /// zeros.
+    /// Opens a target that [`check`] accepted; it reads as zeros from here on. `go_on` is asked while a
+    /// device is made zeros.
     ///
     /// # Errors
-    /// [`ErrorKind::Busy`], [`ErrorKind::NotPossible`], [`ErrorKind::NoSpace`], [`ErrorKind::Io`]; what `go_on` says.
+    /// [`ErrorKind::Busy`], [`ErrorKind::NotPossible`], [`ErrorKind::NoSpace`], [`ErrorKind::Io`]; what
+    /// `go_on` says.
     pub fn create(
         disk: &Arc<dyn Disk>,
         place: &Place,
@@ -298,8 +302,8 @@ impl Target {
         self.written_bytes
     }
 
-    /// Makes what was written durable. Of several targets all are synced before the first gets its name, so that hardly
-    /// anything is left that could leave a set of which only some were replaced.
+    /// Makes what was written durable. Of several targets all are synced before the first gets its name, so
+    /// that hardly anything is left that could leave a set of which only some were replaced.
     ///
     /// # Errors
     /// [`ErrorKind::Sync`].
@@ -310,8 +314,8 @@ impl Target {
     /// Gives a synced file its name; durable when it returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] where something has come under that name meanwhile; [`ErrorKind::Busy`] where others replaced
-    /// the temporary file; [`ErrorKind::Sync`], [`ErrorKind::Io`].
+    /// [`ErrorKind::Usage`] where something has come under that name meanwhile; [`ErrorKind::Busy`] where
+    /// others replaced the temporary file; [`ErrorKind::Sync`], [`ErrorKind::Io`].
     pub fn finish(mut self) -> Result<u64> {
         if let Some(partial) = &self.partial {
             self.rename(partial)?;

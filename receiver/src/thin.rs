@@ -1,13 +1,14 @@
-//! Thinning: which boundaries below the exact window stay as points, and which batches are merged next. Pure policy; the
-//! applier carries it out ([`crate::apply`]).
+//! Thinning: which boundaries below the exact window stay as points, and which batches are merged next. Pure
+//! policy; the applier carries it out ([`crate::apply`]).
 //!
 //! ```text
 //!            one a day        one an hour          every write
 //!  oldest ├──────┼──────┼─────┼─┼─┼─┼─┼─┼─┼─┼─┤──────────────────┤ newest
 //!                                             exact start
 //! ```
-//! Of each hour (below [`Steps::hourly_ns`]: of each day) by the receiver's clock the last boundary that is a point stays;
-//! the others go when the hour is over, so that what is merged once is not merged again for each batch that comes.
+//! Of each hour (below [`Steps::hourly_ns`]: of each day) by the receiver's clock the last boundary that is a
+//! point stays; the others go when the hour is over, so that what is merged once is not merged again for each
+//! batch that comes.
 
 use std::ops::Range;
 
@@ -22,8 +23,8 @@ pub struct Steps {
 
 /// Batches that are merged at once: each has a frame in memory.
 pub(crate) const FAN: usize = 16;
-/// Undo that is merged at once: what apply waits for it stays within seconds. Larger neighbours stay apart, and the point
-/// between them stays.
+/// Undo that is merged at once: what apply waits for it stays within seconds. Larger neighbours stay apart,
+/// and the point between them stays.
 pub(crate) const MAX_BYTES: u64 = 1 << 30;
 
 const HOUR_NS: u64 = 3_600_000_000_000;
@@ -68,8 +69,8 @@ impl Steps {
         if age_ns <= self.hourly_ns || self.daily_ns == 0 { HOUR_NS } else { DAY_NS }
     }
 
-    /// The stretches that are merged next, by their place in `all`; `None` where nothing is to be done. `all` are those
-    /// below the exact start, oldest first, the last of which ends there.
+    /// The stretches that are merged next, by their place in `all`; `None` where nothing is to be done. `all`
+    /// are those below the exact start, oldest first, the last of which ends there.
     pub(crate) fn next(&self, all: &[Stretch], newest_ns: u64) -> Option<Range<usize>> {
         let mut start = 0;
         while start < all.len() {
@@ -82,7 +83,8 @@ impl Steps {
         None
     }
 
-    /// How many stretches from the first on have no boundary between them that stays; `None` where it cannot be said yet.
+    /// How many stretches from the first on have no boundary between them that stays; `None` where it cannot
+    /// be said yet.
     fn group(&self, all: &[Stretch], newest_ns: u64) -> Option<usize> {
         for (at, stretch) in all.iter().enumerate() {
             let unit_ns = self.unit_ns(newest_ns.saturating_sub(stretch.received_ns));
@@ -102,8 +104,8 @@ impl Steps {
     }
 }
 
-/// What of a group is merged first: neighbours that hold about as many batches each, so that what is large already is not
-/// written again for each small one.
+/// What of a group is merged first: neighbours that hold about as many batches each, so that what is large
+/// already is not written again for each small one.
 fn pick(group: &[Stretch]) -> Option<Range<usize>> {
     let level = |stretch: &Stretch| (stretch.number - stretch.from + 1).ilog(FAN as u64);
     let fits = |range: &Range<usize>| {

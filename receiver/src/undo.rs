@@ -1,12 +1,13 @@
 //! Undo: what a batch is about to overwrite, kept as one sealed segment named by the batch's number.
 //!
-//! Written by the applier before the replica is touched, read by views and restores. Old content is compared with the
-//! new at 4 KiB: what stays the same is neither undone nor written. Holes cost nothing: they become zero extents.
+//! Written by the applier before the replica is touched, read by views and restores. Old content is compared
+//! with the new at 4 KiB: what stays the same is neither undone nor written. Holes cost nothing: they become
+//! zero extents.
 //!
-//! Frames are about 256 KiB raw and their records sorted by (volume, offset), so that whoever restores a part of a
-//! volume unpacks few frames, each once. The first frame begins with two `Void` records that carry the batch's first
-//! and last (lsn, time): a batch that overwrote nothing has a segment too, and what happened when is known from the
-//! segment's front without its index.
+//! Frames are about 256 KiB raw and their records sorted by (volume, offset), so that whoever restores a part
+//! of a volume unpacks few frames, each once. The first frame begins with two `Void` records that carry the
+//! batch's first and last (lsn, time): a batch that overwrote nothing has a segment too, and what happened
+//! when is known from the segment's front without its index.
 
 use std::io;
 use std::ops::Range;
@@ -131,7 +132,8 @@ pub struct UndoWriter<'a> {
 }
 
 impl<'a> UndoWriter<'a> {
-    /// Starts the segment under its temporary name. `summary` says which batch; its size is filled in at the end.
+    /// Starts the segment under its temporary name. `summary` says which batch; its size is filled in at the
+    /// end.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] and [`ErrorKind::Io`].
@@ -171,10 +173,12 @@ impl<'a> UndoWriter<'a> {
         Ok(UndoWriter { segment, encoder, batch, stamp, compression, summary, old: Vec::new() })
     }
 
-    /// Keeps what `replica` holds where the fold will change it, and returns the ranges where it really changes.
+    /// Keeps what `replica` holds where the fold will change it, and returns the ranges where it really
+    /// changes.
     ///
     /// # Errors
-    /// [`ErrorKind::ReplicaFailed`] where the replica cannot be read, [`ErrorKind::NoSpace`] where the undo does not fit.
+    /// [`ErrorKind::ReplicaFailed`] where the replica cannot be read, [`ErrorKind::NoSpace`] where the undo
+    /// does not fit.
     pub fn keep(&mut self, replica: &Replica, fold: &Fold, scratch: &mut Vec<u8>) -> Result<Vec<Range<u64>>> {
         let volume = replica.id();
         let mut changes = Vec::new();
@@ -206,8 +210,8 @@ impl<'a> UndoWriter<'a> {
         Ok(changes)
     }
 
-    /// Keeps what becomes zeros, in pieces as long as a record may be: zeros between two blocks are kept with them, so that
-    /// the index of a discarded volume stays small, however its content was scattered.
+    /// Keeps what becomes zeros, in pieces as long as a record may be: zeros between two blocks are kept with
+    /// them, so that the index of a discarded volume stays small, however its content was scattered.
     fn keep_discarded(
         &mut self,
         volume: VolumeId,
@@ -311,7 +315,8 @@ impl<'a> UndoWriter<'a> {
     /// Seals the segment: content synced, renamed, directory synced. Durable when it returns.
     ///
     /// # Errors
-    /// [`ErrorKind::Sync`] is final; after [`ErrorKind::NoSpace`] the temporary file may be removed and all tried again.
+    /// [`ErrorKind::Sync`] is final; after [`ErrorKind::NoSpace`] the temporary file may be removed and all
+    /// tried again.
     pub fn finish(mut self) -> Result<UndoSummary> {
         self.close_frame_beyond(0)?;
         let sealed = self.segment.finish()?;
@@ -332,7 +337,8 @@ fn record(op: Op, volume: VolumeId, at: Moment, extent: Extent) -> Record {
     Record { op, flags: 0, volume, lsn: at.lsn, time_ns: at.time_ns, extent }
 }
 
-/// Whether all bytes are zero; compares against itself, a byte further, which the compiler turns into a memcmp.
+/// Whether all bytes are zero; compares against itself, a byte further, which the compiler turns into a
+/// memcmp.
 pub fn is_zero(bytes: &[u8]) -> bool {
     bytes.first().is_none_or(|first| *first == 0)
         && bytes[..bytes.len().saturating_sub(1)] == bytes[bytes.len().min(1)..]
@@ -484,7 +490,8 @@ impl FrameBuffers {
     }
 }
 
-/// Damage that a read met in bytes which were durable once is corruption, also where the journal calls it malformed.
+/// Damage that a read met in bytes which were durable once is corruption, also where the journal calls it
+/// malformed.
 pub fn damage(error: journal::Error) -> Error {
     let error = Error::from(error);
     match error.kind {

@@ -1,7 +1,8 @@
-//! Unpacking ahead: undo frames are read, verified and unpacked on a second thread while their pieces are written.
+//! Unpacking ahead: undo frames are read, verified and unpacked on a second thread while their pieces are
+//! written.
 //!
-//! A restore far back is bound by this work and by the writes, about half each. A few frames are in flight, no more:
-//! their buffers go round.
+//! A restore far back is bound by this work and by the writes, about half each. A few frames are in flight,
+//! no more: their buffers go round.
 
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
@@ -50,7 +51,8 @@ pub(crate) fn unpack_ahead(
             if visited.is_err() {
                 break;
             }
-            // Closed once the last frame is unpacked, or unpacking failed: what is in flight is still visited.
+            // Closed once the last frame is unpacked, or unpacking failed: what is in flight is still
+            // visited.
             let _ = empty_in.send(buffers);
         }
         drop((empty_in, full_out));

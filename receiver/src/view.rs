@@ -1,8 +1,8 @@
 //! View: one volume at one point, read-only, while replication goes on.
 //!
-//! ⚠ A read takes the replica's bytes first and asks for undo second. A batch is registered before it overwrites, so
-//! whatever the replica gave that is newer than the point is covered by a batch found afterwards. The other order loses:
-//! a batch registered and written between the two would be seen half.
+//! ⚠ A read takes the replica's bytes first and asks for undo second. A batch is registered before it
+//! overwrites, so whatever the replica gave that is newer than the point is covered by a batch found
+//! afterwards. The other order loses: a batch registered and written between the two would be seen half.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -99,8 +99,8 @@ impl View {
     /// Opens a volume, by name, at a point of the history. The point stays reachable while the view lives.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`] where the volume does not exist at that point, or too much redo lies above the checkpoint;
-    /// [`ErrorKind::Corrupt`] for damage.
+    /// [`ErrorKind::NotPossible`] where the volume does not exist at that point, or too much redo lies above
+    /// the checkpoint; [`ErrorKind::Corrupt`] for damage.
     pub fn open(history: &Arc<History>, point: Point, volume: &str) -> Result<View> {
         let pin = history.pin_point(&point)?;
         let volumes = history.volumes_at(point.moment.lsn);

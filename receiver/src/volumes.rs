@@ -1,7 +1,7 @@
 //! Volumes: what a batch's volume records mean for the group's replicas, decided before anything is written.
 //!
-//! ⚠ Before, since a batch whose undo stands must be redone exactly: one that can never be carried out would be met again
-//! for ever, and no later epoch could get past it.
+//! ⚠ Before, since a batch whose undo stands must be redone exactly: one that can never be carried out would
+//! be met again for ever, and no later epoch could get past it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,8 +12,8 @@ use journal::record::{MAX_VOLUMES, VolumeRecord};
 use crate::state::ReplicaState;
 use crate::{Error, ErrorKind, Result};
 
-/// The largest volume that is taken: 1 PiB, beyond every disk, and small enough that no sum or product of sizes overflows. A
-/// replica is never shrunk, so a size that a broken source names once would stay.
+/// The largest volume that is taken: 1 PiB, beyond every disk, and small enough that no sum or product of
+/// sizes overflows. A replica is never shrunk, so a size that a broken source names once would stay.
 pub const MAX_VOLUME_BYTES: u64 = 1 << 50;
 
 /// What is to be done for the volumes of a batch.
@@ -25,11 +25,12 @@ pub struct VolumePlan {
     pub sizes: BTreeMap<VolumeId, u64>,
 }
 
-/// Decides. `known` are the group's replicas; `place` says where a new volume's replica goes, if it may go there.
+/// Decides. `known` are the group's replicas; `place` says where a new volume's replica goes, if it may go
+/// there.
 ///
 /// # Errors
-/// [`ErrorKind::ReplicaFailed`], saying what the operator may do: another volume under a known id or name, a smaller one,
-/// too many.
+/// [`ErrorKind::ReplicaFailed`], saying what the operator may do: another volume under a known id or name, a
+/// smaller one, too many.
 pub fn plan<'a>(
     known: &[ReplicaState],
     records: impl Iterator<Item = (VolumeId, &'a VolumeRecord)>,

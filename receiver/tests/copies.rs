@@ -1,4 +1,5 @@
-//! Peers that are copies of another, say nothing, or claim what cannot be, against a real receiver over loopback QUIC.
+//! Peers that are copies of another, say nothing, or claim what cannot be, against a real receiver over
+//! loopback QUIC.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -149,7 +150,8 @@ async fn connections_that_say_nothing_hold_neither_place_nor_memory() {
     let mut source = site.source("g");
     let handle = site.start(&[&source]).await;
     source.begin_epoch();
-    // Known and silent, more than there are places: a message that never ends, and all the streams that are granted.
+    // Known and silent, more than there are places: a message that never ends, and all the streams that are
+    // granted.
     let client = Client::new(&source.identity, site.identity, &Tuning::default()).unwrap();
     let mut silent = Vec::new();
     for _ in 0..70 {

@@ -1,6 +1,7 @@
-//! The crash matrix of apply: power is lost at EVERY operation of a script, the disk keeps any part of what was not synced;
-//! recovery and the rest of the script follow. Then the replica equals the model, and every batch boundary and lsns between
-//! still restore exactly (what `models/undo.py` is about). Also on the bare directory, before anybody repaired anything.
+//! The crash matrix of apply: power is lost at EVERY operation of a script, the disk keeps any part of what
+//! was not synced; recovery and the rest of the script follow. Then the replica equals the model, and every
+//! batch boundary and lsns between still restore exactly (what `models/undo.py` is about). Also on the bare
+//! directory, before anybody repaired anything.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 
@@ -156,8 +157,9 @@ fn a_crash_while_recovering_from_a_crash_loses_nothing() {
     }
 }
 
-/// A killed process leaves the page cache as it was, and the next one finds there what may never have become durable: it must
-/// not build on that before it is. The process is killed at every operation, and the power goes while the next one works.
+/// A killed process leaves the page cache as it was, and the next one finds there what may never have become
+/// durable: it must not build on that before it is. The process is killed at every operation, and the power
+/// goes while the next one works.
 #[test]
 fn what_a_killed_process_left_is_durable_before_it_is_built_on() {
     let source = script(3);
@@ -252,8 +254,8 @@ fn a_failed_sync_is_final() {
     assert_eq!(applier.state().checkpoint, checkpoint, "no false checkpoint");
 }
 
-/// The same for a rewind and the resume after it, from a group that has applied everything: whatever is lost and wherever,
-/// each point is still there, and exactly the rewind that was ordered is done.
+/// The same for a rewind and the resume after it, from a group that has applied everything: whatever is lost
+/// and wherever, each point is still there, and exactly the rewind that was ordered is done.
 #[test]
 fn a_rewind_and_its_resume_survive_a_cut_at_every_operation() {
     for (seed, middle) in [(1_u64, false), (2, true)] {

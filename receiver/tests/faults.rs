@@ -1,5 +1,5 @@
-//! Faults of the disks beside the stream: a replica that cannot be synced, room that runs out, a replica moved or put back,
-//! a history that fills its quota; and the journal, which must shrink as the history does.
+//! Faults of the disks beside the stream: a replica that cannot be synced, room that runs out, a replica
+//! moved or put back, a history that fills its quota; and the journal, which must shrink as the history does.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 
@@ -78,7 +78,8 @@ fn the_journal_goes_as_the_history_does_from_its_empty_first_segment_on() {
 
 #[test]
 fn a_journal_dropped_up_to_an_epochs_gap_is_not_taken_for_a_loss() {
-    // The initial synchronisation is cut: no history, everything applied may go. The next epoch begins far above.
+    // The initial synchronisation is cut: no history, everything applied may go. The next epoch begins far
+    // above.
     let (mut source, mut random) = (Source::new(), Random(2));
     source.epoch(0);
     source.volume(0, SIZES[0]);

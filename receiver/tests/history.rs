@@ -1,5 +1,5 @@
-//! Views and restores against the model: random records, random batches, random restarts; beside a running applier; on the
-//! real disk; what is refused and why; what retention may drop.
+//! Views and restores against the model: random records, random batches, random restarts; beside a running
+//! applier; on the real disk; what is refused and why; what retention may drop.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 
@@ -62,8 +62,8 @@ fn request(at: At, to: &Path) -> RestoreRequest {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Whatever the batches and restarts, every point that is asked for is exact, by view and by restore; frames that are
-    /// received and not applied count too.
+    /// Whatever the batches and restarts, every point that is asked for is exact, by view and by restore;
+    /// frames that are received and not applied count too.
     #[test]
     fn every_point_is_exact(seed in any::<u64>(), epochs in 1_usize..3) {
         let mut random = Random(seed);
@@ -122,7 +122,8 @@ proptest! {
     }
 }
 
-/// ⚠ Replica first, registry second: readers beside the applier never see a byte that is newer than their point.
+/// ⚠ Replica first, registry second: readers beside the applier never see a byte that is newer than their
+/// point.
 #[test]
 fn views_and_restores_are_exact_while_the_applier_runs() {
     let mut source = live(3, 40);
@@ -315,7 +316,8 @@ impl File for InterruptedFile {
     }
 }
 
-/// ⚠ The same without luck: a whole batch is applied between the reader's decision to read the replica and its read.
+/// ⚠ The same without luck: a whole batch is applied between the reader's decision to read the replica and
+/// its read.
 #[test]
 fn a_batch_applied_in_the_middle_of_a_read_is_taken_back() {
     let mut source = live(31, 30);
@@ -595,8 +597,8 @@ fn targets_are_not_overwritten_by_accident() {
     drop(lock);
 }
 
-/// Ahead by a day for a while, then right: times of the stretch, and those held behind it, are refused with the nearest
-/// points; before and after it `time:` is exact.
+/// Ahead by a day for a while, then right: times of the stretch, and those held behind it, are refused with
+/// the nearest points; before and after it `time:` is exact.
 #[test]
 fn times_of_a_clock_that_was_wrong_are_refused() {
     const DAY: u64 = 86_400_000_000_000;
@@ -663,8 +665,8 @@ impl Disk for Counting {
     }
 }
 
-/// Merged indexes change nothing but the number of files that are asked: whatever of them is missing, damaged, cut, of other
-/// batches or half dropped.
+/// Merged indexes change nothing but the number of files that are asked: whatever of them is missing,
+/// damaged, cut, of other batches or half dropped.
 #[test]
 fn merged_indexes_give_the_same_content_from_few_files() {
     let source = live(41, 900);
@@ -751,7 +753,8 @@ fn merged_indexes_give_the_same_content_from_few_files() {
     check(&history, 37);
 }
 
-/// Scrub beside a writer and retention: nothing of what they do is damage; its rate is kept, and it stops at once.
+/// Scrub beside a writer and retention: nothing of what they do is damage; its rate is kept, and it stops at
+/// once.
 #[test]
 fn scrub_takes_nobodys_work_for_damage_and_keeps_its_rate() {
     let mut source = live(51, 200);

@@ -1,6 +1,6 @@
-//! What a source may send: records that break every rule under checksums that hold, more events than anybody keeps,
-//! volumes that cannot be, discards of everything. The group that it belongs to may stand still; nothing panics, its older
-//! points stay exact, and they are there again after a restart.
+//! What a source may send: records that break every rule under checksums that hold, more events than anybody
+//! keeps, volumes that cannot be, discards of everything. The group that it belongs to may stand still;
+//! nothing panics, its older points stay exact, and they are there again after a restart.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 
@@ -138,8 +138,8 @@ fn a_newer_epoch_passes_over_records_that_were_refused() {
     }
 }
 
-/// What a record names is kept in the event log, which is read at each start: a number that is refused there must be refused
-/// before it gets there, or one frame shuts the group for good.
+/// What a record names is kept in the event log, which is read at each start: a number that is refused there
+/// must be refused before it gets there, or one frame shuts the group for good.
 #[test]
 fn no_event_is_kept_that_cannot_be_read_again() {
     for op in [Op::Failed, Op::ClockJump] {

@@ -1,5 +1,6 @@
-//! A group's directory that others made: every checksum holds, and the numbers under them are anything. Its history is read,
-//! restores are planned, points are looked at, and a daemon starts on it. Each may refuse; none panics, takes long or grows.
+//! A group's directory that others made: every checksum holds, and the numbers under them are anything. Its
+//! history is read, restores are planned, points are looked at, and a daemon starts on it. Each may refuse;
+//! none panics, takes long or grows.
 //!
 //! `PROPTEST_CASES` says how many directories are tried.
 

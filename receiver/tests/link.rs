@@ -30,7 +30,8 @@ async fn what_is_sent_is_acknowledged_applied_and_restored_across_cuts_and_resta
     link.acknowledged(source.frames[10].0.last_lsn.0).await;
     link.connection.close(7_u32.into(), b"cut");
 
-    // 2. The next one resumes from what is durable: at or after what was acknowledged, and the source's own history.
+    // 2. The next one resumes from what is durable: at or after what was acknowledged, and the source's own
+    //    history.
     source.write(40);
     source.bookmark("here");
     let at_bookmark = source.model.clone();

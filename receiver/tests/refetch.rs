@@ -1,5 +1,6 @@
-//! Rot in the receiver's journal: what the source still holds is fetched again and put back, byte for byte; what it does not
-//! hold is a hole, told with its reason, and where it is not applied yet the source is told to begin anew.
+//! Rot in the receiver's journal: what the source still holds is fetched again and put back, byte for byte;
+//! what it does not hold is a hole, told with its reason, and where it is not applied yet the source is told
+//! to begin anew.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,5 +1,5 @@
-//! Rewind and resume against the model: random points, random batches, random restarts; the middle of a resync; volumes that
-//! grow and come; what is refused, taken back, noticed; what retention may drop.
+//! Rewind and resume against the model: random points, random batches, random restarts; the middle of a
+//! resync; volumes that grow and come; what is refused, taken back, noticed; what retention may drop.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 
@@ -79,8 +79,8 @@ fn reachable(history: &History, source: &Source) -> Vec<Lsn> {
     source.points.iter().copied().filter(|lsn| *lsn >= start && *lsn <= received).collect()
 }
 
-/// Whatever the points, batches, restarts, epochs and expiries: after a rewind the replica is the point, every point of the
-/// window is still exact, and after the resume everything is as if nothing had been.
+/// Whatever the points, batches, restarts, epochs and expiries: after a rewind the replica is the point,
+/// every point of the window is still exact, and after the resume everything is as if nothing had been.
 #[test]
 fn any_point_is_rewound_to_and_left_again() {
     for seed in 1..=24 {
@@ -179,8 +179,8 @@ fn a_rewind_can_be_undone() {
     assert_eq!(applier.resume(Lsn::ZERO).unwrap_err().kind, ErrorKind::NotPossible);
 }
 
-/// What the brief of the issue asks: the source is killed for good in the middle of a resync, at 20 random places; the
-/// replica is brought to the last consistent point, whose content was noted there.
+/// What the brief of the issue asks: the source is killed for good in the middle of a resync, at 20 random
+/// places; the replica is brought to the last consistent point, whose content was noted there.
 #[test]
 fn in_the_middle_of_a_resync_the_last_consistent_point_is_one_rewind_away() {
     for seed in 1..=20 {
@@ -379,7 +379,8 @@ fn a_replica_that_others_wrote_to_while_it_was_rewound_is_noticed() {
     assert!(history.resolve(&At::Latest).is_err());
 }
 
-/// What is under hold stays, whatever the window, down to its redo; everything older goes, and all of it after the release.
+/// What is under hold stays, whatever the window, down to its redo; everything older goes, and all of it
+/// after the release.
 #[test]
 fn retention_keeps_what_is_under_hold() {
     let mut source = live(12, 60);
@@ -469,8 +470,8 @@ fn a_bare_directory_is_rewound_and_resumed_under_its_lock() {
     assert_eq!(bare.resume().unwrap_err().kind, ErrorKind::NotPossible);
 }
 
-/// Boundaries that a rewind took back lie above its own. However the history is shortened, step by step, its oldest point
-/// never goes back, and whatever is promised from it on is there, redo included.
+/// Boundaries that a rewind took back lie above its own. However the history is shortened, step by step, its
+/// oldest point never goes back, and whatever is promised from it on is there, redo included.
 #[test]
 fn shortened_step_by_step_the_history_never_goes_back() {
     let mut source = live(14, 120);

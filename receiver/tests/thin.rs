@@ -1,5 +1,6 @@
-//! Merged undo at coarser steps: whatever is merged and dropped, each point that is told is exact, and nothing else is
-//! promised; against the model, with restarts, rewinds and views in between, and with a cut at every operation.
+//! Merged undo at coarser steps: whatever is merged and dropped, each point that is told is exact, and
+//! nothing else is promised; against the model, with restarts, rewinds and views in between, and with a cut
+//! at every operation.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "test code; its numbers are small")]
 

@@ -80,7 +80,8 @@ pub(crate) struct Agent {
     pub(crate) servers: Mutex<Vec<nbd::Server>>,
     pub(crate) serving: AtomicBool,
     pub(crate) halt: Halt,
-    /// One order of the operator at a time. While one is carried out, what is attached is not what the kernel captures.
+    /// One order of the operator at a time. While one is carried out, what is attached is not what the kernel
+    /// captures.
     pub(crate) operator: Mutex<()>,
     /// Writes that neither a record nor a `failed` record tells of, as many as the synchronisation has seen.
     pub(crate) untold_seen: AtomicU64,
@@ -102,8 +103,8 @@ pub(crate) struct Agent {
 }
 
 impl Replicator {
-    /// Starts a source on the current tokio runtime. When it returns, capture is ready; the NBD sockets open a moment
-    /// later, whatever is still to be synchronised.
+    /// Starts a source on the current tokio runtime. When it returns, capture is ready; the NBD sockets open
+    /// a moment later, whatever is still to be synchronised.
     ///
     /// # Errors
     /// Settings that do not fit what is there; somebody else serves the group; no room for the ring.
@@ -358,16 +359,16 @@ impl Agent {
             .map_err(|error| Error::because(ErrorKind::Io, format!("start thread {name}"), error))
     }
 
-    /// A task that lives as long as the run; its panic is a failure of the agent, never a silent end. What a link meets
-    /// ends its connection and no more ([`Link::run`]): this is for what nothing else has caught.
+    /// A task that lives as long as the run; its panic is a failure of the agent, never a silent end. What a
+    /// link meets ends its connection and no more ([`Link::run`]): this is for what nothing else has caught.
     async fn supervised(self: Arc<Self>, name: &'static str, work: impl Future<Output = ()>) {
         if let Err(said) = machine::caught(work).await {
             self.fail(panicked("task", name, &said));
         }
     }
 
-    /// The state's file, to change it. ⚠ Whoever holds it may wait for a disk: never on the runtime's threads, and never to
-    /// read alone.
+    /// The state's file, to change it. ⚠ Whoever holds it may wait for a disk: never on the runtime's
+    /// threads, and never to read alone.
     pub(crate) fn state(&self) -> MutexGuard<'_, StateFile> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

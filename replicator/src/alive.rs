@@ -1,15 +1,15 @@
-//! Signs of life of a running agent, in the ring's directory: whoever finds the ring of a run that was killed judges by them
-//! whether others wrote to the disks since ([`crate::start::proof`]). For the NBD front; the kernel module's capture does not
-//! end with the agent.
+//! Signs of life of a running agent, in the ring's directory: whoever finds the ring of a run that was killed
+//! judges by them whether others wrote to the disks since ([`crate::start::proof`]). For the NBD front; the
+//! kernel module's capture does not end with the agent.
 //!
 //! ```text
 //! RING_DIR/GROUP/alive    two slots of 64 KiB, written in turn:
 //!    0  8  xxh3 of what follows           8  4  length of the payload        12  …  payload (postcard)
 //! ```
-//! The file lies in memory, so that it is as old as the ring and costs no disk. Invariants: the time is read before it is
-//! written, so no sign is younger than the life it tells of; the marks are of an instant at which no write was in flight, and
-//! everything up to `quiet_lsn` had reached the disk; they are not taken anew while we write nothing, so that they never
-//! cover up a write of others.
+//! The file lies in memory, so that it is as old as the ring and costs no disk. Invariants: the time is read
+//! before it is written, so no sign is younger than the life it tells of; the marks are of an instant at
+//! which no write was in flight, and everything up to `quiet_lsn` had reached the disk; they are not taken
+//! anew while we write nothing, so that they never cover up a write of others.
 
 use std::fs::File;
 use std::io;
@@ -30,7 +30,8 @@ use crate::clock::now_ns;
 
 /// One sign to the next.
 const BEAT: Duration = Duration::from_millis(50);
-/// Devices write back what they cached, which moves their counters: their marks are taken anew so often, while it is quiet.
+/// Devices write back what they cached, which moves their counters: their marks are taken anew so often,
+/// while it is quiet.
 const DEVICES: Duration = Duration::from_secs(1);
 /// Room of a slot: 64 volumes take some 10 KiB.
 const SLOT_BYTES: u64 = 64 << 10;

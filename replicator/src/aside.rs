@@ -1,7 +1,7 @@
 //! A small file that is written by a thread of its own: who hands the content over never waits for the disk.
 //!
-//! Invariant: at most one thread writes. Contents that come meanwhile replace each other; the newest is written last, and
-//! in one step (draft and rename).
+//! Invariant: at most one thread writes. Contents that come meanwhile replace each other; the newest is
+//! written last, and in one step (draft and rename).
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
@@ -58,7 +58,8 @@ impl Aside {
         }
     }
 
-    /// Waits until all that was handed over was written, or said to have failed; false where the disk takes longer.
+    /// Waits until all that was handed over was written, or said to have failed; false where the disk takes
+    /// longer.
     pub(crate) fn settle(&self, at_most: Duration) -> bool {
         let begun = machine::now();
         let (queue, idle) = &*self.queue;

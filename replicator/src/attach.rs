@@ -1,13 +1,15 @@
 //! `afterimage attach` and `detach`: the operator takes a device out of capture, and puts it back.
 //!
-//! Orders, each crash-safe by what `start` does with what it finds: detach is durable before the kernel is told, so a new
-//! agent ends a capture that should have ended; attach is durable after the kernel was told, so a new agent ends one whose
-//! operator was never answered. In between a volume is `DetachedBetween`: some of its writes may be in the stream, and nobody
-//! knows which, so its replica is at no point. A volume that is attached again is synchronised as a whole.
+//! Orders, each crash-safe by what `start` does with what it finds: detach is durable before the kernel is
+//! told, so a new agent ends a capture that should have ended; attach is durable after the kernel was told,
+//! so a new agent ends one whose operator was never answered. In between a volume is `DetachedBetween`: some
+//! of its writes may be in the stream, and nobody knows which, so its replica is at no point. A volume that
+//! is attached again is synchronised as a whole.
 //!
-//! ⚠ The synchronisation runs beside them. It ends nothing, and clears no bit of a volume that is not attached, while an
-//! order is carried out (`Agent::between_orders`): between the kernel's attach, which makes all of the volume dirty, and
-//! the agent's own, those bits look like leftovers of a volume that nobody captures.
+//! ⚠ The synchronisation runs beside them. It ends nothing, and clears no bit of a volume that is not
+//! attached, while an order is carried out (`Agent::between_orders`): between the kernel's attach, which
+//! makes all of the volume dirty, and the agent's own, those bits look like leftovers of a volume that nobody
+//! captures.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -41,9 +43,9 @@ impl Handle {
         on_thread("af-attach", move || agent.attach(&device)).await?
     }
 
-    /// Ends the capture of a device, until it is attached again: also over restarts. Everything captured is journaled
-    /// when this returns; the replica stays at that point. In the middle of a synchronisation there is none: the group is not
-    /// consistent then before the volume is attached again, or has left it.
+    /// Ends the capture of a device, until it is attached again: also over restarts. Everything captured is
+    /// journaled when this returns; the replica stays at that point. In the middle of a synchronisation there
+    /// is none: the group is not consistent then before the volume is attached again, or has left it.
     ///
     /// # Errors
     /// What speaks against it, in an operator's words.
@@ -75,7 +77,8 @@ impl Agent {
         }
         // Records of it may pass before this is done, onto a replica that stands elsewhere.
         self.update(volume.id, |known| known.capturing = Capturing::DetachedBetween)?;
-        // Until the synchronisation begins, writes only set bits: no point of the time between may be offered.
+        // Until the synchronisation begins, writes only set bits: no point of the time between may be
+        // offered.
         *self.due.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
             Some(format!("volume {name} was attached"));
         self.shared.ring.set_mode_bitmap(CAUSE_AGENT)?;
@@ -124,8 +127,9 @@ impl Agent {
             self.shared.progress.wait_beyond(&at, STEP);
             at = self.shared.progress.position();
         }
-        // Only now: until its last record is journaled, a shortage may make bits of it. Those of writes that failed do not count:
-        // the stream tells of them, and the device may be one that cannot be read any more.
+        // Only now: until its last record is journaled, a shortage may make bits of it. Those of writes that
+        // failed do not count: the stream tells of them, and the device may be one that cannot be read any
+        // more.
         let mut is_consistent = matches!(state, State::Replicating | State::Rewound)
             && self.shared.health.is_good()
             && at.lsn >= last_lsn

@@ -1,4 +1,5 @@
-//! Causes in an operator's words: joined without repeats, and bounded, since they are remembered and joined again at each start.
+//! Causes in an operator's words: joined without repeats, and bounded, since they are remembered and joined
+//! again at each start.
 
 /// Longest text that is kept of a cause.
 pub(crate) const MAX_BYTES: usize = 320;

@@ -1,10 +1,11 @@
 //! What a receiver may make us believe of its position, when that is not in our own history.
 //!
-//! A receiver that is ahead of its source is real: the source was restored from a backup. Then the next epoch begins above
-//! both, and so the receiver's numbers become ours, durably. A receiver that lies would carry them to their end in one visit
-//! (at 2^62 nothing more is believed, from honest receivers neither). So a claim beyond our own numbers is believed only as
-//! far as this source can have come in the time that a backup lies back, and all such claims of an hour together as far
-//! as one of them. Claims up to our own numbers move nothing, and are not counted.
+//! A receiver that is ahead of its source is real: the source was restored from a backup. Then the next epoch
+//! begins above both, and so the receiver's numbers become ours, durably. A receiver that lies would carry
+//! them to their end in one visit (at 2^62 nothing more is believed, from honest receivers neither). So a
+//! claim beyond our own numbers is believed only as far as this source can have come in the time that a
+//! backup lies back, and all such claims of an hour together as far as one of them. Claims up to our own
+//! numbers move nothing, and are not counted.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,8 @@ use journal::{Lsn, Position};
 
 use crate::state::SourceState;
 
-/// Epochs that claims move us in [`REFILL`]: more unclean ends and gaps than there are between a backup and its return.
+/// Epochs that claims move us in [`REFILL`]: more unclean ends and gaps than there are between a backup and
+/// its return.
 const EPOCHS: u64 = 512;
 /// Lsns likewise: an unclean end uses 2^32, and so does an hour at a million writes a second.
 const LSNS: u64 = 1 << 48;

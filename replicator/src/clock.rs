@@ -1,10 +1,10 @@
 //! The source's clocks: realtime for records, and what says when it was set.
 //!
-//! Times of records come from the realtime clock and never run back. A clock that was wrong for a while leaves times that
-//! are wrong; the stream says so with a [`ClockStep`], so that the receiver refuses `time:` there instead of giving what
-//! the disk did not hold. Realtime is compared with the clock since boot, which nobody can set and which counts sleep,
-//! too. `DIR/clock` carries the comparison over restarts within one boot; over a boot only a clock that shows less than
-//! the newest record gives itself away.
+//! Times of records come from the realtime clock and never run back. A clock that was wrong for a while
+//! leaves times that are wrong; the stream says so with a [`ClockStep`], so that the receiver refuses `time:`
+//! there instead of giving what the disk did not hold. Realtime is compared with the clock since boot, which
+//! nobody can set and which counts sleep, too. `DIR/clock` carries the comparison over restarts within one
+//! boot; over a boot only a clock that shows less than the newest record gives itself away.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -89,8 +89,8 @@ pub struct ClockWatch {
 }
 
 impl ClockWatch {
-    /// Begins with a run: `captured` is its newest lsn, `newest_ns` the newest time of a record. Reads the last run's
-    /// comparison: not for the runtime's threads. What comes later is written aside.
+    /// Begins with a run: `captured` is its newest lsn, `newest_ns` the newest time of a record. Reads the
+    /// last run's comparison: not for the runtime's threads. What comes later is written aside.
     pub fn begin(dir: &Path, now: Times, captured: Lsn, newest_ns: u64) -> ClockWatch {
         // A simulated machine has no directory here, and no boot of its own.
         let file = (!machine::is_simulated()).then(|| Aside::new(dir.join("clock"), COST));
@@ -114,7 +114,8 @@ impl ClockWatch {
     }
 
     fn compare(&mut self, kept: Option<Kept>, now: Times, captured: Lsn) {
-        // The file has no checksum, and what it says goes into the stream: no stretch begins behind what is captured.
+        // The file has no checksum, and what it says goes into the stream: no stretch begins behind what is
+        // captured.
         let since =
             kept.map_or((Lsn(0), 0), |kept| (kept.since_lsn.min(captured.next()), kept.since_time_ns));
         let same_boot = kept.filter(|kept| kept.boot == self.boot && kept.boot_ns <= now.boot_ns);
@@ -180,7 +181,8 @@ impl ClockWatch {
         self.keep();
     }
 
-    /// Keeps the comparison for the next start, when the stream holds all steps: what is still pending is found again.
+    /// Keeps the comparison for the next start, when the stream holds all steps: what is still pending is
+    /// found again.
     fn keep(&self) {
         let Some(file) = self.kept.as_ref().filter(|_| self.pending.is_empty()) else { return };
         let (since_lsn, since_time_ns) = self.since;
@@ -270,7 +272,8 @@ mod tests {
             std::fs::write(dir.path().join("clock"), postcard::to_stdvec(&kept).unwrap()).unwrap();
             let watch = begin(dir.path(), at(YEAR + DAY, 15), 3, YEAR);
             let told = watch.pending().map(|step| (step.by_ns > 0, step.since_lsn));
-            // One that no history reaches is no comparison; one ahead of the capture begins where that stands.
+            // One that no history reaches is no comparison; one ahead of the capture begins where that
+            // stands.
             let expected = (lsn <= Lsn::MAX.0).then_some((true, Lsn(4)));
             assert_eq!(told, expected, "lsn {lsn}");
             end(watch);

@@ -1,10 +1,12 @@
-//! Asks the receiver for hashes of its replica, so that a synchronisation sends only what differs ([`wire::compare`]).
+//! Asks the receiver for hashes of its replica, so that a synchronisation sends only what differs
+//! ([`wire::compare`]).
 //!
 //! ```text
 //!  af-serve (engine): post ──► queue ──► link task: one question after the other ──► receiver
 //!                     wait ◄── answer ◄──────────────────────────────────────────────
 //! ```
-//! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked again.
+//! The engine is a thread and the link a task; a link that breaks drops its question, which is then asked
+//! again.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
@@ -71,8 +73,8 @@ impl Default for Questions {
 }
 
 impl Questions {
-    /// A receiver is connected, and what it offers. Before it is decided where its frames begin: whoever sees the old
-    /// number afterwards decided about the same receiver.
+    /// A receiver is connected, and what it offers. Before it is decided where its frames begin: whoever sees
+    /// the old number afterwards decided about the same receiver.
     pub fn offer(&self, features: u64, resume: Option<&Position>, epoch: u64) {
         self.connections.fetch_add(1, Ordering::SeqCst);
         if resume.is_some_and(|resume| resume.lsn > Lsn::ZERO && resume.epoch.number < epoch) {
@@ -83,7 +85,8 @@ impl Questions {
         self.offered.store(offered, Ordering::Release);
     }
 
-    /// Whether the receiver that was connected last answers questions; `None` when none was connected in this run.
+    /// Whether the receiver that was connected last answers questions; `None` when none was connected in this
+    /// run.
     pub fn is_offered(&self) -> Option<bool> {
         match self.offered.load(Ordering::Acquire) {
             UNKNOWN => None,
@@ -96,8 +99,8 @@ impl Questions {
         self.is_seeded.load(Ordering::Acquire)
     }
 
-    /// Whether a receiver turned up in this epoch that holds something of an earlier one: of a synchronisation that was
-    /// broken off.
+    /// Whether a receiver turned up in this epoch that holds something of an earlier one: of a
+    /// synchronisation that was broken off.
     pub fn holds_earlier(&self, epoch: u64) -> bool {
         epoch > 0 && self.held_before.load(Ordering::Acquire) == epoch
     }

@@ -1,5 +1,5 @@
-//! Disks that change while they are served: grown, shrunk, removed or replaced behind the front's back. What can be told is
-//! told; nothing is guessed.
+//! Disks that change while they are served: grown, shrunk, removed or replaced behind the front's back. What
+//! can be told is told; nothing is guessed.
 //!
 //! | found | what happens |
 //! |---|---|
@@ -68,8 +68,8 @@ impl Agent {
         self.shared.board.change_from(State::Replicating, State::Replicating, words, || true);
     }
 
-    /// Volumes that nothing proves to hold what was captured: id, name, and why. Those that are detached are synchronised
-    /// when they are attached again.
+    /// Volumes that nothing proves to hold what was captured: id, name, and why. Those that are detached are
+    /// synchronised when they are attached again.
     pub(crate) fn unproven(&self) -> Vec<(u32, String, String)> {
         let state = self.remembered();
         let known = state.volumes.iter().filter(|known| known.present && !known.is_detached());
@@ -127,9 +127,9 @@ impl Agent {
         gone()
     }
 
-    /// Order: 1 where something is there already, writes only set bits, so that no point from here on is offered and nobody
-    /// takes the volume for replicated; 2 the ring knows the size, and the stream, before any write that needs it; 3 what
-    /// is there is dirty; 4 clients may use it.
+    /// Order: 1 where something is there already, writes only set bits, so that no point from here on is
+    /// offered and nobody takes the volume for replicated; 2 the ring knows the size, and the stream, before
+    /// any write that needs it; 3 what is there is dirty; 4 clients may use it.
     fn grow(&self, volume: &Volume, served: &CapturedVolume, new: Range<u64>) -> Result<()> {
         let (name, from, to) = (&volume.name, new.start, new.end);
         tracing::info!(volume = %name, from, to, "the disk has grown; clients see it when they connect again");
@@ -160,7 +160,8 @@ impl Agent {
         *self.due.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause.to_owned());
     }
 
-    /// What is to be said while replicating: which volumes are not captured, and which disks are not where they were.
+    /// What is to be said while replicating: which volumes are not captured, and which disks are not where
+    /// they were.
     pub(crate) fn words(&self) -> String {
         let out: Vec<&str> = self
             .volumes

@@ -17,15 +17,16 @@ use crate::start;
 use crate::state::{Capturing, Gap, KnownVolume, SourceState, StateFile};
 use crate::status::State;
 
-/// Of granules that are sent whole because they were written into: between two looks, so that a stop need not wait.
+/// Of granules that are sent whole because they were written into: between two looks, so that a stop need not
+/// wait.
 const FILL_BYTES: u64 = 64 << 20;
 /// Between two tries to write a full disk: so many looks whether a stop is wanted, with such pauses.
 const ROOM_LOOKS: u32 = 20;
 const ROOM_PAUSE: Duration = Duration::from_millis(50);
 
 impl Agent {
-    /// That writes are only noted as dirty bits shows in the ring before anything else; the state follows as soon as
-    /// anybody looks.
+    /// That writes are only noted as dirty bits shows in the ring before anything else; the state follows as
+    /// soon as anybody looks.
     pub(crate) fn notice_overflow(&self) {
         let shared = &self.shared;
         if shared.board.state().0 != State::Replicating || shared.ring.mode() == Mode::Ring {
@@ -72,8 +73,8 @@ impl Agent {
         self.volumes.iter().filter(|volume| !volume.is_attached() && ring.is_dirty(volume.id))
     }
 
-    /// One of them whose replica is at no point: the group is at none without it. (The others' bits are of writes that
-    /// failed.)
+    /// One of them whose replica is at no point: the group is at none without it. (The others' bits are of
+    /// writes that failed.)
     pub(crate) fn detached_between(&self) -> Option<&Arc<Volume>> {
         self.detached_and_dirty().find(|volume| {
             let state = self.remembered();
@@ -82,8 +83,8 @@ impl Agent {
         })
     }
 
-    /// The ring becomes the current epoch's, and gives lsns from here on; it is empty, and writes only set bits. A new
-    /// consumer where the ring is another one. Called by the consumer's thread.
+    /// The ring becomes the current epoch's, and gives lsns from here on; it is empty, and writes only set
+    /// bits. A new consumer where the ring is another one. Called by the consumer's thread.
     ///
     /// # Errors
     /// The ring's.
@@ -106,7 +107,8 @@ impl Agent {
         }
     }
 
-    /// Changes the state, and waits for room where the disk has none: meanwhile the group says so. False at a stop.
+    /// Changes the state, and waits for room where the disk has none: meanwhile the group says so. False at a
+    /// stop.
     ///
     /// # Errors
     /// Any other of the disk's.
@@ -133,8 +135,8 @@ impl Agent {
         }
     }
 
-    /// From its return on, durably, no receiver that holds nothing may start at this epoch: what it was found to hold
-    /// already is not in the epoch's frames.
+    /// From its return on, durably, no receiver that holds nothing may start at this epoch: what it was found
+    /// to hold already is not in the epoch's frames.
     ///
     /// # Errors
     /// The state file cannot be written: then nothing may be left out.
@@ -154,8 +156,8 @@ impl Agent {
         }
     }
 
-    /// States the volumes whose record is not in the stream: the kernel's ring knows sizes that it could not put into the
-    /// order while writes only set bits, and a record may have been given up.
+    /// States the volumes whose record is not in the stream: the kernel's ring knows sizes that it could not
+    /// put into the order while writes only set bits, and a record may have been given up.
     ///
     /// # Errors
     /// The kernel module's.

@@ -1,4 +1,5 @@
-//! Which copy of this source we are: the file `dir/instance`, and what of it the receiver is told ([`wire::instance`]).
+//! Which copy of this source we are: the file `dir/instance`, and what of it the receiver is told
+//! ([`wire::instance`]).
 //!
 //! A two-slot control file beside `state`:
 //! ```text
@@ -6,11 +7,11 @@
 //! │ 1 │ postcard of Tokens          1 = version
 //! ```
 //! Invariants
-//! * `offered` is durable before the receiver hears of it, and is offered again and again until it is answered: what the
-//!   receiver remembers is always `offered` or `answered`, whatever was cut where.
+//! * `offered` is durable before the receiver hears of it, and is offered again and again until it is
+//!   answered: what the receiver remembers is always `offered` or `answered`, whatever was cut where.
 //! * A token that cannot be made durable is not offered: the last one is, which the receiver takes as well.
-//! * A file that is lost or damaged is begun anew. The receiver then sees a source that was rolled back, which it takes as
-//!   long as no other copy is connected.
+//! * A file that is lost or damaged is begun anew. The receiver then sees a source that was rolled back,
+//!   which it takes as long as no other copy is connected.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -47,7 +48,8 @@ fn fresh() -> Token {
 }
 
 impl Copy {
-    /// Opens the file, or begins it. Never fails: without the file a copy cannot be told, and nothing else is wrong.
+    /// Opens the file, or begins it. Never fails: without the file a copy cannot be told, and nothing else is
+    /// wrong.
     pub fn open(disk: &Arc<dyn Disk>, dir: &Path) -> Copy {
         let run = fresh();
         let path = dir.join(FILE);
@@ -162,8 +164,8 @@ mod tests {
         assert_eq!(third.previous, Some(second.token), "what was answered is durable");
     }
 
-    /// What is offered is durable before it is sent. Cut anywhere, the next process offers what a receiver follows, whether it
-    /// took the last offer or not.
+    /// What is offered is durable before it is sent. Cut anywhere, the next process offers what a receiver
+    /// follows, whether it took the last offer or not.
     #[test]
     fn a_receiver_follows_wherever_the_power_goes() {
         let rounds = |sim: &SimDisk, cut: u64| {

@@ -6,11 +6,12 @@
 //!  kernel module ────────────► ring ───┘      ▲                                  ◄── acks ──
 //!                                             └── resync ◄── disk (which is the truth)
 //! ```
-//! `start` decides how a run begins (take the ring over, go on after a clean stop, or a new epoch), `agent` owns the run,
-//! `resync` copies what is dirty while writes go on, `state` is what survives the process, `status` what operators see.
+//! `start` decides how a run begins (take the ring over, go on after a clean stop, or a new epoch), `agent`
+//! owns the run, `resync` copies what is dirty while writes go on, `state` is what survives the process,
+//! `status` what operators see.
 //!
-//! A slow or absent receiver never slows a client: between capture and everything else stands the ring, and a full
-//! ring becomes dirty bits.
+//! A slow or absent receiver never slows a client: between capture and everything else stands the ring, and a
+//! full ring becomes dirty bits.
 
 pub mod agent;
 mod alive;

@@ -1,8 +1,9 @@
-//! The link to the receiver: connect, agree where to start, send frames, follow acknowledgements; for ever again.
+//! The link to the receiver: connect, agree where to start, send frames, follow acknowledgements; for ever
+//! again.
 //!
-//! One connection at a time. The receiver's durable position is the only resume point: bytes in QUIC's buffers are
-//! not received. Frames and control messages have tasks of their own, so that a full window never delays an
-//! acknowledgement. A position that is not in our history ends in `needs-resync`, never in a guess.
+//! One connection at a time. The receiver's durable position is the only resume point: bytes in QUIC's
+//! buffers are not received. Frames and control messages have tasks of their own, so that a full window never
+//! delays an acknowledgement. A position that is not in our history ends in `needs-resync`, never in a guess.
 
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -92,7 +93,8 @@ pub struct Link {
 
 /// For each step of the greeting, and for the goodbye.
 const STEP: Duration = Duration::from_secs(10);
-/// For small files of our own, of which copy we are and of what we remember; a disk that takes longer is not waited for.
+/// For small files of our own, of which copy we are and of what we remember; a disk that takes longer is not
+/// waited for.
 const FILE: Duration = Duration::from_secs(2);
 
 /// How a connection ended.
@@ -145,7 +147,8 @@ impl Link {
                 Ok(connection) => {
                     let address = connection.remote_address();
                     let end = tokio::select! {
-                        // What a receiver says ends its connection at worst: a fault of ours that it meets does no more.
+                        // What a receiver says ends its connection at worst: a fault of ours that it meets
+                        // does no more.
                         end = machine::caught(self.converse(&connection, address, &mut backoff, &mut stopped)) => {
                             end.unwrap_or_else(|said| Ok(fault(&said)))
                         }
@@ -241,7 +244,8 @@ impl Link {
             return Ok(End::Stuck(why));
         }
         self.judge_receiver(resume.map_or(0, |resume| resume.epoch.number), Lsn::ZERO).await;
-        // What it lost since we heard of it last, restored from a backup or begun anew, it does not hold any more.
+        // What it lost since we heard of it last, restored from a backup or begun anew, it does not hold any
+        // more.
         let held = resume.map_or(Lsn::ZERO, |resume| resume.lsn);
         self.agent.shared.progress.peer_changed(|peer| {
             peer.received = peer.received.min(held);
@@ -310,7 +314,8 @@ impl Link {
     /// What to say of which copy we are.
     async fn offer(&mut self) -> Instance {
         let copy = self.agent.copy.clone();
-        // A disk that hangs keeps the lock: then the last word is said again, and no thread waits behind the first.
+        // A disk that hangs keeps the lock: then the last word is said again, and no thread waits behind the
+        // first.
         let offer = move || copy.try_lock().ok().map(|mut copy| copy.offer());
         if let Ok(Ok(Some(instance))) = timeout(FILE, on_thread("af-instance", offer)).await {
             self.instance = Some(instance);
@@ -357,8 +362,8 @@ impl Link {
         self.needs_resync(resume, why).await;
     }
 
-    /// What a receiver says is remembered by a thread: a state file whose disk hangs holds up neither heartbeats nor those who
-    /// ask for the state. Then the next verdict says the same.
+    /// What a receiver says is remembered by a thread: a state file whose disk hangs holds up neither
+    /// heartbeats nor those who ask for the state. Then the next verdict says the same.
     async fn needs_resync(&self, resume: Option<Position>, why: &str) {
         let Ok(one) = self.remembering.clone().try_lock_owned() else { return };
         let (agent, epoch, why) = (self.agent.clone(), self.epoch, why.to_owned());
@@ -473,7 +478,8 @@ impl Link {
                         if (epoch, Lsn(received_lsn)) > self.newest() {
                             return Ok(End::Lost("the receiver acknowledges what was never sent".into()));
                         }
-                        // Before the acknowledgement: who sees no backlog any more sees all that was sent for it.
+                        // Before the acknowledgement: who sees no backlog any more sees all that was sent for
+                        // it.
                         self.count(connection);
                         let lsns = [received_lsn, applied_lsn, checkpoint_lsn].map(Lsn);
                         self.agent.shared.progress.acknowledged(epoch, lsns[0], lsns[1], lsns[2]);
@@ -522,8 +528,8 @@ impl Link {
 
     /// What the receiver's state means for us, when it holds `epoch` and its replica is at `checkpoint`.
     ///
-    /// A replica that needs a synchronisation is news only once the current epoch has reached it: until then that very
-    /// synchronisation is on its way.
+    /// A replica that needs a synchronisation is news only once the current epoch has reached it: until then
+    /// that very synchronisation is on its way.
     async fn judge_receiver(&self, epoch: u64, checkpoint: Lsn) {
         let known = self.agent.remembered();
         let (current, start) = (known.epoch.number, known.epoch_start);
@@ -545,8 +551,8 @@ impl Link {
         }
     }
 
-    /// What the receiver's refusal means for the next attempt. Frames out of order may be a hiccup; refused twice from the
-    /// same start, the histories do not join.
+    /// What the receiver's refusal means for the next attempt. Frames out of order may be a hiccup; refused
+    /// twice from the same start, the histories do not join.
     async fn refusal(&mut self, resume: Option<Position>, code: ErrorCode, reason: String) -> End {
         let why = format!("the receiver refused: {reason}");
         match code {
@@ -573,8 +579,9 @@ impl Link {
 }
 
 impl Agent {
-    /// Our history and the receiver's do not join, as somebody found who greeted in `epoch`: remembered durably, so that
-    /// the synchronisation, of this run or of the next, begins a new epoch above everything that either side has seen.
+    /// Our history and the receiver's do not join, as somebody found who greeted in `epoch`: remembered
+    /// durably, so that the synchronisation, of this run or of the next, begins a new epoch above everything
+    /// that either side has seen.
     fn needs_resync(&self, epoch: u64, resume: Option<&Position>, why: &str) {
         let gap = Gap { cause: why.to_owned(), since_ns: now_ns() };
         let mut file = self.state();
@@ -597,8 +604,8 @@ impl Agent {
         self.shared.board.change(State::NeedsResync, format!("{why}; a new epoch begins by itself"));
     }
 
-    /// As [`needs_resync`](Self::needs_resync); the journal is set aside as well, lest the receiver ask for the same
-    /// unreadable frame again.
+    /// As [`needs_resync`](Self::needs_resync); the journal is set aside as well, lest the receiver ask for
+    /// the same unreadable frame again.
     fn journal_is_damaged(&self, epoch: u64, why: &str) {
         if self.remembered().epoch.number != epoch {
             return;

@@ -1,8 +1,9 @@
-//! Disks are looked at aside, in sweeps: one that hangs holds up nothing but the look at it, and its silence is told.
+//! Disks are looked at aside, in sweeps: one that hangs holds up nothing but the look at it, and its silence
+//! is told.
 //!
-//! State: the disks that are being looked at, each since when, and the number of the newest sweep. A sweep whose look is silent
-//! is left to itself, and the next one passes that disk over.
-//! Invariants: at most one look at a disk; at most one thread more than there are silent disks.
+//! State: the disks that are being looked at, each since when, and the number of the newest sweep. A sweep
+//! whose look is silent is left to itself, and the next one passes that disk over. Invariants: at most one
+//! look at a disk; at most one thread more than there are silent disks.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};

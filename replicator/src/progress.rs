@@ -1,7 +1,7 @@
 //! How far each step has come: written by the pipeline and the link, read by status, `wait` and retention.
 //!
-//! State: the journaled position, what is journaled and not acknowledged, and the peer's last word. One lock, taken
-//! per frame or per message, never per write.
+//! State: the journaled position, what is journaled and not acknowledged, and the peer's last word. One lock,
+//! taken per frame or per message, never per write.
 
 use std::collections::VecDeque;
 use std::sync::PoisonError;
@@ -14,8 +14,8 @@ use tokio::sync::watch;
 
 use crate::compare::Questions;
 
-/// Unacknowledged frames are remembered one by one up to this many, then in pairs: a bound of 4 MiB whatever the
-/// outage's length. `backlog_bytes` and `rpo_ms` get coarser, never wrong by more than an entry.
+/// Unacknowledged frames are remembered one by one up to this many, then in pairs: a bound of 4 MiB whatever
+/// the outage's length. `backlog_bytes` and `rpo_ms` get coarser, never wrong by more than an entry.
 const MAX_ENTRIES: usize = 64 * 1024;
 
 /// A run of journaled frames.
@@ -50,8 +50,8 @@ pub struct PeerView {
     pub trouble: String,
     /// The complaint is one that does not go away by itself.
     pub stuck: bool,
-    /// The receiver takes frames, and writes none to the replica: it failed, or needs a synchronisation that is not remembered
-    /// yet.
+    /// The receiver takes frames, and writes none to the replica: it failed, or needs a synchronisation that
+    /// is not remembered yet.
     pub replica_failed: bool,
     /// By how much our clock is ahead of its, ns; `None` before it was heard.
     pub clock_skew_ns: Option<i64>,
@@ -63,7 +63,8 @@ pub struct PeerView {
     pub applied: Lsn,
     /// The replica durably is exactly this.
     pub checkpoint: Lsn,
-    /// Another copy of this source was refused at the receiver: from where and when, in words; and when we heard of it.
+    /// Another copy of this source was refused at the receiver: from where and when, in words; and when we
+    /// heard of it.
     pub copy: Option<(Instant, String)>,
 }
 
@@ -172,7 +173,8 @@ impl Progress {
         self.lock().journaled
     }
 
-    /// Waits until the journal grows beyond `seen`, the wait is over, or the agent stops; false when it stops.
+    /// Waits until the journal grows beyond `seen`, the wait is over, or the agent stops; false when it
+    /// stops.
     pub fn wait_beyond(&self, seen: &Position, at_most: Duration) -> bool {
         let ends = machine::now() + at_most;
         let mut inner = self.lock();

@@ -1,9 +1,9 @@
 //! Serves frames again that rotted at the receiver, out of the source's journal ([`wire::refetch`]).
 //!
-//! The question names a position: lineage, epoch and its id, lsn and chain. Only where it is in this journal's own history
-//! is the frame behind it sent, verified once more as it is read, byte for byte. Nothing else of the disk can be asked for.
-//! One question at a time, read on a thread of its own, and a pause behind each answer: a receiver that asks and asks costs
-//! ten reads a second.
+//! The question names a position: lineage, epoch and its id, lsn and chain. Only where it is in this
+//! journal's own history is the frame behind it sent, verified once more as it is read, byte for byte.
+//! Nothing else of the disk can be asked for. One question at a time, read on a thread of its own, and a
+//! pause behind each answer: a receiver that asks and asks costs ten reads a second.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -27,8 +27,8 @@ impl Agent {
         let journaled = shared.progress.position();
         let epoch = shared.progress.epoch();
         let captured = Lsn(shared.ring.captured_lsn());
-        // A receiver may hold more than this source ever captured (one of them was rolled back): that is trouble, told
-        // elsewhere, and no position of ours.
+        // A receiver may hold more than this source ever captured (one of them was rolled back): that is
+        // trouble, told elsewhere, and no position of ours.
         let held = |lsn: Lsn| lsn.min(captured);
         let positions = Positions {
             captured_lsn: captured,
@@ -117,7 +117,8 @@ impl Agent {
         format!("no link to the receiver {} yet", self.settings.receiver.address)
     }
 
-    /// Devices that vanished while they were captured: nothing can be written to them, and nothing read again.
+    /// Devices that vanished while they were captured: nothing can be written to them, and nothing read
+    /// again.
     fn gone_words(&self) -> String {
         let gone =
             |volume: &&crate::capture::Volume| volume.is_attached() && self.shared.ring.is_gone(volume.id);

@@ -15,7 +15,8 @@ impl Agent {
         if self.halt.stop.load(Ordering::Acquire) {
             return Ok(());
         }
-        // Together, not each: so much memory is all that the clients of this agent can take beside their connections' own.
+        // Together, not each: so much memory is all that the clients of this agent can take beside their
+        // connections' own.
         let nbd::Settings { replies, writes, .. } = nbd::Settings::default();
         let volumes = if self.surroundings.serves { &*self.volumes } else { &[] };
         for (volume, settings) in volumes.iter().zip(&self.settings.volume) {

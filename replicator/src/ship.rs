@@ -1,7 +1,8 @@
 //! From the source journal to the link: where a connection starts, and the thread that reads ahead of it.
 //!
-//! Live frames are read back from the journal like old ones: they are in the page cache, and there is one path.
-//! Every frame is verified once more as it is read; a frame that fails ends the shipping with its place.
+//! Live frames are read back from the journal like old ones: they are in the page cache, and there is one
+//! path. Every frame is verified once more as it is read; a frame that fails ends the shipping with its
+//! place.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,8 +24,8 @@ const IDLE: Duration = Duration::from_millis(100);
 
 /// Places the reader where the receiver's history ends.
 ///
-/// A receiver that holds nothing, or something that is not in this history, may start at the current epoch when that
-/// began with the content of every volume.
+/// A receiver that holds nothing, or something that is not in this history, may start at the current epoch
+/// when that began with the content of every volume.
 ///
 /// # Errors
 /// Why only a new synchronisation joins the two histories, or why the journal cannot be read just now.

@@ -1,13 +1,14 @@
 //! What was not sent because a file system called it free (decision 0021): `DIR/skipped`.
 //!
-//! Source and replica may differ there, and nobody reads it. A granule that somebody writes into is touched: what was written
-//! is a record as any other, and the rest of it is sent once nothing more urgent is under way. So each granule is either in
-//! here, or the same on both sides.
+//! Source and replica may differ there, and nobody reads it. A granule that somebody writes into is touched:
+//! what was written is a record as any other, and the rest of it is sent once nothing more urgent is under
+//! way. So each granule is either in here, or the same on both sides.
 //!
 //! Invariants
 //! * A granule is durably in the file before its dirty bit is cleared unsent.
-//! * It is taken out when all of it has been sent; of the file a little later. A file that is too large makes `verify` leave
-//!   out too much until the granule is written again. Nothing is ever left unsent because of this file.
+//! * It is taken out when all of it has been sent; of the file a little later. A file that is too large makes
+//!   `verify` leave out too much until the granule is written again. Nothing is ever left unsent because of
+//!   this file.
 //! * Touching sets no dirty bit: a synchronisation would never end on a disk that is being filled.
 
 use std::collections::BTreeMap;
@@ -45,7 +46,8 @@ struct Inner {
 }
 
 impl Skipped {
-    /// What the last run left in a directory; nothing where it cannot be read, which only makes `verify` say too much.
+    /// What the last run left in a directory; nothing where it cannot be read, which only makes `verify` say
+    /// too much.
     pub fn open(dir: &Path) -> Skipped {
         let path = dir.join("skipped");
         let volumes: BTreeMap<u32, Granules> = match std::fs::read(&path) {

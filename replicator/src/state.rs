@@ -1,23 +1,28 @@
-//! What the source must remember across its own death: the two-slot control file `dir/state`, and `dir/state.copy`.
+//! What the source must remember across its own death: the two-slot control file `dir/state`, and
+//! `dir/state.copy`.
 //!
-//! The copy is written before the file when that changes which is needed to find the way back: group, lineage, epoch, lease,
-//! volumes. Where the file is gone, or both its slots are damaged, the copy takes its place, in doubt. A file with one
-//! damaged slot is in doubt as well: the other one may be older than the last store. In doubt there is no clean mark, a gap
-//! is remembered that only a synchronisation repairs, and lsns go on above another lease.
+//! The copy is written before the file when that changes which is needed to find the way back: group,
+//! lineage, epoch, lease, volumes. Where the file is gone, or both its slots are damaged, the copy takes its
+//! place, in doubt. A file with one damaged slot is in doubt as well: the other one may be older than the
+//! last store. In doubt there is no clean mark, a gap is remembered that only a synchronisation repairs, and
+//! lsns go on above another lease.
 //!
 //! Invariants
-//! * No lsn at or above `lease_end` is ever used before a larger lease is durable, so after an unclean end of the
-//!   machine the next epoch starts at the lease's end and no lsn is used twice, without asking the peer (DESIGN 6).
-//! * `clean` is removed, durably, before the first write of a run is served, and set as the last step of a stop.
-//! * `needs_resync` is set, durably, as soon as a gap is known that the ring's own dirty map does not remember, and
-//!   is removed only after `resync-end` of a synchronisation of everything has been journaled. `gap_in_ring` says that
-//!   the current epoch's ring remembers it after all, as dirty bits: then a new owner of that ring goes on with what is
-//!   left of them.
-//! * `unproven_since` is set, durably, with the first volume whose content is in doubt. While it is set, each `resync-begin`
-//!   names it: what is synchronised may be the very difference that a comparison would find. It is removed when a comparison
-//!   has found no difference, or with the end of a synchronisation that leaves no volume in doubt.
-//! * `given_up` is set, durably, before the room of a record is given back that no journal holds and whose range became
-//!   dirty bits instead; removed when the journal has a place for its lsn again.
+//! * No lsn at or above `lease_end` is ever used before a larger lease is durable, so after an unclean end of
+//!   the machine the next epoch starts at the lease's end and no lsn is used twice, without asking the peer
+//!   (DESIGN 6).
+//! * `clean` is removed, durably, before the first write of a run is served, and set as the last step of a
+//!   stop.
+//! * `needs_resync` is set, durably, as soon as a gap is known that the ring's own dirty map does not
+//!   remember, and is removed only after `resync-end` of a synchronisation of everything has been journaled.
+//!   `gap_in_ring` says that the current epoch's ring remembers it after all, as dirty bits: then a new owner
+//!   of that ring goes on with what is left of them.
+//! * `unproven_since` is set, durably, with the first volume whose content is in doubt. While it is set, each
+//!   `resync-begin` names it: what is synchronised may be the very difference that a comparison would find.
+//!   It is removed when a comparison has found no difference, or with the end of a synchronisation that
+//!   leaves no volume in doubt.
+//! * `given_up` is set, durably, before the room of a record is given back that no journal holds and whose
+//!   range became dirty bits instead; removed when the journal has a place for its lsn again.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,11 +41,11 @@ use crate::error::{Error, ErrorKind, Result, describe};
 /// How far ahead of use the lsn lease is made durable: a write rate of 10^6/s uses it up in an hour.
 const LEASE: u64 = 1 << 32;
 const VERSION: u16 = 3;
-/// Size of a slot. A volume takes up to 700 bytes: 64 with the longest of everything have room in three quarters of it. Files with
-/// smaller slots are read, and enlarged where there is room.
+/// Size of a slot. A volume takes up to 700 bytes: 64 with the longest of everything have room in three
+/// quarters of it. Files with smaller slots are read, and enlarged where there is room.
 const SLOT_BYTES: usize = 64 << 10;
-/// Volumes that a group may have known in all, present or not: their ids are never given to others, and the receiver keeps
-/// a replica of each.
+/// Volumes that a group may have known in all, present or not: their ids are never given to others, and the
+/// receiver keeps a replica of each.
 pub const MAX_VOLUMES: usize = journal::record::MAX_VOLUMES;
 /// Names of the files.
 const FILE: &str = "state";
@@ -72,7 +77,8 @@ pub struct KnownVolume {
     pub identity: Option<DiskIdentity>,
     /// What it was when capture ended cleanly.
     pub mark: Option<Continuity>,
-    /// Why nothing proves that it holds what was captured: its content is to be compared, while replication goes on.
+    /// Why nothing proves that it holds what was captured: its content is to be compared, while replication
+    /// goes on.
     pub unproven: Option<String>,
     /// False once it left the group.
     pub present: bool,
@@ -80,16 +86,16 @@ pub struct KnownVolume {
     pub capturing: Capturing,
 }
 
-/// Whether a volume is to be captured. In the file it is one byte; the first two are the truth value `detached` of programs
-/// that did not know the third, and that refuse it.
+/// Whether a volume is to be captured. In the file it is one byte; the first two are the truth value
+/// `detached` of programs that did not know the third, and that refuse it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Capturing {
     /// It is.
     On,
     /// The operator took it out, until they attach it again. Its replica stays at a point.
     Detached,
-    /// The same in the middle of a synchronisation or of an order, or the epoch began without it: its replica is at no point
-    /// of the group, and so none is, until the volume is attached again or leaves the group.
+    /// The same in the middle of a synchronisation or of an order, or the epoch began without it: its replica
+    /// is at no point of the group, and so none is, until the volume is attached again or leaves the group.
     DetachedBetween,
 }
 
@@ -220,8 +226,8 @@ impl StateFile {
         StateFile { slots, copy: None, copied: false, disk, dir, durable, state }
     }
 
-    /// The copy takes the place of a file that is gone or damaged in both slots, which is put aside. A crash in between finds
-    /// no file, and comes here again.
+    /// The copy takes the place of a file that is gone or damaged in both slots, which is put aside. A crash
+    /// in between finds no file, and comes here again.
     fn from_copy(disk: &Arc<dyn Disk>, dir: &Path, why: &Error, exists: bool) -> Result<StateFile> {
         let (path, copy) = (dir.join(FILE), dir.join(COPY));
         let mut state = match read(disk, &copy) {
@@ -287,8 +293,8 @@ impl StateFile {
         Ok(())
     }
 
-    /// Best effort: an old copy costs lsns that are used twice at most where the file is lost as well, and receivers refuse
-    /// those.
+    /// Best effort: an old copy costs lsns that are used twice at most where the file is lost as well, and
+    /// receivers refuse those.
     fn store_copy(&mut self, state: &SourceState) {
         let path = self.dir.join(COPY);
         let stored = encode(state).and_then(|payload| match self.copy.take() {
@@ -613,7 +619,8 @@ mod tests {
 
     use journal::sim_disk::SimDisk;
 
-    /// What a source does with its state until the power goes at operation `cut`; the last that it was told is durable.
+    /// What a source does with its state until the power goes at operation `cut`; the last that it was told
+    /// is durable.
     fn live(sim: &SimDisk, cut: u64) -> Option<SourceState> {
         sim.create_dir(Path::new("/d")).unwrap();
         sim.cut_at(cut);
@@ -639,8 +646,8 @@ mod tests {
         Some(file.get().clone())
     }
 
-    /// Two files, one order: the copy first. Cut anywhere, the file is the last that was durable or the one in flight; and
-    /// without the file the copy knows who the source is, and leases no lsn that was used.
+    /// Two files, one order: the copy first. Cut anywhere, the file is the last that was durable or the one
+    /// in flight; and without the file the copy knows who the source is, and leases no lsn that was used.
     #[test]
     fn file_and_copy_agree_wherever_the_power_goes() {
         let open_on = |sim: &SimDisk, at: &str| {

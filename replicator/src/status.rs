@@ -49,14 +49,16 @@ pub struct GroupStatus {
     /// `captured_lsn`, `journaled_lsn`, `received_lsn`, `applied_lsn`, `checkpoint_lsn`.
     #[serde(flatten)]
     pub positions: Positions,
-    /// Age of the oldest captured write that is not yet durable at the receiver, ms; `null` while that is not known.
+    /// Age of the oldest captured write that is not yet durable at the receiver, ms; `null` while that is not
+    /// known.
     pub rpo_ms: Option<u64>,
     /// By how much this machine's clock is ahead of the receiver's; `None` while that is not heard.
     #[serde(default)]
     pub clock_skew_ms: Option<i64>,
     /// Journaled bytes that the receiver has not acknowledged.
     pub backlog_bytes: u64,
-    /// Bytes of datagrams sent to the receiver since the agent started, as of the last acknowledgement or heartbeat.
+    /// Bytes of datagrams sent to the receiver since the agent started, as of the last acknowledgement or
+    /// heartbeat.
     #[serde(default)]
     pub sent_bytes: u64,
     /// Bytes that the file systems call free and that were not sent (`sync = "allocated"`).
@@ -179,15 +181,16 @@ impl Board {
 
     /// Takes all volumes to a state, with its cause. The one function through which states change.
     ///
-    /// A gap is left only for `Syncing` or `Resyncing` (a repair began), or for something worse; `Fenced` by nothing but a
-    /// new start. Anything else is not done: whoever speaks late does not undo what others have seen since.
+    /// A gap is left only for `Syncing` or `Resyncing` (a repair began), or for something worse; `Fenced` by
+    /// nothing but a new start. Anything else is not done: whoever speaks late does not undo what others have
+    /// seen since.
     pub fn change(&self, to: State, why: impl Into<String>) {
         self.change_in(&mut self.lock(), to, why.into());
     }
 
-    /// The same for somebody who has seen something and speaks a moment later: nothing when the state is another one by
-    /// then, or it is not so any more. A repair that has begun meanwhile must not be called a gap again, from which it could
-    /// not lead back; nor may one that has ended.
+    /// The same for somebody who has seen something and speaks a moment later: nothing when the state is
+    /// another one by then, or it is not so any more. A repair that has begun meanwhile must not be called a
+    /// gap again, from which it could not lead back; nor may one that has ended.
     pub fn change_from(&self, seen: State, to: State, why: impl Into<String>, is_so: impl FnOnce() -> bool) {
         let mut inner = self.lock();
         if worst(&inner.volumes) == seen && is_so() {
@@ -230,7 +233,8 @@ impl Board {
         tracing::info!(group = %self.group, volume = name, "attached");
     }
 
-    /// How far a synchronisation is: new words for the state it runs under; nothing when that is no longer the state.
+    /// How far a synchronisation is: new words for the state it runs under; nothing when that is no longer
+    /// the state.
     pub fn progress(&self, running: State, why: String) {
         let mut inner = self.lock();
         if worst(&inner.volumes) == running {
@@ -345,7 +349,8 @@ mod tests {
         use State::{Degraded, Detached, Fenced, NeedsResync, Replicating, Resyncing, Rewound, Syncing};
         let all = [Replicating, Syncing, Resyncing, Degraded, NeedsResync, Detached, Rewound, Fenced];
         let edges = |from| match from {
-            // A start says what it finds; a repair ends well, or in whatever came between; nothing leads back from health.
+            // A start says what it finds; a repair ends well, or in whatever came between; nothing leads back
+            // from health.
             Detached | Syncing | Resyncing | Replicating | Rewound => &all[..],
             Degraded => &[Degraded, Syncing, Resyncing, NeedsResync, Detached, Rewound, Fenced],
             NeedsResync => &[NeedsResync, Syncing, Resyncing, Detached, Rewound, Fenced],

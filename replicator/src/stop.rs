@@ -1,4 +1,5 @@
-//! How a run ends: clients first, then the volumes, then the journal, and a clean mark only when nothing is owed.
+//! How a run ends: clients first, then the volumes, then the journal, and a clean mark only when nothing is
+//! owed.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -45,8 +46,8 @@ struct Detached {
 }
 
 impl Agent {
-    /// What `kfilter.on_stop` says: ends the capture of all devices, or of none (`None`). The pipeline still runs, and takes
-    /// what was captured last.
+    /// What `kfilter.on_stop` says: ends the capture of all devices, or of none (`None`). The pipeline still
+    /// runs, and takes what was captured last.
     fn detach_at_stop(&self) -> Result<Option<Vec<Detached>>> {
         let Ring::Kernel(kernel) = &*self.shared.ring else { return Ok(None) };
         let group = kernel.group();
@@ -87,8 +88,8 @@ impl Agent {
 }
 
 impl Handle {
-    /// Stops cleanly: requests in flight are answered, everything captured is journaled and synced, and a clean mark
-    /// lets the next start go on without a synchronisation.
+    /// Stops cleanly: requests in flight are answered, everything captured is journaled and synced, and a
+    /// clean mark lets the next start go on without a synchronisation.
     ///
     /// # Errors
     /// The clean mark could not be written: the next start takes the ring over, or synchronises.
@@ -171,8 +172,9 @@ impl Handle {
         true
     }
 
-    /// Order: 1 journal is durable, 2 the clean mark with the devices' marks, 3 the kernel forgets the group (its ring holds
-    /// nothing). Without devices that were detached the kernel captures on, and the next start takes over.
+    /// Order: 1 journal is durable, 2 the clean mark with the devices' marks, 3 the kernel forgets the group
+    /// (its ring holds nothing). Without devices that were detached the kernel captures on, and the next
+    /// start takes over.
     fn mark_detached(&self, last: &Position, detached: Option<&[Detached]>) -> Result<()> {
         let Ring::Kernel(kernel) = &*self.agent.shared.ring else { return Ok(()) };
         let group = kernel.group();
@@ -209,8 +211,8 @@ impl Handle {
             .map_err(|error| Error::because(ErrorKind::Io, format!("sync {}", dir.display()), error))
     }
 
-    /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' marks, 3 the ring goes (it holds
-    /// nothing).
+    /// Order: 1 journal and backings are durable, 2 the clean mark with the backings' marks, 3 the ring goes
+    /// (it holds nothing).
     fn mark_clean(&self, last: &Position) -> Result<()> {
         self.settle_journal()?;
         for volume in self.agent.volumes.iter().filter_map(|volume| volume.served()) {

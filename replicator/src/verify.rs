@@ -1,8 +1,9 @@
-//! `afterimage verify`: whether the replica is what the disk is, while everybody goes on writing. Here: the order, what is
-//! known so far, and their file; the looking is the synchronising thread's (`resync/verify`).
+//! `afterimage verify`: whether the replica is what the disk is, while everybody goes on writing. Here: the
+//! order, what is known so far, and their file; the looking is the synchronising thread's (`resync/verify`).
 //!
-//! The file `DIR/verify` holds the order, the place and the findings as JSON. It is replaced by rename and not synced: after
-//! a lost machine a verification begins where an older copy says, which only looks at something twice.
+//! The file `DIR/verify` holds the order, the place and the findings as JSON. It is replaced by rename and
+//! not synced: after a lost machine a verification begins where an older copy says, which only looks at
+//! something twice.
 
 use std::ops::Range;
 use std::path::Path;
@@ -89,8 +90,8 @@ pub struct VerifyReport {
     pub differing_bytes: u64,
     /// Bytes that the disk could not read.
     pub unreadable_bytes: u64,
-    /// Bytes that were written at each of many looks, so that nothing can be said of them but that those writes are in the
-    /// stream.
+    /// Bytes that were written at each of many looks, so that nothing can be said of them but that those
+    /// writes are in the stream.
     pub busy_bytes: u64,
     /// Where they differ.
     pub differences: Vec<Difference>,

@@ -1,4 +1,5 @@
-//! `afterimage wait`: until everything captured so far is on the replica, or why that cannot happen by itself.
+//! `afterimage wait`: until everything captured so far is on the replica, or why that cannot happen by
+//! itself.
 
 use std::time::Duration;
 

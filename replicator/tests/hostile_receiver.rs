@@ -1,5 +1,5 @@
-//! A receiver with the right identity that lies: nothing of what it claims becomes a number of the source, none of its words
-//! reaches the status as it came, and the next receiver finds the source as it was.
+//! A receiver with the right identity that lies: nothing of what it claims becomes a number of the source,
+//! none of its words reaches the status as it came, and the next receiver finds the source as it was.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::sync::Arc;
@@ -10,7 +10,8 @@ use replicator::status::State;
 use wire::message::{Message, Position, ReceiverCode, ReceiverState};
 use wire::{Identity, Server, Tuning, endpoint, framing};
 
-/// Answers one connection with this claim, made from the source's own hello, and with these acknowledged lsns.
+/// Answers one connection with this claim, made from the source's own hello, and with these acknowledged
+/// lsns.
 async fn lie(server: &Server, epoch: u64, lsn: u64, acked: Option<u64>) {
     let (connection, _) = endpoint::handshake(server.accept().await.unwrap()).await.unwrap();
     let (mut sender, mut receiver) = framing::accept(&connection).await.unwrap();

@@ -156,7 +156,8 @@ async fn what_clients_write_is_in_the_journal_and_a_clean_stop_leaves_no_gap() {
         "a change behind our back: a new epoch"
     );
     assert!(changed.why.contains("changed while it was not protected"), "{}", changed.why);
-    // What the receiver holds already is not sent again, so it is waited for: by nobody but the synchronisation.
+    // What the receiver holds already is not sent again, so it is waited for: by nobody but the
+    // synchronisation.
     qemu_io(&settings, &["write -P 11 1M 64k", "flush", "read -P 11 1M 64k"]);
     handle.shutdown().await.unwrap();
     let (_, ops) = replay(dirs.state.path());

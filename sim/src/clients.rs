@@ -1,4 +1,5 @@
-//! The clients of the source's volumes: each writes its own stretch, one write at a time, and tells the model.
+//! The clients of the source's volumes: each writes its own stretch, one write at a time, and tells the
+//! model.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -151,4 +152,5 @@ impl Client {
     }
 }
 
-// Clients of a stopped source end with its volumes; those of a killed one unwind with its life. `busy` is then reset.
+// Clients of a stopped source end with its volumes; those of a killed one unwind with its life. `busy` is
+// then reset.

@@ -1,4 +1,5 @@
-//! The disks of one life: a [`SimDisk`] whose operations take turns and time, and end with the process that does them.
+//! The disks of one life: a [`SimDisk`] whose operations take turns and time, and end with the process that
+//! does them.
 
 use std::fmt;
 use std::io;
@@ -220,8 +221,8 @@ impl File for LifeFile {
     }
 }
 
-/// A file of such a disk behind the NBD front. Beside it lie its last change (`NAME.times`) and, once it was swapped, who it is
-/// (`NAME.identity`), 8 bytes each: with it they are copied, and rolled back.
+/// A file of such a disk behind the NBD front. Beside it lie its last change (`NAME.times`) and, once it was
+/// swapped, who it is (`NAME.identity`), 8 bytes each: with it they are copied, and rolled back.
 pub struct LifeStore {
     file: Arc<dyn File>,
     below: SimDisk,

@@ -1,4 +1,5 @@
-//! Peers that lie: each has the right identity, and says what it likes. What they claim is drawn from the seed.
+//! Peers that lie: each has the right identity, and says what it likes. What they claim is drawn from the
+//! seed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -5,8 +5,8 @@
 //!      │         └ disk (live and durable image)                └ disk (live and durable image)
 //!      └► model: what was written, answered and flushed, at which lsn ──► oracle: is this image a prefix of it?
 //! ```
-//! A seed decides everything: sizes, load, failures, and which thread runs next. A story that breaks a promise is told
-//! again, turn by turn, by its seed.
+//! A seed decides everything: sizes, load, failures, and which thread runs next. A story that breaks a
+//! promise is told again, turn by turn, by its seed.
 
 pub mod clients;
 pub mod disk;

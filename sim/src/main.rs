@@ -110,8 +110,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// All threads of a job on one processor: they take turns, and a turn that goes to another processor takes several times
-/// as long. Where that is not allowed it is only slower.
+/// All threads of a job on one processor: they take turns, and a turn that goes to another processor takes
+/// several times as long. Where that is not allowed it is only slower.
 fn pin(job: usize) {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let mut set = rustix::thread::CpuSet::new();

@@ -1,9 +1,9 @@
 //! What was written, and what an image may therefore be: the oracle.
 //!
-//! Each writer owns a stretch of a volume and has one write in flight. A *generation* is a run of the source: it begins with
-//! what the disk held then, and every block of a write says which write it is of. An image is a prefix when for each writer
-//! there is a number of its writes that gives just this content, and no write is there that was submitted after one that is
-//! missing had been answered.
+//! Each writer owns a stretch of a volume and has one write in flight. A *generation* is a run of the source:
+//! it begins with what the disk held then, and every block of a write says which write it is of. An image is
+//! a prefix when for each writer there is a number of its writes that gives just this content, and no write
+//! is there that was submitted after one that is missing had been answered.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

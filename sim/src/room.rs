@@ -1,9 +1,11 @@
 //! The world: virtual time, and threads of which one runs at a time.
 //!
-//! Every thread is a real one that holds the turn or waits for it. Whoever waits hands the turn on: to one of those that can
-//! run, drawn from the seed, or, when nobody can, to the first that a later time wakes. Processor time costs no virtual time.
+//! Every thread is a real one that holds the turn or waits for it. Whoever waits hands the turn on: to one of
+//! those that can run, drawn from the seed, or, when nobody can, to the first that a later time wakes.
+//! Processor time costs no virtual time.
 //!
-//! A *life* is a process of the simulation: [`Room::kill`] unwinds all its threads at the next place where they wait.
+//! A *life* is a process of the simulation: [`Room::kill`] unwinds all its threads at the next place where
+//! they wait.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;

@@ -78,7 +78,8 @@ struct Shape {
 }
 
 impl Shape {
-    /// The longest pause of a client: what all of them write passes the link, but not the quota in a longer outage.
+    /// The longest pause of a client: what all of them write passes the link, but not the quota in a longer
+    /// outage.
     fn pause_us(&self) -> u64 {
         if self.compresses { 20_000 } else { 100_000 }
     }

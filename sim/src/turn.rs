@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::net::Net;
 use crate::room::Room;
 
-/// A runtime looks at its tasks at least this often, µs: what other threads send it waits as long. Longer, when nothing
-/// came from the network for a while.
+/// A runtime looks at its tasks at least this often, µs: what other threads send it waits as long. Longer,
+/// when nothing came from the network for a while.
 const TICK_US: u64 = 1000;
 const IDLE_TICK_US: u64 = 5000;
 /// A while, ns.

@@ -1,4 +1,5 @@
-//! Every broken rule of `sim/mutants.toml` finds its place: once, in a file that is there. `just mutants` plants them.
+//! Every broken rule of `sim/mutants.toml` finds its place: once, in a file that is there. `just mutants`
+//! plants them.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,7 @@
 #!/bin/bash
-# What goes wrong around an attach and a detach, under load: an agent that is killed in the middle of either, or told the
-# opposite; a ring beyond the cap; one device under two names, a partition beside its disk; a disk that vanishes.
+# What goes wrong around an attach and a detach, under load: an agent that is killed in the middle of either,
+# or told the opposite; a ring beyond the cap; one device under two names, a partition beside its disk; a disk
+# that vanishes.
 . /mnt/guest/lib.sh
 rounds=3; [ "$LONG" = 0 ] || rounds=50
 A=$(disk 0) B=$(disk 1)

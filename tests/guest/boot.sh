@@ -1,5 +1,6 @@
 #!/bin/bash
-# The harness itself: the stock kernel boots, the disks given are there, fio writes, the module loads if there is one.
+# The harness itself: the stock kernel boots, the disks given are there, fio writes, the module loads if there
+# is one.
 set -euo pipefail
 uname -r
 [ "${1:-}" != fail ] || { echo "failing, as asked"; exit 7; }

@@ -1,13 +1,15 @@
 #!/bin/bash
-# What capture costs, in one guest: fio on a bare disk, with kfilter (a sink consumes), with dm-log-writes, and with DRBD
-# protocol A to a peer in the same kernel; PAIRS interleaved rounds in changing order, median and spread of the ratio to
-# the bare disk of the same round. Then the mean time in the hook, by size. Disks: data, log, DRBD, DRBD's peer.
+# What capture costs, in one guest: fio on a bare disk, with kfilter (a sink consumes), with dm-log-writes,
+# and with DRBD protocol A to a peer in the same kernel; PAIRS interleaved rounds in changing order, median
+# and spread of the ratio to the bare disk of the same round. Then the mean time in the hook, by size. Disks:
+# data, log, DRBD, DRBD's peer.
 . /mnt/guest/lib.sh
 pairs=${1:-5} seconds=${2:-2}
 A=$(disk 0) L=$(disk 1) D=$(disk 2) P=$(disk 3)
 uname -sr; grep -m1 'model name' /proc/cpuinfo; echo "processors: $(nproc), memory: $(awk '/MemTotal/ { print $2 }' /proc/meminfo) KiB, disks: $(blockdev --getsize64 "$A") bytes, virtio-blk, emulated"
 
-# DRBD to itself: two resources of one kernel, connected over the loopback. dm-log-writes' copy goes to a disk of its own too.
+# DRBD to itself: two resources of one kernel, connected over the loopback. dm-log-writes' copy goes to a disk
+# of its own too.
 modprobe drbd
 for minor in 0 1; do
     device=$D; [ $minor = 0 ] || device=$P

@@ -1,7 +1,8 @@
 #!/bin/bash
-# Writes that fail. `failing disk`: a device with bad places, `failing dm`: dm-flakey, as the attached device itself,
-# `failing nowait`: io_uring at four times the queue's depth, whose attempts are refused and repeated. The application sees
-# what it sees without us, the state stays replicating, `points` says what is inexact, and replica and disk are equal.
+# Writes that fail. `failing disk`: a device with bad places, `failing dm`: dm-flakey, as the attached device
+# itself, `failing nowait`: io_uring at four times the queue's depth, whose attempts are refused and repeated.
+# The application sees what it sees without us, the state stays replicating, `points` says what is inexact,
+# and replica and disk are equal.
 . /mnt/guest/lib.sh
 load_module measure=0
 A=$(disk 0)
@@ -62,7 +63,8 @@ case ${1:-disk} in
         application "$ours" healed > /dev/null
         assert_equal a="$ours"
         if [ "${1:-disk}" = dm ]; then
-            # Another table may lead to another disk: all of it is compared, and that is told, as nothing else is.
+            # Another table may lead to another disk: all of it is compared, and that is told, as nothing else
+            # is.
             wait_state replicating 120
             points_json | jq -e 'all(.gaps[]; .reason | contains("device-mapper table"))' > /dev/null || fail "another gap: $(points_json | jq -c .gaps)"
         else

@@ -1,6 +1,7 @@
 #!/bin/bash
-# A mounted, busy file system is captured live: `filesystem ext4|xfs|btrfs`. Four ways of writing run while the agent
-# attaches; then a tree is copied, removed, cut, punched, trimmed; in the end replica and disk are equal.
+# A mounted, busy file system is captured live: `filesystem ext4|xfs|btrfs`. Four ways of writing run while
+# the agent attaches; then a tree is copied, removed, cut, punched, trimmed; in the end replica and disk are
+# equal.
 . /mnt/guest/lib.sh
 fs=${1:-ext4}
 seconds=6; [ "$LONG" = 0 ] || seconds=120

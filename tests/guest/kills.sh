@@ -1,12 +1,13 @@
 #!/bin/bash
-# The agent is killed with kill -9 under load, again and again, and replaced: the ring belongs to the kernel, so nothing is
-# lost and nothing is synchronised anew.
+# The agent is killed with kill -9 under load, again and again, and replaced: the ring belongs to the kernel,
+# so nothing is lost and nothing is synchronised anew.
 . /mnt/guest/lib.sh
 rounds=8; [ "$LONG" = 0 ] || rounds=100
 A=$(disk 0)
 load_module
 mkfs.ext4 -q "$A"; mkdir -p /d; mount "$A" /d
-# 1 MB/s: the ring holds five seconds of it and many more, for agents that start slowly in an emulated machine.
+# 1 MB/s: the ring holds five seconds of it and many more, for agents that start slowly in an emulated
+# machine.
 RING=32MiB pair a="$A"
 epoch=$(epoch)
 # Before the first synchronisation began, the file system's own writes set bits, as they should.

@@ -1,7 +1,8 @@
 # What the guest's scenarios share. Sourced: `. /mnt/guest/lib.sh`.
 #
-# A scenario protects devices with `pair NAME=DEVICE...`, loads them, and ends with `assert_equal`: everything captured
-# is on the replica, and each replica equals its device, byte for byte. `lib.sh` fails by exiting: `set -e` everywhere.
+# A scenario protects devices with `pair NAME=DEVICE...`, loads them, and ends with `assert_equal`: everything
+# captured is on the replica, and each replica equals its device, byte for byte. `lib.sh` fails by exiting:
+# `set -e` everywhere.
 set -euo pipefail
 
 LONG=${LONG:-0} # 1: the longer form, of `just soak`
@@ -68,8 +69,8 @@ wait_for() {
 
 # ── the two daemons ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-# `pair NAME=DEVICE...`: settings and identities, both daemons, until the group replicates. RING, SOURCE_MORE and
-# RECEIVER_MORE add to the settings. `prepare_pair` and the `start_*` do it one by one.
+# `pair NAME=DEVICE...`: settings and identities, both daemons, until the group replicates. RING, SOURCE_MORE
+# and RECEIVER_MORE add to the settings. `prepare_pair` and the `start_*` do it one by one.
 pair() { prepare_pair "$@"; start_receiver; start_source; wait_state replicating "${PAIR_TIMEOUT:-180}"; }
 
 prepare_pair() {
@@ -156,7 +157,8 @@ epoch() { group_json | jq -r '.epoch'; }
 
 # ── loads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# `fio_on DIRECTORY|DEVICE NAME OPTIONS...`: JSON to /srv/out/NAME.json; any error of fio's is one of the test's.
+# `fio_on DIRECTORY|DEVICE NAME OPTIONS...`: JSON to /srv/out/NAME.json; any error of fio's is one of the
+# test's.
 fio_on() {
     local where=$1 name=$2; shift 2
     local place=--directory
@@ -167,8 +169,8 @@ fio_on() {
 }
 fio_json() { sed -n '/^{/,$p' "/srv/out/$1.json" | jq -r "$2"; }
 
-# The four ways of writing, for SECONDS, beside each other, on a mounted file system: 5 MB/s, which an emulated machine
-# journals, ships and applies at the same time.
+# The four ways of writing, for SECONDS, beside each other, on a mounted file system: 5 MB/s, which an
+# emulated machine journals, ships and applies at the same time.
 four_ways() {
     local where=$1 seconds=$2 tag=$3 jobs=()
     fio_on "$where" "$tag-psync" --ioengine=psync --rw=randwrite --bs=4k --size=8m --fsync=32 --rate=600k --time_based --runtime="$seconds" & jobs+=($!)

@@ -1,5 +1,6 @@
 #!/bin/bash
-# insmod, attach, detach, rmmod under load; what must be refused; a disk that is unplugged while it is captured.
+# insmod, attach, detach, rmmod under load; what must be refused; a disk that is unplugged while it is
+# captured.
 . /mnt/guest/lib.sh
 rounds=25; [ "$LONG" = 0 ] || rounds=500
 A=$(disk 0) B=$(disk 1) C=$(disk 2)
@@ -67,7 +68,8 @@ if mkdir /sys/kernel/config/nullb/z 2> /dev/null || { mount -t configfs c /sys/k
     refused 'cannot be captured|unsuitable|medium' sink /dev/z
     echo 0 > /sys/kernel/config/nullb/z/power; rmdir /sys/kernel/config/nullb/z
 fi
-# An md array, and, by the agent, a member of one: the block layer's writes to a member need not pass the hook.
+# An md array, and, by the agent, a member of one: the block layer's writes to a member need not pass the
+# hook.
 modprobe raid1
 echo md9 > /sys/module/md_mod/parameters/new_array
 md() { echo "$2" > "/sys/block/md9/md/$1"; }

@@ -1,7 +1,8 @@
 #!/bin/bash
-# A disk with content, mounted and busy, is taken under protection: an ext4 that is half full of real files, fio and a
-# tar extraction beside it from before the attach until after the synchronisation. When all is quiet the replica equals
-# the disk. Prints what the application felt: its 99th percentile beside the same load without us.
+# A disk with content, mounted and busy, is taken under protection: an ext4 that is half full of real files,
+# fio and a tar extraction beside it from before the attach until after the synchronisation. When all is quiet
+# the replica equals the disk. Prints what the application felt: its 99th percentile beside the same load
+# without us.
 . /mnt/guest/lib.sh
 seconds=12; [ "$LONG" = 0 ] || seconds=240
 A=$(disk 0)

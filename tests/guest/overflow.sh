@@ -1,6 +1,7 @@
 #!/bin/bash
-# A ring of 4 MiB and a stopped agent under load, three times: the application notices nothing, no write is lost, and after
-# the agent's return the replica equals the disk. The same load on an unprotected disk of the same kind says what is normal.
+# A ring of 4 MiB and a stopped agent under load, three times: the application notices nothing, no write is
+# lost, and after the agent's return the replica equals the disk. The same load on an unprotected disk of the
+# same kind says what is normal.
 . /mnt/guest/lib.sh
 rounds=3 seconds=4; [ "$LONG" = 0 ] || { rounds=20 seconds=20; }
 A=$(disk 0) B=$(disk 1)
@@ -9,14 +10,15 @@ RING=4MiB pair a="$A"
 load=(--ioengine=io_uring --direct=1 --rw=randwrite --bs=16k --iodepth=4 --size=96m --rate_iops=300 --time_based --runtime=$seconds --verify=crc32c --do_verify=1 --verify_state_save=0)
 worst_bare=0 worst_ours=0
 milliseconds() { fio_json "$1" '.jobs[0].write.clat_ns.max / 1e6 | floor'; }
-# An emulated machine halts for tens of milliseconds now and then, on either side: a bound that is missed after all
-# rounds is looked at for twelve more, with the longest of all on both sides.
+# An emulated machine halts for tens of milliseconds now and then, on either side: a bound that is missed
+# after all rounds is looked at for twelve more, with the longest of all on both sides.
 for ((round = 1; round <= rounds || (round <= rounds + 12 && worst_ours > worst_bare + 20); round++)); do
     fio_on "$B" "bare$round" "${load[@]}"
     kill -STOP "$agent"
     fio_on "$A" "ours$round" "${load[@]}"
     kill -CONT "$agent"
-    # What was written is there: fio has read it back. What did not fit into the ring was in the map: `points` has a gap.
+    # What was written is there: fio has read it back. What did not fit into the ring was in the map: `points`
+    # has a gap.
     wait_for 120 eval '[ "$(points_json | jq ".gaps | length")" -ge $round ]'
     wait_state replicating 120
     bare=$(milliseconds "bare$round") ours=$(milliseconds "ours$round")

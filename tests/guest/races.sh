@@ -1,5 +1,6 @@
 #!/bin/bash
-# Writes that are on their way when capture begins, or when a resync begins. `races attach|resync|cgroup|held`:
+# Writes that are on their way when capture begins, or when a resync begins.
+# `races attach|resync|cgroup|held`:
 #
 #   attach   16 MiB O_DIRECT writes under way on a disk throttled to 1.2 MB/s while the agent attaches
 #   resync   the same while the agent begins a resync after an overflow
@@ -12,8 +13,9 @@ queue=/sys/block/${A##*/}/queue
 bytes_written() { awk '{ print $7 * 512 }' "/sys/class/block/${1##*/}/stat"; }
 in_flight() { awk '{ print $9 }' "/sys/class/block/${1##*/}/stat"; }
 
-# Each write is one bio of up to 16 MiB, cut into pieces of 16 KiB: a thousand requests, of which 8 fit into the queue. So a
-# drain of the queue is over in a tenth of a second, and nearly all of the write still waits in the writer's own list.
+# Each write is one bio of up to 16 MiB, cut into pieces of 16 KiB: a thousand requests, of which 8 fit into
+# the queue. So a drain of the queue is over in a tenth of a second, and nearly all of the write still waits
+# in the writer's own list.
 small_requests() { echo 16 > "$queue/max_sectors_kb"; echo 8 > "$queue/nr_requests"; }
 big_write() { # SEEK: 16 MiB from there, in one call
     head -c 16M /dev/urandom > "/dev/shm/big$1"
@@ -32,7 +34,8 @@ case ${1:-attach} in
         rounds=2; [ "$LONG" = 0 ] || rounds=10
         small_requests
         for ((round = 0; round < rounds; round++)); do
-            # Both go on for half a minute, piece by piece; the copy reaches the lower one's places before the pieces do.
+            # Both go on for half a minute, piece by piece; the copy reaches the lower one's places before the
+            # pieces do.
             prepare_pair a="$A"
             start_receiver
             big_write 31457280 & writer=$!
@@ -68,7 +71,8 @@ case ${1:-attach} in
         echo +io > /sys/fs/cgroup/cgroup.subtree_control
         mkdir /sys/fs/cgroup/slow
         echo "$(cat "/sys/class/block/${A##*/}/dev") wiops=${WIOPS:-50}" > /sys/fs/cgroup/slow/io.max
-        # 16 MiB from SEEK in one call, of which a thousand pieces pass one by one; under way when this returns.
+        # 16 MiB from SEEK in one call, of which a thousand pieces pass one by one; under way when this
+        # returns.
         head -c 16M /dev/urandom > /dev/shm/big
         slow_write() { # SEEK
             local from; from=$(bytes_written "$A")
@@ -103,7 +107,8 @@ case ${1:-attach} in
         points_json | jq -e '.gaps | length == 1' > /dev/null || fail "there is not the one gap: $(points_json | jq -c .gaps)" ;;
     held)
         seconds=60
-        # A loop device, whose requests wait for the device below: writes to one segment of it come back after a minute.
+        # A loop device, whose requests wait for the device below: writes to one segment of it come back after
+        # a minute.
         modprobe dm-delay; modprobe loop
         sectors=$(blockdev --getsz "$A") held=65536
         dmsetup create slow <<< "0 $held linear $A 0

@@ -1,6 +1,7 @@
 #!/bin/bash
-# A data disk over clean reboots, with systemd and the packaged units (--init systemd, --file TREE=files/dest): protected
-# before its file system is checked and mounted, saved after its unmount, no gap, no synchronisation. Runs once a boot.
+# A data disk over clean reboots, with systemd and the packaged units (--init systemd, --file
+# TREE=files/dest): protected before its file system is checked and mounted, saved after its unmount, no gap,
+# no synchronisation. Runs once a boot.
 . /mnt/guest/lib.sh
 SOURCE=/var/lib/afterimage/web RECEIVER=/var/lib/afterimage/rx
 phase=$(cat /srv/phase 2> /dev/null || echo 1)

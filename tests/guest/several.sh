@@ -1,7 +1,8 @@
 #!/bin/bash
-# Several scenarios in one boot: `several "SCENARIO ARGS" "SCENARIO ARGS" …`, each as if it were alone, in the order given.
-# Between two of them everything goes that the first has made: processes, groups, the module, mounts, mapped devices, what
-# the data disks hold, and what was set for them in sysfs. The first that fails ends it, with its code.
+# Several scenarios in one boot: `several "SCENARIO ARGS" "SCENARIO ARGS" …`, each as if it were alone, in the
+# order given. Between two of them everything goes that the first has made: processes, groups, the module,
+# mounts, mapped devices, what the data disks hold, and what was set for them in sysfs. The first that fails
+# ends it, with its code.
 set -uo pipefail
 
 settings() { grep -H . /sys/block/{vd,nvme}*/queue/{max_sectors_kb,nr_requests} 2> /dev/null; }

@@ -1,5 +1,6 @@
 #!/bin/bash
-# What else a volume can be: `topology two` disks in one group, a `partition`, an `lvm` volume; each busy at attach.
+# What else a volume can be: `topology two` disks in one group, a `partition`, an `lvm` volume; each busy at
+# attach.
 . /mnt/guest/lib.sh
 seconds=5; [ "$LONG" = 0 ] || seconds=50
 load_module
@@ -39,8 +40,8 @@ for volume in "${volumes[@]}"; do umount "/${volume%%=*}"; done
 assert_equal "${volumes[@]}"
 [ "$(state)" = replicating ] || fail "the state is $(state): $(group_json | jq -r .why)"
 if [ "${1:-two}" = two ]; then
-    # One order over both: a number goes to the one disk, then to the other. At whatever write both are brought back to, the
-    # one is at the other's number or one ahead.
+    # One order over both: a number goes to the one disk, then to the other. At whatever write both are
+    # brought back to, the one is at the other's number or one ahead.
     first=$(counter .captured_lsn)
     for ((n = 1; n <= 60; n++)); do
         for device in "$A" "$B"; do

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Beside dm-log-writes, an independent witness: `witness under|on` (kfilter on the disk under it, or on it). Marks there and
-# bookmarks here are taken in the same fsfreeze; its log replayed to each mark equals our restore of each bookmark.
+# Beside dm-log-writes, an independent witness: `witness under|on` (kfilter on the disk under it, or on it).
+# Marks there and bookmarks here are taken in the same fsfreeze; its log replayed to each mark equals our
+# restore of each bookmark.
 . /mnt/guest/lib.sh
 marks=4 seconds=3; [ "$LONG" = 0 ] || { marks=12 seconds=20; }
 A=$(disk 0) L=$(disk 1)

@@ -129,7 +129,8 @@ pub fn assert_holds(commits: &[Commit], lsn: u64, found: &[u64]) -> Result<usize
     Ok(due.len())
 }
 
-/// Restores random moments of the commits and hands each mounted image to `check`, which counts the commits due.
+/// Restores random moments of the commits and hands each mounted image to `check`, which counts the commits
+/// due.
 ///
 /// # Errors
 /// Those of `check`, with the lsn.

@@ -1,8 +1,8 @@
 //! What was written, in which order, and what was answered: the truth that images are held against.
 //!
-//! A *lane* is one client with one request in flight, on blocks of its own, so its operations have one order. Between
-//! lanes, what was answered before something else began came before it; anything else may have gone either way. Both
-//! are kept with the ticks of one clock.
+//! A *lane* is one client with one request in flight, on blocks of its own, so its operations have one order.
+//! Between lanes, what was answered before something else began came before it; anything else may have gone
+//! either way. Both are kept with the ticks of one clock.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,7 +1,8 @@
 //! End-to-end stories, the rig and the oracle.
 //!
-//! A story (`tests/*.rs`) runs the built binary `afterimage` as its users do: as processes, with real clients, real file
-//! systems and real signals. What it may conclude from an image is one function, [`oracle::assert_prefix_consistent`].
+//! A story (`tests/*.rs`) runs the built binary `afterimage` as its users do: as processes, with real
+//! clients, real file systems and real signals. What it may conclude from an image is one function,
+//! [`oracle::assert_prefix_consistent`].
 //!
 //! | file | noun |
 //! |---|---|
@@ -18,14 +19,14 @@
 //! | [`nbd_client`], [`stamp`], [`history`], [`writer`] | a client that writes blocks which say who wrote them, and remembers |
 //! | [`oracle`] | what an image may hold |
 //!
-//! The kernel's stories (`tests/kernel.rs`) run in guests: `vm/lab.sh` makes the laboratory, `vm/module.sh` the module,
-//! `vm/run.sh` boots the stock kernel with a script of `guest/` as its only job, and `src/bin/afterimage-guest` is what
-//! those scripts need beside the system's tools.
+//! The kernel's stories (`tests/kernel.rs`) run in guests: `vm/lab.sh` makes the laboratory, `vm/module.sh`
+//! the module, `vm/run.sh` boots the stock kernel with a script of `guest/` as its only job, and
+//! `src/bin/afterimage-guest` is what those scripts need beside the system's tools.
 //!
-//! Everything here needs root, as mounting does; a program that is missing fails the story and says what to install.
-//! Environment: `AFTERIMAGE_BIN` (default the binary of the same profile; for a debug build `target/release/afterimage`),
-//! `AFTERIMAGE_TEST_DIR` (default the system's temporary directory), `AFTERIMAGE_SEED`, `AFTERIMAGE_KEEP=1` keeps a story's
-//! directory.
+//! Everything here needs root, as mounting does; a program that is missing fails the story and says what to
+//! install. Environment: `AFTERIMAGE_BIN` (default the binary of the same profile; for a debug build
+//! `target/release/afterimage`), `AFTERIMAGE_TEST_DIR` (default the system's temporary directory),
+//! `AFTERIMAGE_SEED`, `AFTERIMAGE_KEEP=1` keeps a story's directory.
 
 pub mod control;
 pub mod daemon;

@@ -1,5 +1,5 @@
-//! Block devices as an administrator would make them: nbdfuse over an NBD URI, a loop device over that, a file system
-//! mounted from it. Each takes itself away when it is dropped, so they are held in that order.
+//! Block devices as an administrator would make them: nbdfuse over an NBD URI, a loop device over that, a
+//! file system mounted from it. Each takes itself away when it is dropped, so they are held in that order.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! A small NBD client, written against the protocol and not against our server: fixed newstyle with GO, simple replies,
-//! one request at a time (byte maps: the NBD project's `doc/proto.md`).
+//! A small NBD client, written against the protocol and not against our server: fixed newstyle with GO,
+//! simple replies, one request at a time (byte maps: the NBD project's `doc/proto.md`).
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

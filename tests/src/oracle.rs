@@ -98,8 +98,8 @@ fn prefixes(lane: &Lane, found: &Contents) -> Vec<usize> {
     possible
 }
 
-/// The moments at which a lane's first `k` operations may be all that has happened: after the last of them began, and no
-/// later than the answer to the next.
+/// The moments at which a lane's first `k` operations may be all that has happened: after the last of them
+/// began, and no later than the answer to the next.
 fn moments_of(lane: &Lane, k: usize) -> RangeInclusive<u64> {
     let after = k.checked_sub(1).map_or(0, |last| lane.operations[last].begun);
     let until = lane.operations.get(k).map_or(u64::MAX, |next| next.answered);
@@ -166,7 +166,8 @@ mod tests {
         (block, Stamp { run: RUN, sequence, lane, volume: 0, block }.render())
     }
 
-    /// Lane 0: 1 writes 0..2, 2 writes 1..3, 3 zeroes 0..1. Lane 1: 1 writes 10 after all of these, 2 writes 11, unanswered.
+    /// Lane 0: 1 writes 0..2, 2 writes 1..3, 3 zeroes 0..1. Lane 1: 1 writes 10 after all of these, 2 writes
+    /// 11, unanswered.
     fn history() -> History {
         let history = History::new(RUN, vec![vec![area(0..4)], vec![area(10..12)]]);
         for (blocks, zeros) in [(0..2, false), (1..3, false), (0..1, true)] {
@@ -200,7 +201,8 @@ mod tests {
 
     #[test]
     fn a_hole_in_a_lane_is_not_a_prefix() {
-        // Operation 2 without its second block, and operation 2 over a block that operation 1 should have left.
+        // Operation 2 without its second block, and operation 2 over a block that operation 1 should have
+        // left.
         assert!(judge([stamped(0, 1, 0), stamped(0, 2, 1)], ANY).is_err());
         assert!(judge([stamped(0, 1, 1), stamped(0, 2, 2)], ANY).is_err());
     }

@@ -1,5 +1,5 @@
-//! Another program that writes to a disk: it opens the disk for each write only, since one that is open for writing elsewhere is
-//! refused at a start.
+//! Another program that writes to a disk: it opens the disk for each write only, since one that is open for
+//! writing elsewhere is refused at a start.
 
 use std::fs::File;
 use std::io;

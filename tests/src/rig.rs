@@ -77,7 +77,8 @@ impl<'a> Pair<'a> {
         Ok(pair)
     }
 
-    /// As [`start`](Self::start), with each replica on a block device: a loop device over a file that holds something else.
+    /// As [`start`](Self::start), with each replica on a block device: a loop device over a file that holds
+    /// something else.
     ///
     /// # Errors
     /// There is no loop device; as [`start`](Self::start).
@@ -87,7 +88,8 @@ impl<'a> Pair<'a> {
         Ok(pair)
     }
 
-    /// As [`start_on_devices`](Self::start_on_devices), without waiting: what is to be synchronised is under way.
+    /// As [`start_on_devices`](Self::start_on_devices), without waiting: what is to be synchronised is under
+    /// way.
     ///
     /// # Errors
     /// There is no loop device; as [`start`](Self::start).
@@ -291,7 +293,8 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// Everything captured is on the replica, and replica and source are equal, byte for byte. Nobody may write.
+    /// Everything captured is on the replica, and replica and source are equal, byte for byte. Nobody may
+    /// write.
     ///
     /// # Errors
     /// They are not.

@@ -1,9 +1,11 @@
-//! Blocks that say who wrote them, when, and where: what is found in an image is checked against itself first.
+//! Blocks that say who wrote them, when, and where: what is found in an image is checked against itself
+//! first.
 //!
 //! ```text
 //!  0 magic u64   8 run u64   16 sequence u64   24 lane u32   28 volume u32   32 block u32   36 crc u32   40 fill …
 //! ```
-//! All little-endian; the CRC-32 is over the block with zeros in its own place. Half of the fill compresses well.
+//! All little-endian; the CRC-32 is over the block with zeros in its own place. Half of the fill compresses
+//! well.
 
 /// The unit of everything that is stamped.
 pub const BLOCK_BYTES: usize = 4096;

@@ -1,4 +1,5 @@
-//! A story: one end-to-end test with its own directory, its seed, its figures, and its daemons' last words if it fails.
+//! A story: one end-to-end test with its own directory, its seed, its figures, and its daemons' last words if
+//! it fails.
 
 use std::cell::{Cell, RefCell};
 use std::env;

@@ -12,8 +12,8 @@ use sha2::{Digest, Sha256};
 /// Where real files come from; the second where a slim system has too few in the first.
 const SOURCES: [&str; 2] = ["/usr/share", "/usr/lib"];
 
-/// Directories of a system that hold at least `least` bytes together and not much more, the largest that fit first, and
-/// how many bytes they hold.
+/// Directories of a system that hold at least `least` bytes together and not much more, the largest that fit
+/// first, and how many bytes they hold.
 ///
 /// # Errors
 /// There is not that much.

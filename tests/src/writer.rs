@@ -121,7 +121,8 @@ impl Writer {
                 latencies.push(begun.elapsed());
             }
             if self.random.random_ratio(1, 50) {
-                // What a flush promises is checked by what is there after a kill; an answer is all that it gives.
+                // What a flush promises is checked by what is there after a kill; an answer is all that it
+                // gives.
                 let _ = self.with_client(area.volume, NbdClient::flush)?;
             }
             due += Duration::from_secs(1) / self.pace.per_second;

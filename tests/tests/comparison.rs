@@ -1,5 +1,5 @@
-//! After an unclean end of the machine everything is in doubt and nearly everything is there: both sides hash, and only
-//! what differs is sent.
+//! After an unclean end of the machine everything is in doubt and nearly everything is there: both sides
+//! hash, and only what differs is sent.
 
 use std::time::Duration;
 
@@ -46,8 +46,8 @@ fn only_what_differs_is_sent_after_an_unclean_end() -> Result<()> {
             let said = log()?.len();
             pair.start_source()?;
             pair.source.until("served", MINUTE, Group::is_served)?;
-            // The second time under writes: what they change while it is compared must come out right, too. A chunk that
-            // is written while it is compared mostly differs.
+            // The second time under writes: what they change while it is compared must come out right, too. A
+            // chunk that is written while it is compared mostly differs.
             let (socket, export) = &pair.sockets()[0];
             let mut client = NbdClient::connect(socket, export)?;
             let mut written = 0;

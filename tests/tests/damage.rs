@@ -1,5 +1,6 @@
-//! Story 6, with real processes: damaged journals are found, named and never replayed. Every byte and every length of a
-//! segment is tried in the room `journal`'s own tests; here a receiver's directory is damaged as a disk would do it.
+//! Story 6, with real processes: damaged journals are found, named and never replayed. Every byte and every
+//! length of a segment is tried in the room `journal`'s own tests; here a receiver's directory is damaged as
+//! a disk would do it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

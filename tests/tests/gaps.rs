@@ -1,4 +1,5 @@
-//! When capture was broken: never silent, repaired by a synchronisation, and no point is promised inside the gap.
+//! When capture was broken: never silent, repaired by a synchronisation, and no point is promised inside the
+//! gap.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,7 +1,7 @@
 //! A disk in use is taken under protection: an ext4 with real content, mounted and busy while it is copied.
 //!
-//! `AFTERIMAGE_LONG=1`: 2 GiB with 1 GiB of content instead of a quarter. How much its applications feel is measured by
-//! `just bench sync`.
+//! `AFTERIMAGE_LONG=1`: 2 GiB with 1 GiB of content instead of a quarter. How much its applications feel is
+//! measured by `just bench sync`.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -174,7 +174,8 @@ fn take(home: &Home, sync: &str) -> Result<u64> {
         assert_equal(&image, &pair.replica("disk"))?;
     } else {
         ensure!(skipped > scale.disk / 8, "free space was left out");
-        // The last writes may have touched what was left out; the rest of such a granule follows within a second or two.
+        // The last writes may have touched what was left out; the rest of such a granule follows within a
+        // second or two.
         let begun = Instant::now();
         while let Err(error) = assert_equal_but_free(home, &image, &pair.replica("disk"), sent) {
             ensure!(begun.elapsed() < FILLED, "{error:#}");
@@ -187,8 +188,8 @@ fn take(home: &Home, sync: &str) -> Result<u64> {
     Ok(sent)
 }
 
-/// Differences lie in whole granules of zeros at the replica: nothing was sent there. How much is left of them depends on how
-/// far the load has come: on a fast machine it has written over all that was deleted.
+/// Differences lie in whole granules of zeros at the replica: nothing was sent there. How much is left of
+/// them depends on how far the load has come: on a fast machine it has written over all that was deleted.
 fn assert_equal_but_free(home: &Home, source: &Path, replica: &Path, sent: u64) -> Result<()> {
     let (ours, theirs) = (File::open(source)?, File::open(replica)?);
     let size = ours.metadata()?.len();

@@ -1,11 +1,11 @@
 //! The kernel module and all that stands behind it, in a guest that runs the stock kernel.
 //!
-//! Each test is one scenario of `guest/`, run by `vm/run.sh` in QEMU without any hardware help; it ends with the replica
-//! compared with the disk, byte for byte, and with a kernel that has not complained. The laboratory and the module are
-//! made when they are missing. `AFTERIMAGE_LONG=1` runs the longer forms.
+//! Each test is one scenario of `guest/`, run by `vm/run.sh` in QEMU without any hardware help; it ends with
+//! the replica compared with the disk, byte for byte, and with a kernel that has not complained. The
+//! laboratory and the module are made when they are missing. `AFTERIMAGE_LONG=1` runs the longer forms.
 //!
-//! Short scenarios that want the same disks share a boot (`several`). What sleeps most of its time is in `asleep`: such
-//! guests take half a place beside the others (`.config/nextest.toml`).
+//! Short scenarios that want the same disks share a boot (`several`). What sleeps most of its time is in
+//! `asleep`: such guests take half a place beside the others (`.config/nextest.toml`).
 
 use std::env;
 use std::path::{Path, PathBuf};

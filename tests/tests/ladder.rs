@@ -1,8 +1,8 @@
-//! The degrade ladder: each gap of DESIGN section 9 provoked under load ends in `replicating` by itself, the replica equal,
-//! and what is sent is in proportion to what was written. One table at the end.
+//! The degrade ladder: each gap of DESIGN section 9 provoked under load ends in `replicating` by itself, the
+//! replica equal, and what is sent is in proportion to what was written. One table at the end.
 //!
-//! Not here: a jump of the machine's clock (`replicator/src/clock.rs`), and detach and attach, which only the kernel
-//! captures (`tests/kernel.rs`).
+//! Not here: a jump of the machine's clock (`replicator/src/clock.rs`), and detach and attach, which only the
+//! kernel captures (`tests/kernel.rs`).
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -102,8 +102,8 @@ struct Ladder<'a, 'h> {
 }
 
 impl<'h> Ladder<'_, 'h> {
-    /// One gap under load. `provoke` makes it, and mends what only an operator can mend; what it changed beside the load
-    /// is returned.
+    /// One gap under load. `provoke` makes it, and mends what only an operator can mend; what it changed
+    /// beside the load is returned.
     fn rung(
         &mut self,
         name: &'static str,
@@ -261,13 +261,15 @@ fn every_gap_ends_by_itself_and_costs_what_changed() -> Result<()> {
     })
 }
 
-/// A journal whose quota is more than its disk has; with a receiver that acknowledges, it would go round in its room.
+/// A journal whose quota is more than its disk has; with a receiver that acknowledges, it would go round in
+/// its room.
 #[test]
 fn a_full_disk_under_the_source_journal_ends_by_itself() -> Result<()> {
     story("the journal's disk full", |home| {
         tell(home, ("1GiB", 64), |ladder, _| {
             ladder.rung("source journal's disk full", |ladder, _| {
-                // Stopped, not killed: what is on its way to a receiver that dies is sent again, which is no matter of this gap.
+                // Stopped, not killed: what is on its way to a receiver that dies is sent again, which is no
+                // matter of this gap.
                 ensure!(ladder.pair.receiver_daemon()?.stop()?.success(), "the receiver stops cleanly");
                 ladder.pair.source.until("the link down", MINUTE, |group| !group.is_connected())?;
                 let flood =

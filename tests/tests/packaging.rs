@@ -1,5 +1,5 @@
-//! What `scripts/install.sh` lays out builds and is complete: the DKMS sources against Debian's own headers with the
-//! metadata that `scripts/rust-headers.sh` adds, in the laboratory; the units as systemd reads them.
+//! What `scripts/install.sh` lays out builds and is complete: the DKMS sources against Debian's own headers
+//! with the metadata that `scripts/rust-headers.sh` adds, in the laboratory; the units as systemd reads them.
 
 use std::fs;
 use std::path::{Path, PathBuf};

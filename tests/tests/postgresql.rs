@@ -135,8 +135,8 @@ fn postgresql_holds_every_commit_made_by_then() -> Result<()> {
         up.control.wait()?;
         at_random_points(home, &up.control, &commits, |root, lsn| {
             let cluster = root.join("cluster");
-            // The lock of a server that ran when the moment was: what a machine that lost power would find, too. It names a
-            // process by a number that here may be anybody's.
+            // The lock of a server that ran when the moment was: what a machine that lost power would find,
+            // too. It names a process by a number that here may be anybody's.
             if let Err(error) = fs::remove_file(cluster.join("postmaster.pid")) {
                 ensure!(error.kind() == std::io::ErrorKind::NotFound, error);
             }

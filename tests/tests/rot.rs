@@ -1,5 +1,6 @@
-//! Rot in the receiver's journal, with real processes: what the source still holds is fetched again, also where it was not
-//! applied yet; what it does not hold any more is a hole that is told, and a new epoch brings the replica further.
+//! Rot in the receiver's journal, with real processes: what the source still holds is fetched again, also
+//! where it was not applied yet; what it does not hold any more is a hole that is told, and a new epoch
+//! brings the replica further.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -42,7 +43,8 @@ fn segments(pair: &Pair<'_>) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// Writes until the receiver's journal has `count` more segments and all is acknowledged; the lsns before and after.
+/// Writes until the receiver's journal has `count` more segments and all is acknowledged; the lsns before and
+/// after.
 fn write(pair: &Pair<'_>, history: &Arc<History>, count: usize, seed: u64) -> Result<(u64, u64)> {
     let first = history.mark(|| pair.source.captured())?;
     let wanted = segments(pair)?.len() + count;
@@ -175,7 +177,8 @@ fn what_the_source_does_not_hold_any_more_is_a_hole_that_is_told() -> Result<()>
         exact(&pair, good)?;
         home.figure(format!("lost before it was applied: the replica stops at lsn {good}: {}", group.why()));
 
-        // The replica follows again; what is damaged for good is history, and is told for as long as it is stored.
+        // The replica follows again; what is damaged for good is history, and is told for as long as it is
+        // stored.
         pair.receiver.until("the next epoch", LIMIT, |group| {
             group.number("epoch") > epoch
                 && group.state() == "degraded"

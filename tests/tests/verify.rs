@@ -1,5 +1,5 @@
-//! `afterimage verify`: a replica is compared with its disk while the disk is written. No write on its way is ever taken
-//! for a difference; a byte that rotted on the replica is found, named and, by order, repaired.
+//! `afterimage verify`: a replica is compared with its disk while the disk is written. No write on its way is
+//! ever taken for a difference; a byte that rotted on the replica is found, named and, by order, repaired.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -83,7 +83,8 @@ fn a_busy_disk_is_compared_without_a_false_alarm_and_a_rotten_byte_is_found() ->
             })();
             // Rotten while the load goes on.
             let found = compared.and_then(|(rounds, busy)| {
-                // Rot moves no times: a write would be noticed as one by others, so it is made to look as if there was none.
+                // Rot moves no times: a write would be noticed as one by others, so it is made to look as if
+                // there was none.
                 ensure!(pair.receiver_daemon()?.stop()?.success(), "the receiver stops cleanly");
                 let replica = File::options().read(true).write(true).open(pair.replica("disk"))?;
                 let left = replica.metadata()?.modified()?;

@@ -1,6 +1,7 @@
 #!/bin/bash
-# A kernel from the same source with lockdep, KASAN and the atomic-sleep check, and the module built for it. Made once,
-# in the laboratory; forty minutes on two cores. Not part of CI: `just soak` runs the guest's scenarios on it.
+# A kernel from the same source with lockdep, KASAN and the atomic-sleep check, and the module built for it.
+# Made once, in the laboratory; forty minutes on two cores. Not part of CI: `just soak` runs the guest's
+# scenarios on it.
 #
 #   debug-kernel.sh          builds what is missing; prints the paths of kernel and module
 #   run.sh SCENARIO --image IMAGE --module KO

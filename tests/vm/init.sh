@@ -1,6 +1,6 @@
 #!/bin/bash
-# What the guest runs as its first process (`run.sh`): mounts what every system has, runs the scenario, says on the
-# console how it ended and whether the kernel complained, and switches off.
+# What the guest runs as its first process (`run.sh`): mounts what every system has, runs the scenario, says
+# on the console how it ended and whether the kernel complained, and switches off.
 #
 #   /mnt         read-only: scenario, library (guest/), module, programs (bin/), files that the caller gave (files/)
 #   /srv         its own disk, for the daemons' directories; /srv/out is copied out to the host
@@ -60,7 +60,8 @@ case ${1:-script} in
         scenario
         farewell $? ;;
     systemd)
-        # Before systemd: what the unit below needs. The scenario runs once a boot, and says 99 when it reboots.
+        # Before systemd: what the unit below needs. The scenario runs once a boot, and says 99 when it
+        # reboots.
         mount LABEL=state /srv
         mkdir -p /srv/out /var/log/journal # kept over reboots
         printf '[Unit]\nAfter=multi-user.target\n[Service]\nType=exec\nExecStart=/bin/bash /mnt/init unit\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/console\nSendSIGHUP=no\n' \

@@ -1,6 +1,7 @@
 #!/bin/bash
-# The laboratory in which the kernel module is built and tried: a trixie tree with the compiler that Debian's kernel was
-# built with, the kernel's Rust metadata, the stock kernel itself, a guest's root file system, and QEMU.
+# The laboratory in which the kernel module is built and tried: a trixie tree with the compiler that Debian's
+# kernel was built with, the kernel's Rust metadata, the stock kernel itself, a guest's root file system, and
+# QEMU.
 #
 #   lab.sh            makes what is missing; every step is done once
 #   lab.sh ready      fails, and says so, when something is missing
@@ -8,9 +9,9 @@
 #   lab.sh sh CMD     runs CMD inside the toolchain tree
 #   lab.sh make-line  prints the make command, as it is in there, that builds against the kernel's source
 #
-# It lies outside the repository, in $AFTERIMAGE_LAB (default: ~/.cache/afterimage/lab), takes 6 GB and seven minutes on
-# two cores. Everything comes from the mirror that this machine's apt uses. docs/operations.md says how a user's machine
-# gets the same metadata.
+# It lies outside the repository, in $AFTERIMAGE_LAB (default: ~/.cache/afterimage/lab), takes 6 GB and seven
+# minutes on two cores. Everything comes from the mirror that this machine's apt uses. docs/operations.md says
+# how a user's machine gets the same metadata.
 set -euo pipefail
 
 LAB=${AFTERIMAGE_LAB:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/afterimage/lab}
@@ -18,7 +19,8 @@ KERNEL=${AFTERIMAGE_KERNEL:-7.3.4+deb13-cloud-amd64}
 RELEASE=${KERNEL%%+*}
 SOURCE=linux-source-${RELEASE%.*}
 ROOT=$LAB/root
-# LOCALVERSION makes the version string that the stock kernel checks; the compiler's name is part of its configuration.
+# LOCALVERSION makes the version string that the stock kernel checks; the compiler's name is part of its
+# configuration.
 MAKE="make ARCH=x86 CROSS_COMPILE=x86_64-linux-gnu- CC=x86_64-linux-gnu-gcc-14 LOCALVERSION=+${KERNEL#*+}"
 
 die() { echo "lab: $*" >&2; exit 1; }
@@ -67,8 +69,8 @@ source_tree() {
     rm "$ROOT/usr/src/$SOURCE.tar.xz"
 }
 
-# The packages lack the compiled `core` and `kernel` crates: built again from the same source, with the same compiler and
-# configuration, every name that the stock kernel exports comes out the same; that is checked.
+# The packages lack the compiled `core` and `kernel` crates: built again from the same source, with the same
+# compiler and configuration, every name that the stock kernel exports comes out the same; that is checked.
 metadata() {
     in_root "set -e; H=/usr/src/linux-headers-$KERNEL; cd /usr/src/$SOURCE
         cp \$H/.config .config; cp \$H/Module.symvers Module.symvers
@@ -87,7 +89,8 @@ guest() {
     rm -rf "$ROOT/guest/var/cache/apt" "$ROOT/guest/var/lib/apt/lists"
 }
 
-# One partition in an image: NVMe namespaces are named in the order in which they answer, but a partition has an identity.
+# One partition in an image: NVMe namespaces are named in the order in which they answer, but a partition has
+# an identity.
 image() {
     local size=1200
     rm -f "$ROOT/guest.img"

@@ -15,8 +15,9 @@
 #   --net SOCKET,KIND    a network card to another guest: KIND is server or client
 #   --kernel ARGS        more kernel parameters    --image FILE           another kernel (see debug-kernel.sh)
 #
-# What the scenario leaves in /srv/out appears in DIR/out. The exit code is the scenario's, or 1 when the guest's kernel
-# complained, 2 when it died or hung. Nothing survives a run: the root disk is a snapshot. Runs can go in parallel.
+# What the scenario leaves in /srv/out appears in DIR/out. The exit code is the scenario's, or 1 when the
+# guest's kernel complained, 2 when it died or hung. Nothing survives a run: the root disk is a snapshot. Runs
+# can go in parallel.
 set -euo pipefail
 { # Read as a whole: the file may change while a guest runs.
 HERE=$(cd "$(dirname "$0")" && pwd)

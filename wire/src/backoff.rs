@@ -1,5 +1,5 @@
-//! When to try again: pauses that double from `min` to `max`, each drawn from its upper half, so that many sources that
-//! lost one receiver do not come back at one instant.
+//! When to try again: pauses that double from `min` to `max`, each drawn from its upper half, so that many
+//! sources that lost one receiver do not come back at one instant.
 
 use std::time::Duration;
 

@@ -1,13 +1,14 @@
 //! Comparison by hash: which chunks of a volume the replica holds already, so that only the others are sent.
 //!
-//! On a stream of its own, opened by the source, one question after the other: [`Message::HashRequest`], answered by
-//! [`Message::Hashes`] or [`Message::Error`]. Both sides hash with BLAKE3 under a key that the source draws for each
-//! comparison, cut to 128 bits: whoever writes the disks' content does not know the key, so no two contents can be made
-//! to look the same.
+//! On a stream of its own, opened by the source, one question after the other: [`Message::HashRequest`],
+//! answered by [`Message::Hashes`] or [`Message::Error`]. Both sides hash with BLAKE3 under a key that the
+//! source draws for each comparison, cut to 128 bits: whoever writes the disks' content does not know the
+//! key, so no two contents can be made to look the same.
 //!
-//! ⚠ What the answer means (DESIGN section 6): the replica's content with everything applied up to `applied_lsn`, which is
-//! not below `after_lsn`, the `resync-begin` of the synchronisation that asks. Where it equals what the source reads after
-//! its barrier, every sector that nobody has written since begin is equal; the others are records in the stream.
+//! ⚠ What the answer means (DESIGN section 6): the replica's content with everything applied up to
+//! `applied_lsn`, which is not below `after_lsn`, the `resync-begin` of the synchronisation that asks. Where
+//! it equals what the source reads after its barrier, every sector that nobody has written since begin is
+//! equal; the others are records in the stream.
 
 /// Bytes of one hash.
 pub const HASH_BYTES: usize = 16;
@@ -20,8 +21,8 @@ pub const MAX_CHUNKS: u64 = 2048;
 /// Bit of `features` in `Hello` and `Welcome`: this side compares by hash.
 pub const FEATURE: u64 = 1;
 
-/// Bit of `features` in `Welcome`: a replica of this group was brought by other means, so that the first synchronisation
-/// compares as well.
+/// Bit of `features` in `Welcome`: a replica of this group was brought by other means, so that the first
+/// synchronisation compares as well.
 pub const SEEDED: u64 = 2;
 
 /// Hash of one chunk.
@@ -79,8 +80,8 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| *word == [0; 16]) && tail.iter().all(|byte| *byte == 0)
 }
 
-/// Whether a question keeps the limits: whole chunks from a chunk's boundary on, the last one cut at most by the volume's
-/// end.
+/// Whether a question keeps the limits: whole chunks from a chunk's boundary on, the last one cut at most by
+/// the volume's end.
 pub fn is_sound(offset: u64, length: u64, chunk_bytes: u32) -> bool {
     let chunk = u64::from(chunk_bytes);
     (MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES).contains(&chunk_bytes)

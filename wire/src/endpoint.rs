@@ -1,6 +1,8 @@
-//! QUIC endpoints: the source's [`Client`], which connects to one pinned receiver, and the receiver's [`Server`].
+//! QUIC endpoints: the source's [`Client`], which connects to one pinned receiver, and the receiver's
+//! [`Server`].
 //!
-//! Both also stand on an abstract socket, which is how the simulated WAN puts rate, delay and loss between them.
+//! Both also stand on an abstract socket, which is how the simulated WAN puts rate, delay and loss between
+//! them.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -39,7 +41,8 @@ pub struct Server {
 }
 
 impl Client {
-    /// A client on a socket of its own, for the receiver with the fingerprint `pinned` and nobody else. Within a tokio runtime.
+    /// A client on a socket of its own, for the receiver with the fingerprint `pinned` and nobody else.
+    /// Within a tokio runtime.
     ///
     /// # Errors
     /// [`ErrorKind::Bind`], [`ErrorKind::Setting`].
@@ -69,12 +72,12 @@ impl Client {
 
     /// Connects to `address`, `host:port`, on whichever of its addresses answers first, all within `timeout`.
     ///
-    /// The server may still refuse us just after this returns (TLS 1.3 lets the client finish first): the first read then
-    /// fails as [`ErrorKind::Untrusted`].
+    /// The server may still refuse us just after this returns (TLS 1.3 lets the client finish first): the
+    /// first read then fails as [`ErrorKind::Untrusted`].
     ///
     /// # Errors
-    /// [`ErrorKind::Unreachable`] where the name does not resolve or nobody answers in time, [`ErrorKind::Untrusted`] where
-    /// somebody else does.
+    /// [`ErrorKind::Unreachable`] where the name does not resolve or nobody answers in time,
+    /// [`ErrorKind::Untrusted`] where somebody else does.
     pub async fn connect(&self, address: &str, timeout: Duration) -> Result<Connection> {
         let unreachable =
             |why: &str| Error::new(ErrorKind::Unreachable, format!("connect to {address}: {why}"));
@@ -82,7 +85,8 @@ impl Client {
             let resolved = tokio::net::lookup_host(address)
                 .await
                 .map_err(|e| Error::because(ErrorKind::Unreachable, format!("resolve {address}"), e))?;
-            // At once, not in turn: UDP has no refusal, so a dead first address would use up the time of a good second.
+            // At once, not in turn: UDP has no refusal, so a dead first address would use up the time of a
+            // good second.
             let mut attempts = JoinSet::new();
             for to in resolved.take(MAX_ADDRESSES) {
                 let client = self.clone();
@@ -159,8 +163,8 @@ impl Server {
         Ok(Server { endpoint: stand(socket, Some(config), identity)?, buffers: None })
     }
 
-    /// The next client that knocks, its handshake not begun; `None` once the endpoint is closed. The caller counts, and
-    /// may `refuse` it; [`handshake`] is the way in.
+    /// The next client that knocks, its handshake not begun; `None` once the endpoint is closed. The caller
+    /// counts, and may `refuse` it; [`handshake`] is the way in.
     pub async fn accept(&self) -> Option<Incoming> {
         self.endpoint.accept().await
     }
@@ -190,7 +194,8 @@ impl Server {
 /// Completes a handshake: the connection and who is on it.
 ///
 /// # Errors
-/// [`ErrorKind::Untrusted`] where the client is not one that we let in, [`ErrorKind::Lost`] where it went away.
+/// [`ErrorKind::Untrusted`] where the client is not one that we let in, [`ErrorKind::Lost`] where it went
+/// away.
 pub async fn handshake(incoming: Incoming) -> Result<(Connection, Fingerprint)> {
     let at = format!("handshake with {}", incoming.remote_address());
     let connection = incoming.await.map_err(|e| Error::connection(at, e))?;
@@ -231,8 +236,9 @@ fn stand(
         .map_err(|e| Error::because(ErrorKind::Bind, "open the QUIC endpoint", e))
 }
 
-/// The key of stateless resets (RFC 9000, section 10.3), the same for every process of an identity: so a peer learns from
-/// the first packet that reaches a restarted process that the old connection is gone, and not from silence.
+/// The key of stateless resets (RFC 9000, section 10.3), the same for every process of an identity: so a peer
+/// learns from the first packet that reaches a restarted process that the old connection is gone, and not
+/// from silence.
 struct ResetKey([u8; 32]);
 
 impl ResetKey {

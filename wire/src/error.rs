@@ -23,7 +23,8 @@ pub enum ErrorKind {
     Setting,
     /// The UDP socket could not be had: look at address, port and permissions.
     Bind,
-    /// One side is not whom the other has pinned: compare the fingerprints on both sides. Trying again does not help.
+    /// One side is not whom the other has pinned: compare the fingerprints on both sides. Trying again does
+    /// not help.
     Untrusted,
     /// Nobody answers there, or its name does not resolve: try again later.
     Unreachable,
@@ -61,8 +62,8 @@ impl Error {
         Error { kind, at: at.into(), source: Some(source.into()) }
     }
 
-    /// A connection that ended. A handshake refused over an identity, by us or by the peer, is [`ErrorKind::Untrusted`];
-    /// breaches of QUIC itself are [`ErrorKind::Malformed`].
+    /// A connection that ended. A handshake refused over an identity, by us or by the peer, is
+    /// [`ErrorKind::Untrusted`]; breaches of QUIC itself are [`ErrorKind::Malformed`].
     pub fn connection(at: impl Into<String>, source: ConnectionError) -> Error {
         // QUIC carries a TLS alert as error 0x100 + alert (RFC 9001, section 4.8).
         let is_tls = |code: u64| (0x100..0x200).contains(&code);

@@ -1,7 +1,8 @@
 //! Streams of frames: the journal's own bytes, one frame after the other, nothing between.
 //!
-//! A uni stream from the source. The reader judges a frame's header with the journal's rules before it waits for, or
-//! allocates, the rest; it does not check payload, order or chain: that is ingest's work, beside the positions.
+//! A uni stream from the source. The reader judges a frame's header with the journal's rules before it waits
+//! for, or allocates, the rest; it does not check payload, order or chain: that is ingest's work, beside the
+//! positions.
 
 use bytes::{Bytes, BytesMut};
 use journal::frame::{FrameHeader, HEADER_BYTES, MAX_FRAME_BYTES};
@@ -43,8 +44,8 @@ impl FrameReader {
     /// The next whole frame; `None` once the source has finished the stream after a whole one. Cancel-safe.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] where the bytes are no frame (the journal's error is the cause) or the stream ends amid one;
-    /// those of [`Error::connection`].
+    /// [`ErrorKind::Malformed`] where the bytes are no frame (the journal's error is the cause) or the stream
+    /// ends amid one; those of [`Error::connection`].
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         loop {
             let wanted = self.header.map_or(HEADER_BYTES, |header| header.frame_bytes());
@@ -71,7 +72,8 @@ impl FrameReader {
         let _ = self.stream.stop(quinn::VarInt::from_u32(0));
     }
 
-    /// Moves received bytes into the frame, up to `wanted`. The one copy on the way in: a frame is contiguous in the journal.
+    /// Moves received bytes into the frame, up to `wanted`. The one copy on the way in: a frame is contiguous
+    /// in the journal.
     fn fill(&mut self, wanted: usize) {
         while self.partial.len() < wanted {
             let Some(chunk) = self.chunks.front_mut() else { return };
@@ -117,8 +119,8 @@ impl FrameWriter {
         Ok(FrameWriter { stream })
     }
 
-    /// Hands a whole frame to QUIC; waits while the window is full. That it was handed over says nothing of its arrival.
-    /// Not cancel-safe: after a cancelled send the stream is of no more use.
+    /// Hands a whole frame to QUIC; waits while the window is full. That it was handed over says nothing of
+    /// its arrival. Not cancel-safe: after a cancelled send the stream is of no more use.
     ///
     /// # Errors
     /// As [`Error::connection`] tells; [`ErrorKind::Lost`] where the receiver stopped the stream.
@@ -208,7 +210,8 @@ mod tests {
         assert!(reader.next().await.unwrap().is_none());
     }
 
-    /// More than all windows together, so that flow control stops and wakes both sides; the reader is cancelled all the time.
+    /// More than all windows together, so that flow control stops and wakes both sides; the reader is
+    /// cancelled all the time.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_big_transfer_survives_cancelled_reads() {
         let sent = frames(96, 8, MAX_PAYLOAD_BYTES);

@@ -19,8 +19,8 @@ const PRIORITY: i32 = 1;
 
 /// Messages out of bytes as they come, in pieces of any size.
 ///
-/// Invariant: it never holds more than it was given, and a length is judged before anything waits for it. After an error
-/// the stream has no known place any more, so every later call gives an error too.
+/// Invariant: it never holds more than it was given, and a length is judged before anything waits for it.
+/// After an error the stream has no known place any more, so every later call gives an error too.
 #[derive(Debug, Default)]
 pub struct Decoder {
     buffer: Vec<u8>,
@@ -116,7 +116,8 @@ fn ends((send, stream): (SendStream, RecvStream)) -> Result<(ControlSender, Cont
 }
 
 impl ControlSender {
-    /// Hands a message to QUIC. Not cancel-safe: half a message would be sent; give it a task of its own or wait for it.
+    /// Hands a message to QUIC. Not cancel-safe: half a message would be sent; give it a task of its own or
+    /// wait for it.
     ///
     /// # Errors
     /// [`ErrorKind::TooLong`], and those of [`Error::connection`].
@@ -138,7 +139,8 @@ impl ControlReceiver {
     /// The next message; `None` once the peer has finished. Cancel-safe.
     ///
     /// # Errors
-    /// [`ErrorKind::Malformed`] where the peer breaks the protocol or ends amid a message; those of [`Error::connection`].
+    /// [`ErrorKind::Malformed`] where the peer breaks the protocol or ends amid a message; those of
+    /// [`Error::connection`].
     pub async fn next(&mut self) -> Result<Option<Message>> {
         let at = "receive on the control stream";
         loop {

@@ -1,9 +1,11 @@
-//! Entry points for fuzzing decoders of foreign bytes. Each aborts on a broken invariant and ignores refusals.
+//! Entry points for fuzzing decoders of foreign bytes. Each aborts on a broken invariant and ignores
+//! refusals.
 
 use crate::framing::{Decoder, framed};
 use crate::message::MAX_MESSAGE_BYTES;
 
-/// The control stream: the first byte is the size of pieces, the rest the stream. What is understood must survive a round trip.
+/// The control stream: the first byte is the size of pieces, the rest the stream. What is understood must
+/// survive a round trip.
 pub fn control(bytes: &[u8]) {
     let Some((size, stream)) = bytes.split_first() else { return };
     let mut decoder = Decoder::default();

@@ -1,7 +1,8 @@
 //! Who a side is: a P-256 key with a self-signed certificate, known to others by the certificate's SHA-256.
 //!
-//! Both lie in one file, `identity.pem` (mode 0600), so that there is never one without the other. Names, validity and
-//! issuer in the certificate mean nothing: the fingerprint is pinned on the other side, and replaced there by hand.
+//! Both lie in one file, `identity.pem` (mode 0600), so that there is never one without the other. Names,
+//! validity and issuer in the certificate mean nothing: the fingerprint is pinned on the other side, and
+//! replaced there by hand.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -81,7 +82,8 @@ impl fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// Makes an identity in `dir`, which is made (mode 0700) if it is absent. It is durable when this returns.
+    /// Makes an identity in `dir`, which is made (mode 0700) if it is absent. It is durable when this
+    /// returns.
     ///
     /// # Errors
     /// [`ErrorKind::IdentityExists`] where `dir` holds one: peers have pinned it, so it is never overwritten.
@@ -108,7 +110,8 @@ impl Identity {
         });
         fs::remove_file(&draft).map_err(io("remove draft of"))?;
         linked?;
-        // 3. Sync the directory and its parent: a fingerprint that was shown must not be gone after a power cut.
+        // 3. Sync the directory and its parent: a fingerprint that was shown must not be gone after a power
+        //    cut.
         for dir in [Some(dir), dir.parent().filter(|p| !p.as_os_str().is_empty())].into_iter().flatten() {
             File::open(dir).and_then(|d| d.sync_all()).map_err(io("sync directory of"))?;
         }
@@ -118,8 +121,8 @@ impl Identity {
     /// Reads the identity in `dir`.
     ///
     /// # Errors
-    /// [`ErrorKind::IdentityMissing`]; [`ErrorKind::IdentityDamaged`] where others may read it, or where key and
-    /// certificate are not there, not readable or not of one another.
+    /// [`ErrorKind::IdentityMissing`]; [`ErrorKind::IdentityDamaged`] where others may read it, or where key
+    /// and certificate are not there, not readable or not of one another.
     pub fn load(dir: &Path) -> Result<Identity> {
         let path = dir.join(FILE_NAME);
         let pem = fs::read(&path).map_err(|e| match e.kind() {

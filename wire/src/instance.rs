@@ -1,8 +1,8 @@
-//! Which copy of a source speaks: so that two live copies of one source (a cloned machine, a copied directory) are told
-//! from one source that connects again.
+//! Which copy of a source speaks: so that two live copies of one source (a cloned machine, a copied
+//! directory) are told from one source that connects again.
 //!
-//! A copy has all that the original has: identity, group, positions. What it cannot have is what the original gets after
-//! the copy was made. So a source and its receiver go on from token to token:
+//! A copy has all that the original has: identity, group, positions. What it cannot have is what the original
+//! gets after the copy was made. So a source and its receiver go on from token to token:
 //!
 //! ```text
 //! source ── Hello, offers FEATURE ─────────────────────────► receiver
@@ -10,11 +10,13 @@
 //!        ── Instance {run, token: new, previous: the last} ─►  remembered == previous, or == token: it is this one;
 //!        ◄─ Welcome ────────────────────────────────────────   token is remembered, durably, before the Welcome
 //! ```
-//! * The source makes a new token, durably, for each connection, but only when the last one was answered by a `Welcome`:
-//!   an answer that was lost, or a crash in between, is the exact retry of the same token.
-//! * `run` is drawn by each process: while a connection is alive, only the same run may take its place at once.
-//! * Who is refused as a copy is named to the one that is connected ([`Message::CopySeen`]); that one sends an
-//!   [`Message::Instance`] again, with a new token, so that a copy of what it was until now is out of date as well.
+//! * The source makes a new token, durably, for each connection, but only when the last one was answered by a
+//!   `Welcome`: an answer that was lost, or a crash in between, is the exact retry of the same token.
+//! * `run` is drawn by each process: while a connection is alive, only the same run may take its place at
+//!   once.
+//! * Who is refused as a copy is named to the one that is connected ([`Message::CopySeen`]); that one sends
+//!   an [`Message::Instance`] again, with a new token, so that a copy of what it was until now is out of date
+//!   as well.
 //!
 //! [decision 0039](../../docs/decisions/0039-which-copy-of-a-source.md)
 //!

@@ -1,7 +1,8 @@
 //! CARRY: control messages, identities, QUIC endpoints.
 //!
-//! Between source and receiver stands one QUIC connection, opened by the source: ALPN `afterimage/1`, TLS 1.3, both sides
-//! known by the SHA-256 of their certificate and by nothing else ([`identity`], [`tls`]). On it:
+//! Between source and receiver stands one QUIC connection, opened by the source: ALPN `afterimage/1`, TLS
+//! 1.3, both sides known by the SHA-256 of their certificate and by nothing else ([`identity`], [`tls`]). On
+//! it:
 //!
 //! ```text
 //! source ── bidi stream, the control stream ──► receiver     u32 length, version, postcard   (message, framing)
@@ -15,8 +16,9 @@
 //! This room owns no position and decides no resume: bytes in QUIC's buffers are not received, and only an
 //! [`Message::Ack`] moves progress. Reconnecting is the caller's loop, paced by [`Backoff`].
 //!
-//! Invariants: nothing that a peer sends is allocated for before its length was checked against a constant; a session is
-//! never resumed (TLS would not ask for the certificate again); every peer of an open connection was pinned.
+//! Invariants: nothing that a peer sends is allocated for before its length was checked against a constant; a
+//! session is never resumed (TLS would not ask for the certificate again); every peer of an open connection
+//! was pinned.
 
 pub mod backoff;
 pub mod compare;

@@ -4,12 +4,13 @@
 //! 0       1
 //! │ 1 │ postcard of Message …        1 = version of this encoding
 //! ```
-//! The encoding is append-only: variants and the codes of enums are added at the end and never reordered, fields are never
-//! added to a variant (a new variant is), and what a peer may send follows from the version and features agreed in `Hello`
-//! and `Welcome`. Golden bytes below hold this. Identifiers are plain bytes here; `journal` gives them their names.
+//! The encoding is append-only: variants and the codes of enums are added at the end and never reordered,
+//! fields are never added to a variant (a new variant is), and what a peer may send follows from the version
+//! and features agreed in `Hello` and `Welcome`. Golden bytes below hold this. Identifiers are plain bytes
+//! here; `journal` gives them their names.
 //!
-//! What a peer says in words is made harmless as it is decoded ([`machine::text`]): one line, short, nothing that a terminal
-//! would obey. So it is nowhere kept, shown or logged as it came.
+//! What a peer says in words is made harmless as it is decoded ([`machine::text`]): one line, short, nothing
+//! that a terminal would obey. So it is nowhere kept, shown or logged as it came.
 
 use journal::{Epoch, EpochId, Lineage, Lsn};
 use machine::text::{tidy_in_place, tidy_to};
@@ -136,7 +137,8 @@ pub enum ErrorCode {
     NotPossible,
     /// A fault of the sender of this message.
     Internal,
-    /// Another copy of this source serves the group. Said only to a source that offered [`crate::instance::FEATURE`].
+    /// Another copy of this source serves the group. Said only to a source that offered
+    /// [`crate::instance::FEATURE`].
     AnotherCopy,
 }
 

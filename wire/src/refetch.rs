@@ -1,15 +1,15 @@
-//! Re-fetch: a frame that rotted at the receiver is asked for again at the source, which keeps acknowledged frames until it
-//! needs their room.
+//! Re-fetch: a frame that rotted at the receiver is asked for again at the source, which keeps acknowledged
+//! frames until it needs their room.
 //!
-//! On a bidi stream of its own, opened by the *receiver*, one question after the other: [`Message::FrameRequest`] names a
-//! position and the last lsn of the frame that follows it. Answered by the frame, in [`Message::FramePart`]s since a frame
-//! is longer than a message, or by [`Message::Error`]: `NotPossible` where the source does not hold that frame, and never
-//! will again; anything else where it may work later. The receiver asks only where the source offers [`FEATURE`] in its
-//! hello.
+//! On a bidi stream of its own, opened by the *receiver*, one question after the other:
+//! [`Message::FrameRequest`] names a position and the last lsn of the frame that follows it. Answered by the
+//! frame, in [`Message::FramePart`]s since a frame is longer than a message, or by [`Message::Error`]:
+//! `NotPossible` where the source does not hold that frame, and never will again; anything else where it may
+//! work later. The receiver asks only where the source offers [`FEATURE`] in its hello.
 //!
-//! Limits: one frame a question and one question at a time; the answer is no longer than the receiver said it knows the
-//! frame to be; the receiver pauses for [`ASK_PAUSE`] after each answer, and the source for [`ANSWER_PAUSE`], whatever the
-//! other one does: 12 MiB and ten look-ups a second at most.
+//! Limits: one frame a question and one question at a time; the answer is no longer than the receiver said it
+//! knows the frame to be; the receiver pauses for [`ASK_PAUSE`] after each answer, and the source for
+//! [`ANSWER_PAUSE`], whatever the other one does: 12 MiB and ten look-ups a second at most.
 
 use std::time::Duration;
 

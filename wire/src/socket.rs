@@ -1,7 +1,8 @@
 //! The UDP socket: bound, its buffers asked for and read back.
 //!
-//! The kernel grants less than asked without a word (`net.core.rmem_max`), and what does not fit is dropped, which a
-//! congestion controller takes for a full path. So the grant is reported, with the sysctl that would raise it.
+//! The kernel grants less than asked without a word (`net.core.rmem_max`), and what does not fit is dropped,
+//! which a congestion controller takes for a full path. So the grant is reported, with the sysctl that would
+//! raise it.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};

@@ -1,8 +1,9 @@
 //! Mutual TLS with pinned identities.
 //!
-//! A peer proves that it holds the key of its certificate (TLS's own signature check, done by the crypto provider), and the
-//! certificate's fingerprint must be one that we pinned. No authority, name or date is looked at. The provider is passed
-//! explicitly: a second one in the graph would make rustls' process-wide default panic.
+//! A peer proves that it holds the key of its certificate (TLS's own signature check, done by the crypto
+//! provider), and the certificate's fingerprint must be one that we pinned. No authority, name or date is
+//! looked at. The provider is passed explicitly: a second one in the graph would make rustls' process-wide
+//! default panic.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ pub const ALPN: &[u8] = b"afterimage/1";
 /// TLS wants a name; ours says nothing, and is not sent.
 pub(crate) const SERVER_NAME: &str = "afterimage";
 
-/// Whether a client with this fingerprint may connect. Asked at each handshake, so a change of mind takes effect at the next.
+/// Whether a client with this fingerprint may connect. Asked at each handshake, so a change of mind takes
+/// effect at the next.
 pub type Accept = Arc<dyn Fn(&Fingerprint) -> bool + Send + Sync>;
 
 /// The one crypto provider of this program.

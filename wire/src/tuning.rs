@@ -8,7 +8,8 @@ use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Settings of a connection. quinn's own windows suit 100 Mbit/s at 100 ms; these are counted as memory instead.
+/// Settings of a connection. quinn's own windows suit 100 Mbit/s at 100 ms; these are counted as memory
+/// instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tuning {
     /// Bytes that the peer may send on one stream before we have read them.
@@ -41,8 +42,8 @@ impl Default for Tuning {
     }
 }
 
-/// Segments of one offloaded send (GSO) in quinn, and the largest payload of a UDP send. Their product with the MTU past
-/// that limit costs two thirds of the rate: every packet becomes a system call.
+/// Segments of one offloaded send (GSO) in quinn, and the largest payload of a UDP send. Their product with
+/// the MTU past that limit costs two thirds of the rate: every packet becomes a system call.
 const GSO_SEGMENTS: usize = 10;
 const UDP_PAYLOAD_BYTES: usize = 65_507;
 /// Every QUIC path carries this (RFC 9000, section 14).
@@ -106,7 +107,8 @@ impl Tuning {
             .keep_alive_interval(Some(self.keep_alive))
             .mtu_discovery_config(Some(mtu_discovery))
             .datagram_receive_buffer_size(None)
-            // Frames on one stream finish before those of the next begin, so the receiver gets whole ones early.
+            // Frames on one stream finish before those of the next begin, so the receiver gets whole ones
+            // early.
             .send_fairness(false)
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
         Ok(Arc::new(transport))

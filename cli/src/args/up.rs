@@ -19,7 +19,8 @@ pub struct UpArgs {
     /// Protect this file or block device; may be repeated
     #[arg(long, value_name = "PATH")]
     pub disk: Vec<PathBuf>,
-    /// Name of a volume, in the order of --size and --disk; one name for several volumes is numbered [default: disk0, disk1, …]
+    /// Name of a volume, in the order of --size and --disk; one name for several volumes is numbered
+    /// [default: disk0, disk1, …]
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     pub volume: Vec<String>,
     /// Name of the group: the volumes share one write order and restore to one instant [default: default]

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 
 use super::{Desk, Line, RestoreOrder, carried, stopped, stopping};
 
-/// Runs the restore beside the connection; its lines arrive in order, the result last. It ends when the connection does:
-/// who interrupts the command means the restore, too.
+/// Runs the restore beside the connection; its lines arrive in order, the result last. It ends when the
+/// connection does: who interrupts the command means the restore, too.
 pub fn start(desk: Desk, order: RestoreOrder, lines: usize) -> mpsc::Receiver<Line> {
     let (sender, receiver) = mpsc::channel(lines);
     let RestoreOrder { group, at, to, .. } = &order;

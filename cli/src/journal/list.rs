@@ -1,4 +1,5 @@
-//! `journal ls`: one line a segment, from headers and footers; only a segment still being written is read whole.
+//! `journal ls`: one line a segment, from headers and footers; only a segment still being written is read
+//! whole.
 
 use std::path::PathBuf;
 
@@ -89,7 +90,8 @@ impl Listed {
                     self.add((frame.first_lsn, frame.first_time_ns), (frame.last_lsn, frame.last_time_ns));
                 }
             }
-            // Without a footer the last one is being written, and ends where its frames end. No other may lack it.
+            // Without a footer the last one is being written, and ends where its frames end. No other may
+            // lack it.
             Err(error) if error.kind == ErrorKind::Corrupt => {
                 let mut walk = Walk::new(segment);
                 loop {

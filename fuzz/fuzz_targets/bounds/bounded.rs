@@ -1,5 +1,6 @@
-//! An allocator that ends the fuzzer at an allocation which no small directory can ask for: the limit on resident memory sees
-//! only what is touched, and a number from a file that becomes a length is seldom touched.
+//! An allocator that ends the fuzzer at an allocation which no small directory can ask for: the limit on
+//! resident memory sees only what is touched, and a number from a file that becomes a length is seldom
+//! touched.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 

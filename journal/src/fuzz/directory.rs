@@ -1,4 +1,5 @@
-//! Whole directories whose checksums hold: a journal as its writer left it, or undo, with numbers that no writer gives them.
+//! Whole directories whose checksums hold: a journal as its writer left it, or undo, with numbers that no
+//! writer gives them.
 
 use super::steer::{Files, Input, steer};
 use crate::compress::{Compression, Decoder, Encoder};
@@ -30,8 +31,8 @@ const CAPACITY_BYTES: u64 = 16 << 20;
 /// More than the frames of any directory that an input makes.
 const MAX_STEPS: usize = 20_000;
 
-/// A directory that the bytes describe: verified, listed, dumped, read from several places, mended, and opened as a daemon
-/// opens it, which then goes on in it.
+/// A directory that the bytes describe: verified, listed, dumped, read from several places, mended, and
+/// opened as a daemon opens it, which then goes on in it.
 pub fn directory(bytes: &[u8]) {
     let mut input = Input(bytes);
     let Some(mut files) = sample(input.byte() & 1 == 1) else { return };

@@ -1,9 +1,11 @@
-//! Steered damage: an input changes numbers of whole, right files, and then every checksum is made right again.
+//! Steered damage: an input changes numbers of whole, right files, and then every checksum is made right
+//! again.
 //!
-//! Bytes that only break a CRC test the CRC. What comes behind it is met by files that a program of our own could have sealed
-//! and never would: so the input picks a structure and a field, and gives it another number; or moves a number everywhere it
-//! stands (so that lsns stay dense, far away); or cuts, doubles and renames. Then CRCs are closed, from the inside out, and
-//! chain values follow what they commit to: a value that was some frame's is replaced by that frame's new one wherever it stands.
+//! Bytes that only break a CRC test the CRC. What comes behind it is met by files that a program of our own
+//! could have sealed and never would: so the input picks a structure and a field, and gives it another
+//! number; or moves a number everywhere it stands (so that lsns stay dense, far away); or cuts, doubles and
+//! renames. Then CRCs are closed, from the inside out, and chain values follow what they commit to: a value
+//! that was some frame's is replaced by that frame's new one wherever it stands.
 
 use crate::frame::{self, FrameHeader};
 use crate::{Epoch, EpochId, Lineage, SECTOR_BYTES, segment};
@@ -223,7 +225,8 @@ fn seed_at(content: &[u8], lineage_at: usize) -> Option<u64> {
     Some(frame::chain_seed(Lineage(*lineage), epoch))
 }
 
-/// Closes every checksum. `links` joins each frame to the one before it in its file, also where it named another.
+/// Closes every checksum. `links` joins each frame to the one before it in its file, also where it named
+/// another.
 fn reseal(files: &mut Files, before: &Files, links: bool) {
     let mut chains = BTreeMap::new();
     for (path, content) in files.iter() {

@@ -215,7 +215,8 @@ fn every_store_may_be_the_last() {
     assert_eq!(grown, Ok(Captured::Ring(story.next_lsn)));
     story.next_lsn += 1;
     assert!(story.capture(63 << 20, &[100]));
-    // Beyond the bitmap, which covers 32 MiB: a part of it is repaired, and is dirty again before the rest is.
+    // Beyond the bitmap, which covers 32 MiB: a part of it is repaired, and is dirty again before the rest
+    // is.
     story.overflow(60 << 20);
     assert!(!story.capture(40 << 20, &[100]));
     story.begin();

@@ -1,5 +1,5 @@
-//! Files that hold a disk in a format of their own: a QCOW2, a VMDK. Taken for a raw disk, their bytes would be protected and
-//! no guest could use what is served.
+//! Files that hold a disk in a format of their own: a QCOW2, a VMDK. Taken for a raw disk, their bytes would
+//! be protected and no guest could use what is served.
 
 use std::fmt;
 use std::fs::File;

@@ -7,9 +7,9 @@
 //! | other device, same attach | sectors written and discarded, of the device, and directly to the disk that it is a part of |
 //! | other device, after a reboot | nothing written since, and the same first and last MiB |
 //!
-//! A mark is taken when everything that we wrote is durable; what is still in the page cache would move times and counters
-//! later. Limits: a write from another machine, from another system that was booted in between and left the ends alone, or
-//! below a device mapper target, is not seen.
+//! A mark is taken when everything that we wrote is durable; what is still in the page cache would move times
+//! and counters later. Limits: a write from another machine, from another system that was booted in between
+//! and left the ends alone, or below a device mapper target, is not seen.
 
 use std::fs::File;
 use std::io;
@@ -75,7 +75,8 @@ pub struct Counters {
     pub sequence: u64,
     /// Sectors written and discarded.
     pub own: [u64; 2],
-    /// The same to the whole disk that this is a partition of, by other ways than its partitions; zeros for a whole disk.
+    /// The same to the whole disk that this is a partition of, by other ways than its partitions; zeros for a
+    /// whole disk.
     pub direct: [u64; 2],
 }
 
@@ -111,8 +112,8 @@ impl Continuity {
         Ok(Continuity { boot: boot_id(), size_bytes, ends, times, counters })
     }
 
-    /// Whether nobody wrote between this mark and a later one of the same disk. Whose write it would have been does not
-    /// matter: after a mark we write nothing.
+    /// Whether nobody wrote between this mark and a later one of the same disk. Whose write it would have
+    /// been does not matter: after a mark we write nothing.
     pub fn until(&self, now: &Continuity) -> Unchanged {
         let changed = |what: &str| Unchanged::Changed(what.to_owned());
         let unknown = |why: &str| Unchanged::Unknown(why.to_owned());
@@ -170,8 +171,8 @@ fn times(file: &File) -> io::Result<Times> {
     })
 }
 
-/// File systems whose times are another machine's, or another program's: NFS, SMB (three kinds), FUSE, 9p, Ceph, AFS, GFS2,
-/// OCFS2.
+/// File systems whose times are another machine's, or another program's: NFS, SMB (three kinds), FUSE, 9p,
+/// Ceph, AFS, GFS2, OCFS2.
 const REMOTE: [i128; 10] = [
     0x6969,
     0x517B,
@@ -210,8 +211,8 @@ fn counters(sysfs: &Path) -> Option<Counters> {
     Some(Counters { sequence: sequence.trim().parse().unwrap_or(0), own, direct })
 }
 
-/// Of a partition: what was written to it, and what to its disk by other ways than the partitions. The disk's counters hold
-/// those of all its partitions; read until nothing moves, since they are no one instant's.
+/// Of a partition: what was written to it, and what to its disk by other ways than the partitions. The disk's
+/// counters hold those of all its partitions; read until nothing moves, since they are no one instant's.
 fn directly(whole: &Path, partition: &Path) -> Option<([u64; 2], [u64; 2])> {
     let partitions = system::partitions(whole);
     let sum = || {

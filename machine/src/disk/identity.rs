@@ -7,8 +7,8 @@
 //! | other device | wwid, serial or dm uuid of the disk, and where the partition begins |
 //! | device without a name | its number and sequence number, within one boot |
 //!
-//! `st_dev` is not used: it may differ after every mount. Some file systems make their `statvfs` id from it, so a different
-//! id alone is no proof of anything.
+//! `st_dev` is not used: it may differ after every mount. Some file systems make their `statvfs` id from it,
+//! so a different id alone is no proof of anything.
 
 use std::fs::File;
 use std::io;
@@ -196,7 +196,8 @@ impl Backing {
         }
         match (&self.file, &other.file) {
             (Some(a), Some(b)) => a.compare(b),
-            // `losetup --direct-io` and the like keep the sequence number, and so does nothing that changes the backing.
+            // `losetup --direct-io` and the like keep the sequence number, and so does nothing that changes
+            // the backing.
             _ if is_one_attach && self.told == other.told => Same::Yes,
             _ => Same::Unknown,
         }

@@ -1,6 +1,6 @@
-//! What the machine's loop devices stand on. The kernel asks the file system below for it, so a device over one that hangs
-//! answers only when that does: it is passed over, and not asked again until then. Such a device stands on another file system
-//! than a disk that answers.
+//! What the machine's loop devices stand on. The kernel asks the file system below for it, so a device over
+//! one that hangs answers only when that does: it is passed over, and not asked again until then. Such a
+//! device stands on another file system than a disk that answers.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -38,7 +38,8 @@ fn targets_by(
         let (ask, asked) = (ask.clone(), device.clone());
         let question = move || {
             let target = ask(&asked);
-            // Sent and taken back under the lock: who gives up waiting notes the silence before this, or finds the answer.
+            // Sent and taken back under the lock: who gives up waiting notes the silence before this, or
+            // finds the answer.
             let mut silent = silent();
             let _ = answers.send(target);
             silent.remove(&asked);

@@ -1,7 +1,7 @@
 //! DISKS as the machine knows them: who one is, whether it is still what it was, and who else uses it.
 //!
-//! Source and receiver ask the same questions about a protected disk and about a replica, file or block device. What nobody
-//! saw is not believed, so every answer has three values: proven, refuted, cannot tell.
+//! Source and receiver ask the same questions about a protected disk and about a replica, file or block
+//! device. What nobody saw is not believed, so every answer has three values: proven, refuted, cannot tell.
 //!
 //! | module | question |
 //! |---|---|
@@ -10,8 +10,8 @@
 //! | [`container`] | is this file no disk, but a container with one in it? |
 //! | [`users`] | who else has it open for writing, mounted, under a loop device? |
 //!
-//! Everything is asked through a descriptor that is held, so that no path can lead elsewhere between question and use. There
-//! is no state here, and nothing is written.
+//! Everything is asked through a descriptor that is held, so that no path can lead elsewhere between question
+//! and use. There is no state here, and nothing is written.
 
 pub mod container;
 pub mod continuity;

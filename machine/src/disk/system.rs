@@ -72,7 +72,8 @@ pub fn fs_uuid(file: &File) -> Option<[u8; 16]> {
 
 /// What a loop device stands on; `None` for what is none, or has no backing.
 pub fn loop_target(device: &File) -> Option<LoopTarget> {
-    // SAFETY: the request fills a `struct loop_info64`, and `LoopInfo` is laid out as that. Other devices refuse it.
+    // SAFETY: the request fills a `struct loop_info64`, and `LoopInfo` is laid out as that. Other devices
+    // refuse it.
     let got = unsafe { rustix::ioctl::ioctl(device, Getter::<LOOP_GET_STATUS64, LoopInfo>::new()) }.ok()?;
     Some(LoopTarget {
         file: (got.device, got.inode),
@@ -82,14 +83,14 @@ pub fn loop_target(device: &File) -> Option<LoopTarget> {
     })
 }
 
-/// The handle that the file system knows a file by: inode and generation, which differs for every file that ever had the
-/// inode's number. Its kind and bytes; `None` where the file system gives none.
+/// The handle that the file system knows a file by: inode and generation, which differs for every file that
+/// ever had the inode's number. Its kind and bytes; `None` where the file system gives none.
 pub fn file_handle(file: &File) -> Option<(i32, Vec<u8>)> {
     let bytes = u32::try_from(HANDLE_BYTES).ok()?;
     let mut handle = Handle { bytes, kind: 0, data: [0; HANDLE_BYTES] };
     let mut mount: c_int = 0;
-    // SAFETY: the path is an empty C string, which with AT_EMPTY_PATH means the descriptor; `handle` has room for as many
-    // bytes as it says, and `mount` for one number. Both live through the call.
+    // SAFETY: the path is an empty C string, which with AT_EMPTY_PATH means the descriptor; `handle` has room
+    // for as many bytes as it says, and `mount` for one number. Both live through the call.
     let done = unsafe {
         libc::syscall(
             libc::SYS_name_to_handle_at,

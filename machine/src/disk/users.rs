@@ -1,10 +1,12 @@
-//! Who else uses a disk, as an operator would find out with `losetup`, `fuser`, `findmnt`, `swapon` and `lsblk`.
+//! Who else uses a disk, as an operator would find out with `losetup`, `fuser`, `findmnt`, `swapon` and
+//! `lsblk`.
 //!
-//! Compared by device and inode, never by a path's text: a name may be gone, renamed, or another's by now. What this process
-//! itself has open does not count; a loop device counts whoever made it.
+//! Compared by device and inode, never by a path's text: a name may be gone, renamed, or another's by now.
+//! What this process itself has open does not count; a loop device counts whoever made it.
 //!
-//! Not seen: processes that we may not look at (another user's, unless we are root), those of another machine, memory that is
-//! still mapped after its descriptor was closed, a loop device over a file system that hangs, and users inside the kernel that show nowhere (an iSCSI target's file).
+//! Not seen: processes that we may not look at (another user's, unless we are root), those of another
+//! machine, memory that is still mapped after its descriptor was closed, a loop device over a file system
+//! that hangs, and users inside the kernel that show nowhere (an iSCSI target's file).
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -76,7 +78,8 @@ pub fn told(users: &[User]) -> String {
 struct Wanted {
     files: BTreeSet<(u64, u64)>,
     devices: BTreeSet<u64>,
-    /// Of those, the ones that count when mounted, swapped to or held: not a disk beside its own other partitions.
+    /// Of those, the ones that count when mounted, swapped to or held: not a disk beside its own other
+    /// partitions.
     claimed: BTreeSet<u64>,
     /// The part of the file, where this disk is a loop device over it.
     part: Option<(u64, u64)>,
@@ -99,8 +102,8 @@ pub fn users_of(held: &File) -> io::Result<Vec<User>> {
     Ok(users)
 }
 
-/// Whether two disks share bytes: one file or device under two paths, a file and a loop device over it, two loop devices over
-/// one part of a file, a disk and its partition. `false` for what cannot be looked at.
+/// Whether two disks share bytes: one file or device under two paths, a file and a loop device over it, two
+/// loop devices over one part of a file, a disk and its partition. `false` for what cannot be looked at.
 pub fn share(a: &File, b: &File) -> bool {
     let (Ok(wanted), Ok(other)) = (Wanted::of(a), b.metadata()) else { return false };
     if other.is_file() {
@@ -198,7 +201,8 @@ impl Wanted {
         })
     }
 
-    /// File systems on it: by their device number, or by their source where they have a number of their own (btrfs).
+    /// File systems on it: by their device number, or by their source where they have a number of their own
+    /// (btrfs).
     fn mounts(&self) -> Vec<User> {
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let mut users: Vec<User> = Vec::new();

@@ -1,8 +1,9 @@
 //! The apply thread of a group: owner of its applier.
 //!
-//! Woken by the bell when a batch is due; between batches it keeps house (heartbeats, retention). A replica that fails
-//! stops apply, never ingest nor retention: the applier is opened again after a while, whether or not anything waits, and
-//! the reason is shown meanwhile. The thread yields to ingest and to the front of `up`, which share the machine.
+//! Woken by the bell when a batch is due; between batches it keeps house (heartbeats, retention). A replica
+//! that fails stops apply, never ingest nor retention: the applier is opened again after a while, whether or
+//! not anything waits, and the reason is shown meanwhile. The thread yields to ingest and to the front of
+//! `up`, which share the machine.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -165,7 +166,8 @@ impl ApplyThread {
                     match done {
                         None if stands => schedule.hold(now + HOUSEKEEPING),
                         None => schedule.hold(now + RETRY),
-                        // A source that resyncs over and over makes no more batches than one that asks for haste.
+                        // A source that resyncs over and over makes no more batches than one that asks for
+                        // haste.
                         Some(done) if done.ends_resync => schedule.hold(now + after_resync),
                         Some(_) => {}
                     }
@@ -180,8 +182,8 @@ impl ApplyThread {
         }
     }
 
-    /// Why the next batch, made as small as can be, has no room: what it writes and what it keeps of what it overwrites. A
-    /// rewind goes on: it is the operator's.
+    /// Why the next batch, made as small as can be, has no room: what it writes and what it keeps of what it
+    /// overwrites. A rewind goes on: it is the operator's.
     fn no_room(&mut self) -> Option<String> {
         let room = self.parts.room.clone();
         let applier = self.applier.as_mut().filter(|applier| room.is_limited() && !applier.is_rewinding())?;
@@ -200,8 +202,8 @@ impl ApplyThread {
         why
     }
 
-    /// A failed sync is final; everything else is tried again, from the group's files up unless only room is missing.
-    /// Until then the failed applier still keeps house.
+    /// A failed sync is final; everything else is tried again, from the group's files up unless only room is
+    /// missing. Until then the failed applier still keeps house.
     fn stalled(&mut self, error: Error) -> Result<()> {
         let now = machine::now();
         let retry_at = match error.kind {
@@ -226,8 +228,8 @@ impl ApplyThread {
         self.applier.as_ref().is_some_and(|applier| applier.state().seen.changed.is_some())
     }
 
-    /// What cannot be read may be rot in the journal: the scrub thread looks, and mends what the source still holds. What it
-    /// does not hold is lost to the replica, and only a new epoch brings it further.
+    /// What cannot be read may be rot in the journal: the scrub thread looks, and mends what the source still
+    /// holds. What it does not hold is lost to the replica, and only a new epoch brings it further.
     fn suspect(&mut self, why: String) -> Stall {
         let checkpoint = self.checkpoint();
         if let Some(stall) = self.hole() {
@@ -501,7 +503,8 @@ impl ApplyThread {
         }
     }
 
-    /// Batches below the exact window become one for each step; as many as fit a short time, since apply waits for it.
+    /// Batches below the exact window become one for each step; as many as fit a short time, since apply
+    /// waits for it.
     fn thin(&mut self) -> Result<()> {
         let Some(applier) = &mut self.applier else { return Ok(()) };
         let until = machine::now() + THINNING;

@@ -1,7 +1,8 @@
-//! One live connection per group: the newer wins over its own older one, and never over another copy of the source.
+//! One live connection per group: the newer wins over its own older one, and never over another copy of the
+//! source.
 //!
-//! Two writers would each be in order and together not. So a newer connection closes the older one's session, waits
-//! until its task has ended, and lets ingest finish what it has; only then is the resume position read.
+//! Two writers would each be in order and together not. So a newer connection closes the older one's session,
+//! waits until its task has ended, and lets ingest finish what it has; only then is the resume position read.
 //!
 //! Who may take the place ([`wire::instance`], [`crate::copies`]):
 //!
@@ -13,7 +14,8 @@
 //! | a token that is barred | refused | refused, until `afterimage admit` |
 //! | nothing, by an older program | as before, where the older one said nothing either; else refused | comes in |
 //!
-//! Whether the older one answers is asked, not believed: it is sent an acknowledgement, which QUIC acknowledges in turn.
+//! Whether the older one answers is asked, not believed: it is sent an acknowledgement, which QUIC
+//! acknowledges in turn.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -165,7 +167,8 @@ impl Berth {
             return Err(refusal);
         }
         if let Some(old) = place.docked.take() {
-            // 1. Nothing of the old connection is taken any more. 2. It learns why it ends. 3. Its task is gone.
+            // 1. Nothing of the old connection is taken any more. 2. It learns why it ends. 3. Its task is
+            //    gone.
             old.session.close();
             old.replaced.notify_one();
             // It must not be awaited once it was found to have ended.

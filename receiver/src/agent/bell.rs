@@ -1,8 +1,8 @@
 //! How the apply thread is woken: the schedule under a lock, and a condition variable beside it.
 //!
-//! Ingest rings when something became durable, the link when the source asks for haste, the operator when there is an
-//! order, the agent when it stops. The
-//! lock is held for arithmetic only, so nobody ever waits for a batch.
+//! Ingest rings when something became durable, the link when the source asks for haste, the operator when
+//! there is an order, the agent when it stops. The lock is held for arithmetic only, so nobody ever waits for
+//! a batch.
 
 use std::sync::PoisonError;
 use std::time::Instant;

@@ -1,8 +1,9 @@
 //! The receiver's own clock: for the age of history and for status lines, never for order.
 //!
-//! History promises time, so its age must not follow a clock that is set. [`ReceiptClock`] counts the time that this
-//! receiver was seen to run: of the realtime clock and the one since boot, whichever moved less. It goes on from the
-//! newest receipt on disk, so a clock that was set while we were away, or our absence itself, ages nothing.
+//! History promises time, so its age must not follow a clock that is set. [`ReceiptClock`] counts the time
+//! that this receiver was seen to run: of the realtime clock and the one since boot, whichever moved less. It
+//! goes on from the newest receipt on disk, so a clock that was set while we were away, or our absence
+//! itself, ages nothing.
 
 /// Realtime, nanoseconds; 0 for a clock before 1970.
 pub fn now_ns() -> u64 {

@@ -1,8 +1,8 @@
 //! The one way in which a final error leaves a thread: what ends a daemon is reported here, once.
 //!
-//! A failed sync is final (DESIGN section 9): whoever sees one reports it and stops. The agent's handle resolves, the
-//! process exits non-zero, and recovery happens on restart. A thread that panics is reported the same way: a group
-//! without its ingest thread would otherwise look healthy and never acknowledge again.
+//! A failed sync is final (DESIGN section 9): whoever sees one reports it and stops. The agent's handle
+//! resolves, the process exits non-zero, and recovery happens on restart. A thread that panics is reported
+//! the same way: a group without its ingest thread would otherwise look healthy and never acknowledge again.
 
 use machine::JoinHandle;
 use std::panic::{AssertUnwindSafe, catch_unwind};

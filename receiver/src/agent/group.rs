@@ -1,11 +1,12 @@
-//! One group at the receiver: its directory under lock, its two threads, and what the link and the agent ask of it.
+//! One group at the receiver: its directory under lock, its two threads, and what the link and the agent ask
+//! of it.
 //!
 //! ```text
 //! link ─ attach, submit ─► ingest thread ─ bell ─► apply thread ─► replica
 //!                              └──── Progress (watch) ────┴──► acks, status, wait
 //! ```
-//! A group is created by the first hello of the identity that the settings bind to its name, and is never given to
-//! another. It outlives connections; it ends with the agent.
+//! A group is created by the first hello of the identity that the settings bind to its name, and is never
+//! given to another. It outlives connections; it ends with the agent.
 
 use machine::JoinHandle;
 use std::path::PathBuf;
@@ -126,7 +127,8 @@ impl Group {
     fn start(setup: &Setup, name: &str, lock: GroupLock) -> Result<Arc<Group>> {
         let dir = setup.group_dir(name);
         let state = GroupStore::open(setup.disk.clone(), &dir)?.state().clone();
-        // 1. The journal first: what it kept is durable when it is open, and only that is applied or announced.
+        // 1. The journal first: what it kept is durable when it is open, and only that is applied or
+        //    announced.
         let writer = open_journal(setup, name, &state)?;
         let history = History::open(setup.disk.clone(), &dir)?;
         history.attach_tail(writer.shared());

@@ -1,11 +1,11 @@
 //! What the source says about its newest lsn: up to which time the group is known to be complete.
 //!
-//! A heartbeat says "at this time my newest lsn was this". It counts once everything up to that lsn is durable here:
-//! then every time up to it can be restored, also when nothing was written for hours. The newest that counts is handed
-//! to history, which keeps it with the checkpoint.
+//! A heartbeat says "at this time my newest lsn was this". It counts once everything up to that lsn is
+//! durable here: then every time up to it can be restored, also when nothing was written for hours. The
+//! newest that counts is handed to history, which keeps it with the checkpoint.
 //!
-//! Under steady load the newest heartbeat is always a little ahead of what is durable. So the oldest one that does not
-//! count yet is kept too: it will, and bounds memory at two.
+//! Under steady load the newest heartbeat is always a little ahead of what is durable. So the oldest one that
+//! does not count yet is kept too: it will, and bounds memory at two.
 
 use std::time::Instant;
 
@@ -35,14 +35,15 @@ impl Heartbeats {
         Heartbeats { counted: kept, newest: kept, ..Heartbeats::default() }
     }
 
-    /// A source connects. Its first word replaces what an earlier visit said and nothing here bears out: a source that named
-    /// an lsn out of reach would be believed for good otherwise, and the honest one's words be dropped as running back.
+    /// A source connects. Its first word replaces what an earlier visit said and nothing here bears out: a
+    /// source that named an lsn out of reach would be believed for good otherwise, and the honest one's words
+    /// be dropped as running back.
     pub fn begin_visit(&mut self) {
         self.is_new_visit = true;
     }
 
-    /// The source says that `beat.lsn` is its newest at `beat.time_ns`; our clock shows `now_ns`. Lsns that run back are
-    /// dropped, and times that do unless the lsn rose: then the source's clock was set.
+    /// The source says that `beat.lsn` is its newest at `beat.time_ns`; our clock shows `now_ns`. Lsns that
+    /// run back are dropped, and times that do unless the lsn rose: then the source's clock was set.
     pub fn heard(&mut self, beat: Moment, now: Instant, now_ns: u64) {
         self.heard = Some(now);
         let skew = i128::from(beat.time_ns) - i128::from(now_ns);

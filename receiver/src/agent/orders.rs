@@ -1,7 +1,7 @@
 //! Orders of the operator to the apply thread: rewind, resume, hold.
 //!
-//! The applier has one owner, so whoever wants something of it leaves an order and waits for its answer. An order that
-//! is begun goes on when nobody waits any more.
+//! The applier has one owner, so whoever wants something of it leaves an order and waits for its answer. An
+//! order that is begun goes on when nobody waits any more.
 
 use std::collections::VecDeque;
 use std::sync::PoisonError;

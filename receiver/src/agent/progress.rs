@@ -1,6 +1,7 @@
 //! Where a group stands: one value that its threads write and its connection, `status` and `wait` read.
 //!
-//! It lives in a `watch`, so readers always see all positions of one instant, and a slow reader costs nothing.
+//! It lives in a `watch`, so readers always see all positions of one instant, and a slow reader costs
+//! nothing.
 
 use journal::writer::Writer;
 use journal::{Lsn, Position};

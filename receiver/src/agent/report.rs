@@ -1,7 +1,7 @@
 //! The status of a group, from the values that its threads publish.
 //!
-//! The positions come from one [`Progress`], so their order holds whatever happens meanwhile; what the source claims
-//! (its newest lsn) is never taken as less than what we hold.
+//! The positions come from one [`Progress`], so their order holds whatever happens meanwhile; what the source
+//! claims (its newest lsn) is never taken as less than what we hold.
 
 use std::time::Instant;
 
@@ -138,8 +138,8 @@ fn state(
     }
 }
 
-/// Time that would be lost if the source were gone now: from the last durable record to the newest that we know of,
-/// and from then on to now if nobody is there to tell us of more.
+/// Time that would be lost if the source were gone now: from the last durable record to the newest that we
+/// know of, and from then on to now if nobody is there to tell us of more.
 fn rpo_ms(
     positions: &Positions,
     progress: &Progress,

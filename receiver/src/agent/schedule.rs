@@ -1,9 +1,9 @@
 //! When the next batch is applied: a sans-IO clock-driven decision.
 //!
-//! Stands between ingest, which says what became durable, and the apply thread, which asks [`Schedule::due`]. Batches
-//! are big when there is much to do (folding pays) and prompt when there is little. State: what waits, in chunks of
-//! arrival. Invariants: chunks are in lsn order, each holds something above the checkpoint, and there are at most
-//! [`MAX_CHUNKS`] of them whatever the backlog.
+//! Stands between ingest, which says what became durable, and the apply thread, which asks [`Schedule::due`].
+//! Batches are big when there is much to do (folding pays) and prompt when there is little. State: what
+//! waits, in chunks of arrival. Invariants: chunks are in lsn order, each holds something above the
+//! checkpoint, and there are at most [`MAX_CHUNKS`] of them whatever the backlog.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,8 +13,8 @@ use journal::Lsn;
 /// Chunks kept: arrival times beyond that are merged, which only makes the schedule a little more eager.
 const MAX_CHUNKS: usize = 1024;
 
-/// By how much a request for haste may shorten the interval between batches: a source that keeps asking makes no more
-/// undo files than this many times the usual.
+/// By how much a request for haste may shorten the interval between batches: a source that keeps asking makes
+/// no more undo files than this many times the usual.
 pub(super) const HASTE: u32 = 4;
 
 /// The pace, from the settings' `[apply]`.

@@ -1,8 +1,9 @@
-//! `wait` at the receiver: until a group's replica holds everything that its source is known to have captured.
+//! `wait` at the receiver: until a group's replica holds everything that its source is known to have
+//! captured.
 //!
-//! Known is what is durable here, a frame that waits for room, and what the source told of in its heartbeats. What is told of
-//! and not here comes while the source is connected; without it nothing comes, and the wait ends as soon as all that is here
-//! is on the replica.
+//! Known is what is durable here, a frame that waits for room, and what the source told of in its heartbeats.
+//! What is told of and not here comes while the source is connected; without it nothing comes, and the wait
+//! ends as soon as all that is here is on the replica.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
 //! Hold: bookmarks that retention may not drop.
 //!
-//! A hold keeps its point, and so all undo and redo from its point on; it is part of the group's durable state, and
-//! retention asks it under the history's lock (`may_begin`). A held history that outgrows the quota stops
-//! acknowledgements rather than shrink: the receiver says so, and names the holds.
+//! A hold keeps its point, and so all undo and redo from its point on; it is part of the group's durable
+//! state, and retention asks it under the history's lock (`may_begin`). A held history that outgrows the
+//! quota stops acknowledgements rather than shrink: the receiver says so, and names the holds.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,8 +25,8 @@ pub struct HoldReport {
 }
 
 impl Applier {
-    /// Puts the newest bookmark of this name under hold, or releases it; durable when it returns. `now_ns` is this
-    /// machine's clock.
+    /// Puts the newest bookmark of this name under hold, or releases it; durable when it returns. `now_ns` is
+    /// this machine's clock.
     ///
     /// # Errors
     /// [`ErrorKind::NotPossible`] where the name is not in the history, not under hold, or too many are.

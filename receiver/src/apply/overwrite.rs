@@ -1,11 +1,12 @@
 //! Overwrite: what an operator orders where others changed a replica, and how that is noticed.
 //!
-//! A changed replica is left alone: nothing is applied, no point is given, since history is the replica with undo laid over
-//! it. By order it is overwritten by a new epoch. What others left there stays reachable: the undo of the batches that
-//! overwrite it stands on the boundary where they begin, listed as `found:N`.
+//! A changed replica is left alone: nothing is applied, no point is given, since history is the replica with
+//! undo laid over it. By order it is overwritten by a new epoch. What others left there stays reachable: the
+//! undo of the batches that overwrite it stands on the boundary where they begin, listed as `found:N`.
 //!
-//! Steps, each durable before the next: 1 the history ends, and the order is noted; 2 its undo files are removed; 3 a new
-//! history begins at the content that was found. A crash in between goes on at the next open.
+//! Steps, each durable before the next: 1 the history ends, and the order is noted; 2 its undo files are
+//! removed; 3 a new history begins at the content that was found. A crash in between goes on at the next
+//! open.
 
 use journal::io::Disk;
 use journal::{Position, VolumeId};
@@ -26,18 +27,21 @@ pub struct OverwriteReport {
     pub group: String,
     /// What had been noticed.
     pub why: String,
-    /// The point by which the content that is overwritten can be restored; absent where there was no history yet.
+    /// The point by which the content that is overwritten can be restored; absent where there was no history
+    /// yet.
     pub found: Option<String>,
     /// Bookmarks under hold that ended with the history.
     pub holds: Vec<String>,
 }
 
 impl Applier {
-    /// Orders that replicas which others changed are overwritten by the next epoch. `received` is the newest position that is
-    /// durable here: what was received up to it is passed over. `now_ns` is this machine's clock.
+    /// Orders that replicas which others changed are overwritten by the next epoch. `received` is the newest
+    /// position that is durable here: what was received up to it is passed over. `now_ns` is this machine's
+    /// clock.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`] where nothing is wrong, where the group is rewound, or where others use a replica.
+    /// [`ErrorKind::NotPossible`] where nothing is wrong, where the group is rewound, or where others use a
+    /// replica.
     pub fn overwrite(&mut self, received: &Position, now_ns: u64) -> Result<OverwriteReport> {
         let refuse = |at: String| Err(Error::new(ErrorKind::NotPossible, at));
         self.look();
@@ -198,8 +202,9 @@ impl Applier {
     }
 }
 
-/// Compares the replicas that are open with how they were left. Where one differs the marks stay as they are, so that one
-/// that is put back is taken back; so does the clean mark. That stays where the group is rewound, too.
+/// Compares the replicas that are open with how they were left. Where one differs the marks stay as they are,
+/// so that one that is put back is taken back; so does the clean mark. That stays where the group is rewound,
+/// too.
 ///
 /// # Errors
 /// One cannot be looked at.
@@ -233,7 +238,8 @@ pub(super) fn note_changed<'a>(
     Ok(())
 }
 
-/// What an older version noted of a replica that was changed, and had not begun to overwrite, is left alone from now on.
+/// What an older version noted of a replica that was changed, and had not begun to overwrite, is left alone
+/// from now on.
 pub(super) fn note_of_older_version(state: &mut GroupState, now_ns: u64) {
     let is_found = state.seen.found.last().is_some_and(|found| found.batch + 1 == state.oldest_batch);
     if state.oldest_batch == 0 || is_found {

@@ -1,18 +1,19 @@
 //! Rewind and resume: the applier brings its replicas to a point by the operator's wish, and stays there.
 //!
-//! A rewind is a batch like any other, so views and restores stay right, and it can itself be undone. Each step is durable
-//! before the next:
-//! 0. the intent, in the control file: which point, which batch number, from which boundary. After a crash exactly this is
-//!    done;
-//! 1. the undo segment of that number: what the replicas hold where they will change. It protects every boundary below;
+//! A rewind is a batch like any other, so views and restores stay right, and it can itself be undone. Each
+//! step is durable before the next:
+//! 0. the intent, in the control file: which point, which batch number, from which boundary. After a crash
+//!    exactly this is done;
+//! 1. the undo segment of that number: what the replicas hold where they will change. It protects every
+//!    boundary below;
 //! 2. the batch is registered in the history;
 //! 3. the replicas are written, with content derived from immutable segments ([`crate::past`]), and synced;
 //! 4. the checkpoint is set to the point, the intent becomes `rewound`;
-//! 5. files that have grown since the point are cut to their size at it, and stamped: whoever changes them while they
-//!    stand there is noticed, also after a crash.
+//! 5. files that have grown since the point are cut to their size at it, and stamped: whoever changes them
+//!    while they stand there is noticed, also after a crash.
 //!
-//! A rewind that fails before its undo stands is withdrawn, and all is as before. A point above the checkpoint is reached by
-//! applying up to it.
+//! A rewind that fails before its undo stands is withdrawn, and all is as before. A point above the
+//! checkpoint is reached by applying up to it.
 
 use std::collections::BTreeMap;
 
@@ -72,12 +73,12 @@ pub struct ResumeReport {
 }
 
 impl Applier {
-    /// Orders a rewind: durable when it returns. [`Applier::next_batch`] carries it out, from then on and after a crash.
-    /// `now_ns` is this machine's clock.
+    /// Orders a rewind: durable when it returns. [`Applier::next_batch`] carries it out, from then on and
+    /// after a crash. `now_ns` is this machine's clock.
     ///
     /// # Errors
-    /// [`ErrorKind::NotPossible`] for the point, or where another rewind is under way; why nothing can be applied, where
-    /// that is so.
+    /// [`ErrorKind::NotPossible`] for the point, or where another rewind is under way; why nothing can be
+    /// applied, where that is so.
     pub fn rewind(&mut self, at: &At, now_ns: u64) -> Result<RewindReport> {
         if let Some(error) = self.failure() {
             return Err(error);
@@ -129,7 +130,8 @@ impl Applier {
         })
     }
 
-    /// Leaves the point of a rewind: from here on batches are applied again, up to `received_lsn`. A rewind that is not carried out yet is given up, unless the replica may be changed by it already: then it is
+    /// Leaves the point of a rewind: from here on batches are applied again, up to `received_lsn`. A rewind
+    /// that is not carried out yet is given up, unless the replica may be changed by it already: then it is
     /// finished first.
     ///
     /// # Errors
@@ -177,7 +179,8 @@ impl Applier {
         Ok(())
     }
 
-    /// A replica that others wrote to is no base for a rewind, also where it stands at the point of an earlier one.
+    /// A replica that others wrote to is no base for a rewind, also where it stands at the point of an
+    /// earlier one.
     fn check_unchanged(&mut self) -> Result<()> {
         self.check_replicas()?;
         let words = self.store.state().changed_words();
@@ -303,7 +306,8 @@ impl Applier {
             undo.finish()
         });
         if written.is_err() {
-            // It has no name yet, unless the last sync failed, and that is final. What stays is removed at the next open.
+            // It has no name yet, unless the last sync failed, and that is final. What stays is removed at
+            // the next open.
             let _ = self.disk.remove(&dir.join(format!("{}.tmp", file_name(back.batch))));
         }
         written?;
@@ -343,8 +347,8 @@ impl Applier {
         state
     }
 
-    /// 5. Once the replica stands at its point nothing more is written, so its size and its stamp can be trusted. Done again
-    ///    after a crash.
+    /// 5. Once the replica stands at its point nothing more is written, so its size and its stamp can be
+    ///    trusted. Done again after a crash.
     pub(super) fn settle_rewound(&mut self) -> Result<()> {
         let state = self.store.state();
         if state.wishes.rewound.is_none() || state.clean || self.failed.is_some() || self.cut.is_some() {

@@ -1,15 +1,18 @@
 //! Thinning, carried out: the exact window is shortened, and what lies below it becomes coarse steps.
 //!
-//! Below the exact window there is no redo: a boundary there is a point, and nothing between two of them is. Batches between
-//! two steps are merged into one undo segment: of each address the oldest content wins, as when they are laid one after the
-//! other. Which ones is said by [`crate::thin`]. ⚠ The order, each durable before the next:
-//! 0. `exact` in the control file: from here on no boundary below is promised but by its name, and no redo below is used;
+//! Below the exact window there is no redo: a boundary there is a point, and nothing between two of them is.
+//! Batches between two steps are merged into one undo segment: of each address the oldest content wins, as
+//! when they are laid one after the other. Which ones is said by [`crate::thin`]. ⚠ The order, each durable
+//! before the next:
+//! 0. `exact` in the control file: from here on no boundary below is promised but by its name, and no redo
+//!    below is used;
 //! 1. the merged segment under a temporary name, synced. The old ones are still in force;
-//! 2. under the shape lock, while nobody reads below its last batch: it is renamed to the place of the last of its batches,
-//!    and the directory synced. From here on it stands for all of them, whatever is left of the others;
+//! 2. under the shape lock, while nobody reads below its last batch: it is renamed to the place of the last
+//!    of its batches, and the directory synced. From here on it stands for all of them, whatever is left of
+//!    the others;
 //! 3. the registry follows, and readers may come again;
-//! 4. the files of the others are removed. One that a crash leaves over is passed over by readers, and removed at the next
-//!    open.
+//! 4. the files of the others are removed. One that a crash leaves over is passed over by readers, and
+//!    removed at the next open.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

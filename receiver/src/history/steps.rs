@@ -11,7 +11,8 @@ use crate::thin::Stretch;
 use crate::undo::UndoSummary;
 
 impl History {
-    /// As [`History::aged`] for the exact window alone: its batches, and the newest boundary that it may begin at.
+    /// As [`History::aged`] for the exact window alone: its batches, and the newest boundary that it may
+    /// begin at.
     pub(crate) fn aged_exact(&self) -> (Vec<Aged>, u64, u64) {
         let (mut batches, newest_ns, _) = self.aged();
         let inner = self.lock();
@@ -53,8 +54,9 @@ impl History {
         self.lock().batches.range(from..=to).filter_map(|(_, slot)| slot.kept().cloned()).collect()
     }
 
-    /// ⚠ Before redo below a boundary is dropped: as [`History::reserve_drop`], for those that need redo. Returns the batch
-    /// whose boundary the exact window begins at, which may be the one that it begins at already.
+    /// ⚠ Before redo below a boundary is dropped: as [`History::reserve_drop`], for those that need redo.
+    /// Returns the batch whose boundary the exact window begins at, which may be the one that it begins at
+    /// already.
     pub(crate) fn reserve_redo(&self, wanted: u64) -> u64 {
         let mut inner = self.lock();
         let begins = inner.state.exact_start().batch;
@@ -70,9 +72,9 @@ impl History {
         self.lock().batches.range(batch..).next().map_or(batch, |(number, _)| *number)
     }
 
-    /// ⚠ Puts merged undo in the place of its batches. Not where somebody reads at a boundary below its last batch: nobody
-    /// may hold half of the old and half of the new. `christen` gives it its name. Returns the numbers whose files are left
-    /// over; `None` where it must wait.
+    /// ⚠ Puts merged undo in the place of its batches. Not where somebody reads at a boundary below its last
+    /// batch: nobody may hold half of the old and half of the new. `christen` gives it its name. Returns the
+    /// numbers whose files are left over; `None` where it must wait.
     pub(crate) fn replace(
         &self,
         from: u64,

@@ -1,8 +1,8 @@
 //! The queue between a group's connection and its ingest thread, bounded in bytes.
 //!
-//! A full queue makes [`Ingest::submit`] wait, which stops reading from the connection, which closes QUIC's window: a
-//! slow disk is the source's to see, never memory here. Small orders (settle, let go of segments, hold back, stop) reach
-//! the thread beside the frames.
+//! A full queue makes [`Ingest::submit`] wait, which stops reading from the connection, which closes QUIC's
+//! window: a slow disk is the source's to see, never memory here. Small orders (settle, let go of segments,
+//! hold back, stop) reach the thread beside the frames.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
@@ -123,8 +123,8 @@ impl Ingest {
         position.await.map_err(|_| Gone)
     }
 
-    /// Has the owner of the journal's writer do something, between two frames, and waits for what it came to; `None` where
-    /// it is gone. Blocks; not for the runtime.
+    /// Has the owner of the journal's writer do something, between two frames, and waits for what it came to;
+    /// `None` where it is gone. Blocks; not for the runtime.
     pub fn with_writer<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Writer) -> journal::Result<T> + Send + 'static,
@@ -165,7 +165,8 @@ impl Ingest {
         }
     }
 
-    /// Lets the thread end: what is appended is made durable, what is still queued is the source's to send again.
+    /// Lets the thread end: what is appended is made durable, what is still queued is the source's to send
+    /// again.
     pub fn stop(&self) {
         self.room.close();
         // A full queue means that the thread is not asleep: it looks after the item that it is at.
@@ -177,7 +178,8 @@ impl Ingest {
         self.room.available_permits()
     }
 
-    /// Takes nothing more while there is a reason (history that must be kept fills its quota), or goes on without one.
+    /// Takes nothing more while there is a reason (history that must be kept fills its quota), or goes on
+    /// without one.
     pub fn hold_back(&self, why: Option<String>) {
         *lock(&self.held_back) = why;
     }

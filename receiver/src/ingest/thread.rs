@@ -3,11 +3,11 @@
 //! ```text
 //! link ─ submit ─► [queue, 8 MiB] ─► judge ─► append ─► fdatasync (grouped) ─► Progress.durable ─► acks
 //! ```
-//! Invariants: a position is published only after the fdatasync that covers it; a full disk stops acknowledging and
-//! overwrites nothing; a failed sync ends the receiver.
+//! Invariants: a position is published only after the fdatasync that covers it; a full disk stops
+//! acknowledging and overwrites nothing; a failed sync ends the receiver.
 //!
-//! While something waits to be applied ingest leaves a reserve on the disk. Otherwise redo could take the last byte that
-//! the undo of its own batch needs, and neither would ever move again.
+//! While something waits to be applied ingest leaves a reserve on the disk. Otherwise redo could take the
+//! last byte that the undo of its own batch needs, and neither would ever move again.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -42,7 +42,8 @@ const LOOK_BYTES: u64 = 1 << 20;
 /// The reserve is at most this part of a file system: on a small one batches shrink instead.
 const RESERVE_PART: u64 = 16;
 
-/// Who hears of what became durable: history, before the position is published, and the apply thread, after it.
+/// Who hears of what became durable: history, before the position is published, and the apply thread, after
+/// it.
 pub trait Durable: Send {
     /// A frame that became durable, in order; `frame` is empty where it holds no events.
     fn frame(&mut self, header: &FrameHeader, frame: &[u8], received_ns: u64);
@@ -94,7 +95,8 @@ struct Unsynced {
 }
 
 impl<D: Durable> Runner<D> {
-    /// The runner and the way into it. What `writer` kept at recovery is durable already: its `open` synced it.
+    /// The runner and the way into it. What `writer` kept at recovery is durable already: its `open` synced
+    /// it.
     pub fn new(
         core: IngestCore,
         writer: Writer,
@@ -187,7 +189,8 @@ impl<D: Durable> Runner<D> {
         Ok(())
     }
 
-    /// Appends, waiting for room as long as the session lives; the time of receipt, `None` when the session ended first.
+    /// Appends, waiting for room as long as the session lives; the time of receipt, `None` when the session
+    /// ended first.
     fn append_when_room(
         &mut self,
         session: &Session,
@@ -218,7 +221,8 @@ impl<D: Durable> Runner<D> {
             // What is appended already is acknowledged before we wait: the source may drop it.
             self.sync()?;
             self.publish_full(Some(full));
-            // ⚠ It has been received, so history ages by it. Were it not to, what must go first could never go.
+            // ⚠ It has been received, so history ages by it. Were it not to, what must go first could never
+            // go.
             self.told.waiting(received_ns);
             if session.is_closed() || self.queue.is_stopping() {
                 return Ok(None);
@@ -237,14 +241,16 @@ impl<D: Durable> Runner<D> {
     ) -> journal::Result<()> {
         if let Step::Begins(start) = *step {
             self.writer.begin_epoch(start, received_ns)?;
-            // From here on the journal is in the new epoch, also if the disk is full now and this session ends.
+            // From here on the journal is in the new epoch, also if the disk is full now and this session
+            // ends.
             self.core.begun(start);
             *step = Step::Follows;
         }
         self.writer.append(frame, header, received_ns)
     }
 
-    /// Why a frame must wait although it would fit: the room that is left is needed to apply what waits already.
+    /// Why a frame must wait although it would fit: the room that is left is needed to apply what waits
+    /// already.
     fn reserve_needed(&mut self, frame_bytes: u64) -> Option<String> {
         let group = &self.place.room;
         if let Some(why) = group.stalled() {

@@ -1,7 +1,7 @@
 //! The hello: who may send which group, decided before anything is received.
 //!
-//! Order of the questions: version, shape, identity against settings, then the group itself (its owner on disk, its id,
-//! its lineage). The identity was proved by TLS; everything else in the hello is a claim.
+//! Order of the questions: version, shape, identity against settings, then the group itself (its owner on
+//! disk, its id, its lineage). The identity was proved by TLS; everything else in the hello is a claim.
 
 use std::sync::Arc;
 

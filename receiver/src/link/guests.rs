@@ -1,9 +1,9 @@
 //! Connections that have not got their group's place yet, and how many there may be.
 //!
-//! A guest costs us a handshake's memory or a small window, and can be made by anybody who reaches the port. So there are
-//! few, of one address and in all, and the oldest makes room for the newest: silence holds no place, and who means it needs
-//! its place for some round trips only. From the handshake on the guest is known, and counts against its identity alone:
-//! what strangers do does not touch it.
+//! A guest costs us a handshake's memory or a small window, and can be made by anybody who reaches the port.
+//! So there are few, of one address and in all, and the oldest makes room for the newest: silence holds no
+//! place, and who means it needs its place for some round trips only. From the handshake on the guest is
+//! known, and counts against its identity alone: what strangers do does not touch it.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;

@@ -1,11 +1,11 @@
 //! Answers a source's questions about the replica's content: hashes of its chunks ([`wire::compare`]).
 //!
-//! A question is answered only when the replica holds everything up to the lsn that it names, the begin of the
-//! synchronisation that asks. Apply goes on meanwhile: a chunk that it writes while we read hashes to something else, and
-//! is sent without need, never the other way round.
+//! A question is answered only when the replica holds everything up to the lsn that it names, the begin of
+//! the synchronisation that asks. Apply goes on meanwhile: a chunk that it writes while we read hashes to
+//! something else, and is sent without need, never the other way round.
 //!
-//! ⚠ A rewind that is begun while we read makes the answer worthless: old content may equal the source's, and be rolled
-//! forward to something else after the resume.
+//! ⚠ A rewind that is begun while we read makes the answer worthless: old content may equal the source's, and
+//! be rolled forward to something else after the resume.
 
 use journal::io::File;
 use journal::{Lsn, VolumeId};
@@ -88,7 +88,8 @@ impl Question {
             Ok(applied) => applied,
             Err(why) => return Ok(not_possible(why)),
         };
-        // One at a time for a group: a source that asks and leaves, again and again, has one thread read for it.
+        // One at a time for a group: a source that asks and leaves, again and again, has one thread read for
+        // it.
         let Ok(turn) = group.hashing().acquire_owned().await else { return Err(End::Refused(stopping())) };
         let file = match group.replica(self.volume) {
             Ok(file) => file,
@@ -209,7 +210,8 @@ mod tests {
         }
     }
 
-    /// 64 GiB with 2 MiB of content: answered by content, not by size; and no hash differs from what reading gives.
+    /// 64 GiB with 2 MiB of content: answered by content, not by size; and no hash differs from what reading
+    /// gives.
     #[test]
     fn holes_are_not_read_and_hash_as_zeros() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,8 +1,9 @@
 //! A session: frames in, acknowledgements out, until one of many ends.
 //!
-//! Two halves run side by side. The reading half waits for frames, control messages, a refusal by ingest, a newer
-//! connection of the same source, and the agent's stop; the first of them to happen is the session's [`End`]. The
-//! speaking half owns the control stream's sending side: nothing else ever writes to it, so a message is never cut.
+//! Two halves run side by side. The reading half waits for frames, control messages, a refusal by ingest, a
+//! newer connection of the same source, and the agent's stop; the first of them to happen is the session's
+//! [`End`]. The speaking half owns the control stream's sending side: nothing else ever writes to it, so a
+//! message is never cut.
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -91,7 +91,8 @@ fn overlong(entry: &Entry) -> Error {
     Error::corrupt(format!("undo of batch {}: an extent is longer than its frame", entry.batch))
 }
 
-/// Makes the index of `node` from its parts; whole when it has its name. `None` where a part is too large for it.
+/// Makes the index of `node` from its parts; whole when it has its name. `None` where a part is too large for
+/// it.
 ///
 /// # Errors
 /// Damage in a part; the disk's. Nothing is lost by either.

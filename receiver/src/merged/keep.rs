@@ -125,8 +125,8 @@ impl History {
         Ok(())
     }
 
-    /// Removes the files of indexes that are not held any more, and what a crash left over. Those that cannot be removed now
-    /// are met again.
+    /// Removes the files of indexes that are not held any more, and what a crash left over. Those that cannot
+    /// be removed now are met again.
     pub(crate) fn sweep_merged(&self) {
         let dir = merged_dir(&self.group_dir);
         for name in self.disk.list(&dir).unwrap_or_default() {
@@ -136,7 +136,8 @@ impl History {
         }
     }
 
-    /// Makes at most so many of the indexes that are missing; says how many. Only the applier's owner calls it.
+    /// Makes at most so many of the indexes that are missing; says how many. Only the applier's owner calls
+    /// it.
     pub(crate) fn merge(&self, at_most: usize) -> usize {
         for made in 0..at_most {
             let Some(node) = self.lock().unmerged() else { return made };
@@ -147,7 +148,8 @@ impl History {
                 Err(error) => {
                     tracing::warn!(%error, first = node.first, level = node.level, "a merged index cannot be made");
                     let mut inner = self.lock();
-                    // Damaged parts are made anew; of segments that are damaged there is nothing to be merged.
+                    // Damaged parts are made anew; of segments that are damaged there is nothing to be
+                    // merged.
                     let parts: Vec<Node> = if node.level > 1 { children(node).collect() } else { Vec::new() };
                     parts.iter().for_each(|part| _ = inner.merged.remove(part));
                     inner.hopeless.insert(node);
@@ -194,8 +196,8 @@ impl History {
         Ok(index)
     }
 
-    /// Lays what the batches behind `boundary`, up to `newest`, overwrote in a range under what `map` holds of it: smaller
-    /// batches come first and win. False where the map outgrew `most` pieces before.
+    /// Lays what the batches behind `boundary`, up to `newest`, overwrote in a range under what `map` holds
+    /// of it: smaller batches come first and win. False where the map outgrew `most` pieces before.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] where an undo segment is missing or damaged.

@@ -6,7 +6,8 @@
 //!                            │ put back as it was left
 //!                            └────────────────────────► (trusted)
 //! ```
-//! While `changed` stands nothing is applied and no point is given: history is the replica with undo laid over it.
+//! While `changed` stands nothing is applied and no point is given: history is the replica with undo laid
+//! over it.
 
 use std::path::Path;
 

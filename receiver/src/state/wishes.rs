@@ -6,8 +6,8 @@
 //!                        │ withdrawn, before its undo stands
 //!                        └──────────────────────────────► as before
 //! ```
-//! `intent` names exactly what is to be done, so that after a crash exactly that is done. `reached` outlives the resume: up
-//! to it the event log holds the events already, though the checkpoint is below.
+//! `intent` names exactly what is to be done, so that after a crash exactly that is done. `reached` outlives
+//! the resume: up to it the event log holds the events already, though the checkpoint is below.
 
 use journal::{Lsn, Position};
 use serde::{Deserialize, Serialize};
@@ -41,7 +41,8 @@ pub struct Rewind {
     pub time_ns: u64,
     /// When it was ordered, this machine's clock.
     pub since_ns: u64,
-    /// How the replica is brought back; absent where the point lies above the checkpoint, and is reached by applying.
+    /// How the replica is brought back; absent where the point lies above the checkpoint, and is reached by
+    /// applying.
     pub back: Option<Back>,
 }
 
@@ -124,8 +125,8 @@ mod tests {
 
     #[test]
     fn golden_bytes_of_both_versions() {
-        // Ids are text in postcard: 32 hex digits. The version, group, name, owner, lineage, checkpoint with its time; the
-        // batches and all that is not yet.
+        // Ids are text in postcard: 32 hex digits. The version, group, name, owner, lineage, checkpoint with
+        // its time; the batches and all that is not yet.
         let id = |byte: u8| format!("20{}", hex(hex(&[byte; 16]).as_bytes()));
         let without = format!(
             "01{}0167{}{}{}00{}00000009{}",

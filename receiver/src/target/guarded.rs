@@ -1,7 +1,7 @@
 //! Guarded: what no restore may write to: directories of daemons, replicas, and disks that are captured.
 //!
-//! Places are compared by device and inode, never by their text: a path may lead through symbolic links or bind mounts,
-//! and a file may have several names.
+//! Places are compared by device and inode, never by their text: a path may lead through symbolic links or
+//! bind mounts, and a file may have several names.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -60,7 +60,8 @@ impl Guarded {
         let mut ahead: Vec<PathBuf> = self.dirs.clone();
         let mut left = MAX_ENTRIES;
         while let Some(dir) = ahead.pop() {
-            // A name that leads nowhere, or that we may not read, holds nothing that a restore could reach through it.
+            // A name that leads nowhere, or that we may not read, holds nothing that a restore could reach
+            // through it.
             let Ok(metadata) = fs::metadata(&dir) else { continue };
             if !found.dirs.insert(node(&metadata)) {
                 continue;
@@ -149,8 +150,8 @@ impl Found {
     }
 }
 
-/// Whether a directory is one that a daemon of ours works in, also one that this process knows nothing of: a source's, a
-/// receiver's, a group's, an identity's or a ring's.
+/// Whether a directory is one that a daemon of ours works in, also one that this process knows nothing of: a
+/// source's, a receiver's, a group's, an identity's or a ring's.
 fn is_a_daemons(dir: &Path) -> bool {
     let holds = |name: &str| dir.join(name).exists();
     let is_group = holds("group") && holds("journal") && holds("lock");

@@ -1,7 +1,7 @@
 //! Place: what stands under a target's name, and whether a restore may write there.
 //!
-//! Only regular files and block devices are written to. A name in /dev that is no device would be a file in memory, gone
-//! at the next boot: it is refused, as is every file system that holds no files of its own.
+//! Only regular files and block devices are written to. A name in /dev that is no device would be a file in
+//! memory, gone at the next boot: it is refused, as is every file system that holds no files of its own.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use super::guarded::Guarded;
 use crate::{Error, ErrorKind, Result};
 
-/// File systems on which a file is no file: nothing of it lies on a disk, or the kernel gives it another meaning.
+/// File systems on which a file is no file: nothing of it lies on a disk, or the kernel gives it another
+/// meaning.
 const UNREAL: &[&str] = &[
     "devtmpfs",
     "proc",

@@ -1,5 +1,5 @@
-//! A scripted source: an epoch with volumes, writes and bookmarks as sealed frames, the model of what they mean, and the
-//! client side of the wire.
+//! A scripted source: an epoch with volumes, writes and bookmarks as sealed frames, the model of what they
+//! mean, and the client side of the wire.
 
 #![allow(dead_code, reason = "each test binary uses its part of the harness")]
 #![allow(clippy::unwrap_used, reason = "a test harness")]

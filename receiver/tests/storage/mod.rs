@@ -5,8 +5,8 @@
     reason = "a test harness; its numbers are small"
 )]
 
-//! A scripted source and its model: records with lsns and times, framed into a journal, and what every volume holds
-//! after any of them.
+//! A scripted source and its model: records with lsns and times, framed into a journal, and what every volume
+//! holds after any of them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -354,7 +354,8 @@ impl Group {
         Group { disk, dir: dir.to_path_buf(), writer, appended: 0 }
     }
 
-    /// As the daemon creates one before any source has come: the journal begins with an empty segment of no epoch.
+    /// As the daemon creates one before any source has come: the journal begins with an empty segment of no
+    /// epoch.
     pub fn create_empty(disk: Arc<dyn Disk>, dir: &Path) -> Group {
         let state = GroupState::new(GROUP, "g", [1; 32], LINEAGE);
         GroupStore::create(Arc::clone(&disk), dir, state).unwrap();

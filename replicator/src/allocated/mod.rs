@@ -6,9 +6,10 @@
 //! | NBD front | the file systems' own tools on the disk (`unmounted`) | before the group serves for the first time: nobody has the disk then, and it was unmounted cleanly |
 //! | kernel module | `FS_IOC_GETFSMAP` on the mount point: ext4, xfs | at any time behind a begin and its barrier |
 //!
-//! ⚠ The map of a disk whose file system is mounted elsewhere is stale: blocks are written before the bitmap on the disk says
-//! that they are allocated. So behind the front it is read once, before the first client; what is written from then on is
-//! captured, whatever the map said. Where the map cannot be had exactly, everything is sent, and the reason is told.
+//! ⚠ The map of a disk whose file system is mounted elsewhere is stale: blocks are written before the bitmap
+//! on the disk says that they are allocated. So behind the front it is read once, before the first client;
+//! what is written from then on is captured, whatever the map said. Where the map cannot be had exactly,
+//! everything is sent, and the reason is told.
 
 use std::fs::File;
 use std::ops::Range;
@@ -26,9 +27,10 @@ pub use unmounted::of_unmounted;
 
 /// Free granules of a device whose file system is mounted here, read from the running kernel.
 ///
-/// ⚠ Called behind begin and barrier: what was submitted before is on the disk and allocated in the kernel's memory, what
-/// comes later is a record. Then what made blocks free is made durable, so that it is in the stream before this
-/// synchronisation can end: a replica that is recovered to its end must not want the blocks back.
+/// ⚠ Called behind begin and barrier: what was submitted before is on the disk and allocated in the kernel's
+/// memory, what comes later is a record. Then what made blocks free is made durable, so that it is in the
+/// stream before this synchronisation can end: a replica that is recovered to its end must not want the
+/// blocks back.
 ///
 /// # Errors
 /// Why it cannot be had exactly, in an operator's words.

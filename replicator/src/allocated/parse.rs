@@ -82,8 +82,8 @@ pub(super) fn xfs(text: &str) -> Free {
     Ok(free)
 }
 
-/// `btrfs inspect-internal dump-super DISK` and `dump-tree -t dev DISK`: what belongs to no chunk is free, but for the first
-/// MiB and the copies of the superblock.
+/// `btrfs inspect-internal dump-super DISK` and `dump-tree -t dev DISK`: what belongs to no chunk is free,
+/// but for the first MiB and the copies of the superblock.
 pub(super) fn btrfs(heads: &str, tree: &str, size_bytes: u64) -> Free {
     let of = |name: &str| {
         let line = heads.lines().find(|line| line.split_whitespace().next() == Some(name));

@@ -1,4 +1,5 @@
-//! Free space of a file system that nobody has mounted, by its own tools: `dumpe2fs`, `xfs_db` and `xfs_logprint`, `btrfs`.
+//! Free space of a file system that nobody has mounted, by its own tools: `dumpe2fs`, `xfs_db` and
+//! `xfs_logprint`, `btrfs`.
 
 use std::path::Path;
 use std::process::Command;

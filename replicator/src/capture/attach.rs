@@ -1,5 +1,5 @@
-//! Taking a device in use under capture by the kernel module: what is refused before the kernel is asked, and what a
-//! device-mapper device needs after it.
+//! Taking a device in use under capture by the kernel module: what is refused before the kernel is asked, and
+//! what a device-mapper device needs after it.
 //!
 //! Never left behind: a suspended device. Whatever happens between suspend and resume, resume is run.
 
@@ -140,7 +140,8 @@ pub fn drain(disk: &Disk) -> Result<()> {
         let at = format!("{}: {why}", disk.path().display());
         Err(Error::new(ErrorKind::NotPossible, at))
     };
-    // Resuming it would undo what somebody else is in the middle of, and what waits in it would come out later.
+    // Resuming it would undo what somebody else is in the middle of, and what waits in it would come out
+    // later.
     if fs::read_to_string(disk.sysfs().join("dm/suspended")).is_ok_and(|suspended| suspended.trim() == "1") {
         return refuse("it is suspended by somebody else; it is synchronised when it was resumed".to_owned());
     }

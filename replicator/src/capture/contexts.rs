@@ -1,4 +1,5 @@
-//! How many writes the kernel module must be able to follow at once: what the drivers of a group's disks take.
+//! How many writes the kernel module must be able to follow at once: what the drivers of a group's disks
+//! take.
 //!
 //! A write that finds no context is only a dirty bit, and the next barrier drains the whole queue for it.
 

@@ -1,7 +1,7 @@
 //! A block device in use, read for synchronisation: past the page cache, and never held.
 //!
-//! Somebody else has it mounted or open. What a file system writes does not pass through the device's own page cache,
-//! so only direct reads show what the disk holds. State: the descriptor, its number and its size.
+//! Somebody else has it mounted or open. What a file system writes does not pass through the device's own
+//! page cache, so only direct reads show what the disk holds. State: the descriptor, its number and its size.
 
 use std::fs::{File, OpenOptions};
 use std::io;

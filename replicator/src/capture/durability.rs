@@ -1,9 +1,9 @@
 //! fdatasync of one backing, shared by all who ask, and its one failure, which is final.
 //!
-//! When writeback fails, the kernel drops the pages, tells one caller of fdatasync, and from then on succeeds. So
-//! the failure is kept here, and only one sync runs at a time: of two at once, one would be told and the other would
-//! answer its client that everything is durable. Whoever comes while one runs is served by the next, together with
-//! all others who came meanwhile.
+//! When writeback fails, the kernel drops the pages, tells one caller of fdatasync, and from then on
+//! succeeds. So the failure is kept here, and only one sync runs at a time: of two at once, one would be told
+//! and the other would answer its client that everything is durable. Whoever comes while one runs is served
+//! by the next, together with all others who came meanwhile.
 
 use machine::{Condvar, Mutex, MutexGuard};
 use std::io;

@@ -1,5 +1,5 @@
-//! Whether the agent's own directory stands on a device that it captures: every journaled write would be captured and
-//! journaled again, until the quota is used up, and for ever after.
+//! Whether the agent's own directory stands on a device that it captures: every journaled write would be
+//! captured and journaled again, until the quota is used up, and for ever after.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

@@ -1,12 +1,13 @@
-//! Changes in flight of one volume: first come, first served wherever they overlap, until the volume is closed.
+//! Changes in flight of one volume: first come, first served wherever they overlap, until the volume is
+//! closed.
 //!
-//! A change has its place from [`InFlight::enter`] on, and goes ahead when no earlier one that overlaps is left.
-//! Without this, two overlapping writes could reach the ring in one order and the backing in the other
+//! A change has its place from [`InFlight::enter`] on, and goes ahead when no earlier one that overlaps is
+//! left. Without this, two overlapping writes could reach the ring in one order and the backing in the other
 //! (`models/front.py`: diverged without serialisation). Disjoint changes never wait for each other.
 //!
-//! That nothing overtakes protects two things more. A request that a client sends again over a new connection stands
-//! behind the old one that still waits, so the old one cannot undo what comes after the new one. And a large discard
-//! has its turn under writes that never end.
+//! That nothing overtakes protects two things more. A request that a client sends again over a new connection
+//! stands behind the old one that still waits, so the old one cannot undo what comes after the new one. And a
+//! large discard has its turn under writes that never end.
 
 use machine::{Condvar, Mutex, MutexGuard};
 use std::io;
@@ -63,8 +64,8 @@ impl InFlight {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until nothing overlapping that came earlier is left, then holds the range. `0..0` waits for nobody,
-    /// but is in flight.
+    /// Waits until nothing overlapping that came earlier is left, then holds the range. `0..0` waits for
+    /// nobody, but is in flight.
     ///
     /// # Errors
     /// `ESHUTDOWN` when the volume is closed, also for those that wait.
@@ -100,8 +101,8 @@ impl InFlight {
         self.lock().next_ticket
     }
 
-    /// The barrier of a resync: whether every change that began before the mark has left, within a time. Changes that
-    /// come after it are not waited for, however many they are.
+    /// The barrier of a resync: whether every change that began before the mark has left, within a time.
+    /// Changes that come after it are not waited for, however many they are.
     pub fn until_left(&self, mark: u64, at_most: Duration) -> bool {
         let ends = machine::now() + at_most;
         let mut queue = self.lock();
@@ -117,7 +118,8 @@ impl InFlight {
         true
     }
 
-    /// From now on nothing begins. True: nothing is in flight any more; false: something still is after `deadline`.
+    /// From now on nothing begins. True: nothing is in flight any more; false: something still is after
+    /// `deadline`.
     pub fn close(&self, deadline: Duration) -> bool {
         let ends = machine::now() + deadline;
         let mut queue = self.lock();
@@ -188,7 +190,8 @@ mod tests {
                 let _turn = flight.enter(range).unwrap();
                 order.lock().unwrap().push(name);
             };
-            // A large one, then small ones: those that are free of the first, but not of the large one, wait too.
+            // A large one, then small ones: those that are free of the first, but not of the large one, wait
+            // too.
             for (name, range) in [0..1 << 30, 4096..8192, 4096..4608, 0..512].into_iter().enumerate() {
                 scope.spawn(move || enter(name, range));
                 until_waiting(&flight, name + 1);

@@ -1,4 +1,5 @@
-//! Capture sources. All of them fill the same kind of ring with the same records; everything behind it is one path.
+//! Capture sources. All of them fill the same kind of ring with the same records; everything behind it is one
+//! path.
 
 pub mod attach;
 pub mod contexts;

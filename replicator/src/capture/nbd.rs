@@ -2,18 +2,19 @@
 //!
 //! Crash order of a write (DESIGN section 3 ⚠, `models/front.py`); `kill -9` may come between any two:
 //! 1. wait until no overlapping write is in flight — else ring order and backing order could differ;
-//! 2. reserve, copy and publish the record, or set the dirty bit — from here a new owner redoes the write, or a
-//!    resync reads it again, so the backing can never be ahead of the stream;
+//! 2. reserve, copy and publish the record, or set the dirty bit — from here a new owner redoes the write, or
+//!    a resync reads it again, so the backing can never be ahead of the stream;
 //! 3. write the backing;
-//! 4. set the record's `done` flag — from here a new owner does not redo it (a later, answered write that only has
-//!    a bit would be overwritten);
+//! 4. set the record's `done` flag — from here a new owner does not redo it (a later, answered write that
+//!    only has a bit would be overwritten);
 //! 5. answer the client.
 //!
-//! Nothing here waits for the link or the receiver; for the journal only by milliseconds, while it drains (`pace`).
+//! Nothing here waits for the link or the receiver; for the journal only by milliseconds, while it drains
+//! (`pace`).
 //!
-//! A failed write is repaired in the stream. A failed fdatasync cannot be: nobody knows which of the writes answered
-//! since the last one are lost. It is final: the whole volume is dirty, the gap is remembered, every later FLUSH and
-//! FUA fails, and only a new start, which reads the backing again, leads out of it.
+//! A failed write is repaired in the stream. A failed fdatasync cannot be: nobody knows which of the writes
+//! answered since the last one are lost. It is final: the whole volume is dirty, the gap is remembered, every
+//! later FLUSH and FUA fails, and only a new start, which reads the backing again, leads out of it.
 
 use std::io;
 use std::sync::Arc;
@@ -30,8 +31,9 @@ use crate::capture::pace::Pacer;
 use crate::clock::now_ns;
 use crate::status::{Board, State};
 
-/// What stands after a failed write is recorded at once up to this length (the longest piece of a WRITE); the content of
-/// a longer discard or zeroing would flood the ring, so it becomes dirty bits, which a repair reads again.
+/// What stands after a failed write is recorded at once up to this length (the longest piece of a WRITE); the
+/// content of a longer discard or zeroing would flood the ring, so it becomes dirty bits, which a repair
+/// reads again.
 const MAX_REPAIR_BYTES: u64 = 1 << 20;
 
 /// Told why, as soon as the replica's content is known to differ in a way that only a synchronisation mends.
@@ -61,8 +63,8 @@ pub struct CapturedVolume {
 }
 
 impl CapturedVolume {
-    /// A volume with nothing in flight. `on_gap` is called on a client's thread, before that client is answered: the
-    /// place to make the gap durable.
+    /// A volume with nothing in flight. `on_gap` is called on a client's thread, before that client is
+    /// answered: the place to make the gap durable.
     pub fn new(
         id: u32,
         name: String,
@@ -110,8 +112,9 @@ impl CapturedVolume {
         self.size_bytes.fetch_max(to, Ordering::AcqRel);
     }
 
-    /// Ends capture: from now on changes fail with `ESHUTDOWN`, before they reach ring or backing. True: none is in
-    /// flight any more, so ring and backing stay as they are; false: one still was after `deadline`. Blocks.
+    /// Ends capture: from now on changes fail with `ESHUTDOWN`, before they reach ring or backing. True: none
+    /// is in flight any more, so ring and backing stay as they are; false: one still was after `deadline`.
+    /// Blocks.
     pub fn close(&self, deadline: Duration) -> bool {
         self.in_flight.close(deadline)
     }
@@ -144,8 +147,8 @@ impl CapturedVolume {
         written
     }
 
-    /// A recorded write failed on the backing: say so in the stream and record what stands there now. What is too long,
-    /// or cannot be read or recorded, becomes dirty bits.
+    /// A recorded write failed on the backing: say so in the stream and record what stands there now. What is
+    /// too long, or cannot be read or recorded, becomes dirty bits.
     #[cold]
     fn repair(&self, offset: u64, length: u64, lsn: u64, error: &io::Error) {
         tracing::warn!(volume = %self.name, offset, length, lsn, %error, "write to the backing failed");
@@ -278,8 +281,8 @@ impl Export for CapturedVolume {
         )
     }
 
-    /// A discard is zeros on the replica (DESIGN promise 2), so it is made zeros on the source too: what a device
-    /// returns after a mere discard is its own affair and would differ.
+    /// A discard is zeros on the replica (DESIGN promise 2), so it is made zeros on the source too: what a
+    /// device returns after a mere discard is its own affair and would differ.
     fn discard(&self, offset: u64, length_bytes: u64, fua: bool) -> io::Result<()> {
         let flags = if fua { kfilter::abi::FLAG_FUA } else { 0 };
         let entry = Entry::extent(Op::Discard, self.id, offset, length_bytes, flags);
@@ -293,8 +296,8 @@ impl Export for CapturedVolume {
 
     fn flush(&self) -> io::Result<()> {
         self.sync()?;
-        // The client's barrier stands in the stream as a mark for the curious; its absence (ring full, volume closed)
-        // loses nothing.
+        // The client's barrier stands in the stream as a mark for the curious; its absence (ring full, volume
+        // closed) loses nothing.
         let Ok(_turn) = self.in_flight.enter(0..0) else { return Ok(()) };
         let _ = self.ring.capture(std::iter::once(Entry::event(Op::Flush, self.id, 0)), &[], now_ns());
         Ok(())

@@ -1,12 +1,13 @@
 //! Clients of the NBD front are held to the pace of the journal, for milliseconds, before the ring overflows.
 //!
-//! The front answers from the page cache, at a speed that no journal on the same cores keeps up with. Left alone, a burst of a
-//! tenth of a second would fill the ring and cost the group its protection until the next synchronisation. So a write that
-//! finds the ring nearly full waits a moment, as it would for a busy disk, and a longer one when the moment was not enough
-//! (decision 0008).
+//! The front answers from the page cache, at a speed that no journal on the same cores keeps up with. Left
+//! alone, a burst of a tenth of a second would fill the ring and cost the group its protection until the next
+//! synchronisation. So a write that finds the ring nearly full waits a moment, as it would for a busy disk,
+//! and a longer one when the moment was not enough (decision 0008).
 //!
-//! Bounds, which keep promise 1: at most [`LONGEST_WAIT`] a write, and only while room is really being given back. A journal
-//! that hangs, or is slower than that, holds nobody up: the ring fills and writes become bits.
+//! Bounds, which keep promise 1: at most [`LONGEST_WAIT`] a write, and only while room is really being given
+//! back. A journal that hangs, or is slower than that, holds nobody up: the ring fills and writes become
+//! bits.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -20,13 +21,13 @@ const HIGH: f64 = 0.75;
 const WAIT: Duration = Duration::from_millis(10);
 /// Above this fill the journal has fallen behind in spite of it.
 const NEARLY_FULL: f64 = 0.85;
-/// The longest that one write waits there, and at all: eight writes of 128 KiB at a time fill what is left of 64 MiB in half a
-/// second then.
+/// The longest that one write waits there, and at all: eight writes of 128 KiB at a time fill what is left of
+/// 64 MiB in half a second then.
 const LONGEST_WAIT: Duration = Duration::from_millis(50);
 /// One look at the ring to the next.
 const STEP: Duration = Duration::from_micros(200);
-/// A ring that has given back nothing for this long is not being drained. The page cache of a busy disk makes a writer, such
-/// as the journal, pause for up to 200 ms.
+/// A ring that has given back nothing for this long is not being drained. The page cache of a busy disk makes
+/// a writer, such as the journal, pause for up to 200 ms.
 const STALLED: Duration = Duration::from_millis(250);
 
 /// What a volume's writers know of the ring's progress.

@@ -1,6 +1,8 @@
-//! One face of both kinds of ring: the NBD front's, which this process owns, and the kernel module's, which outlives it.
+//! One face of both kinds of ring: the NBD front's, which this process owns, and the kernel module's, which
+//! outlives it.
 //!
-//! Everything behind capture (pipeline, synchronisation, status, stop) works on [`Ring`] and [`Tap`], and knows no kind.
+//! Everything behind capture (pipeline, synchronisation, status, stop) works on [`Ring`] and [`Tap`], and
+//! knows no kind.
 
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -163,7 +165,8 @@ impl Ring {
             Ring::Kernel(kernel) => match kernel.group().status() {
                 Ok(status) => status.captured_lsn,
                 Err(error) => {
-                    // The file is open and the call has no argument that could be wrong: only a module taken away.
+                    // The file is open and the call has no argument that could be wrong: only a module taken
+                    // away.
                     tracing::error!(%error, "ask the kernel module for its newest lsn");
                     kernel.group().first_held_lsn().saturating_sub(1)
                 }
@@ -211,8 +214,8 @@ impl Ring {
         }
     }
 
-    /// Bytes of a volume that its bitmap can tell apart. What lies beyond, of a volume that has grown, is repaired from its
-    /// first byte on.
+    /// Bytes of a volume that its bitmap can tell apart. What lies beyond, of a volume that has grown, is
+    /// repaired from its first byte on.
     pub fn covered_bytes(&self, volume: u32) -> u64 {
         let known = match self {
             Ring::Front(front) => front.region.covered_bytes(volume),
@@ -290,8 +293,9 @@ impl Ring {
         }
     }
 
-    /// Whether everything submitted before the last begin or fence has come back; waits a while for it. `drained`: the
-    /// device-mapper devices were suspended and resumed since this answered [`Passed::MustDrain`].
+    /// Whether everything submitted before the last begin or fence has come back; waits a while for it.
+    /// `drained`: the device-mapper devices were suspended and resumed since this answered
+    /// [`Passed::MustDrain`].
     ///
     /// # Errors
     /// The kernel module's.
@@ -398,8 +402,8 @@ impl Ring {
         }
     }
 
-    /// Bios that were neither recorded nor failed, and commands that no hook sees: only bits stand for them, and nothing in
-    /// the stream tells. The kernel sets those of the latter when it is asked.
+    /// Bios that were neither recorded nor failed, and commands that no hook sees: only bits stand for them,
+    /// and nothing in the stream tells. The kernel sets those of the latter when it is asked.
     pub fn untold_writes(&self) -> u64 {
         match self {
             Ring::Front(_) => 0,

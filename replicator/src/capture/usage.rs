@@ -1,4 +1,5 @@
-//! Who uses a device besides us, and whether the machine is going down: what decides about detaching at a clean stop.
+//! Who uses a device besides us, and whether the machine is going down: what decides about detaching at a
+//! clean stop.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
@@ -37,7 +38,8 @@ pub fn machine_stops() -> bool {
 
 /// Whether anybody could write to a device: it is mounted, claimed by a device above it, or open for writing.
 pub fn is_in_use(disk: &Disk) -> bool {
-    // The kernel refuses an exclusive open while a mount or another device holds it, or one of its partitions.
+    // The kernel refuses an exclusive open while a mount or another device holds it, or one of its
+    // partitions.
     let mut options = fs::OpenOptions::new();
     options.read(true).custom_flags(OFlags::EXCL.bits().cast_signed());
     options.open(disk.path()).is_err() || is_open_for_writing(disk.rdev(), Path::new("/proc"))

@@ -72,7 +72,8 @@ impl Volume {
         }
     }
 
-    /// Whether the backing has lost writes that were answered, so that nothing that is read from it can be trusted.
+    /// Whether the backing has lost writes that were answered, so that nothing that is read from it can be
+    /// trusted.
     pub fn sync_failed(&self) -> bool {
         self.served().is_some_and(|volume| volume.sync_failed())
     }

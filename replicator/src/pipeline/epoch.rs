@@ -1,14 +1,16 @@
-//! A new epoch in a running agent: when histories do not join, or the journal failed, the clients go on while the stream
-//! begins anew. The same steps as at a start, without closing a socket.
+//! A new epoch in a running agent: when histories do not join, or the journal failed, the clients go on while
+//! the stream begins anew. The same steps as at a start, without closing a socket.
 //!
 //! Crash order
-//! 1. writes only set bits, every volume is dirty in the ring, and the gap is durable without the ring: a crash from here
-//!    on ends in a new epoch at the next start;
+//! 1. writes only set bits, every volume is dirty in the ring, and the gap is durable without the ring: a
+//!    crash from here on ends in a new epoch at the next start;
 //! 2. what the ring still holds is given up, until it is empty;
 //! 3. the new epoch is durable, above everything that either side has used;
-//! 4. the journal begins it, with the volumes: the stream begins as every receiver demands, whoever writes first;
+//! 4. the journal begins it, with the volumes: the stream begins as every receiver demands, whoever writes
+//!    first;
 //! 5. the ring is the new epoch's (cut before: it is nobody's, and lost);
-//! 6. it is durable that the ring knows of the gap: from here on a crash goes on with what is left of the bits.
+//! 6. it is durable that the ring knows of the gap: from here on a crash goes on with what is left of the
+//!    bits.
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -24,7 +26,8 @@ use crate::start;
 use crate::state::StateFile;
 
 impl Pipeline {
-    /// Goes a step towards the epoch that is due; the order is withdrawn when it has begun, or cannot begin now.
+    /// Goes a step towards the epoch that is due; the order is withdrawn when it has begun, or cannot begin
+    /// now.
     ///
     /// # Errors
     /// Bits cannot be set.

@@ -6,11 +6,13 @@
 //!
 //! Invariants
 //! * Frames are appended in ring order; ring room is released only for records that are appended *and* done.
-//! * Records at or below the journal's position (left by a dead owner between append and release) are not journaled
-//!   twice.
-//! * What cannot be journaled is never dropped silently: before the room of a record that is in no journal is given
-//!   back, its range is dirty in the ring, and that is remembered durably (`shortage`). The clients go on.
-//! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the truth.
+//! * Records at or below the journal's position (left by a dead owner between append and release) are not
+//!   journaled twice.
+//! * What cannot be journaled is never dropped silently: before the room of a record that is in no journal is
+//!   given back, its range is dirty in the ring, and that is remembered durably (`shortage`). The clients go
+//!   on.
+//! * No fdatasync stands in the way of a live batch: the source journal is a buffer, the source disk is the
+//!   truth.
 
 use std::sync::Arc;
 use std::sync::PoisonError;
@@ -54,14 +56,15 @@ const POOL_BYTES: usize = 4 << 20;
 const IDLE: Duration = Duration::from_millis(50);
 /// How long a stop waits for backing writes that hang.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
-/// How often the ring is looked at while a batch gathers. Its frame waits for `max_delay` anyway, and nobody has to ring
-/// a bell for each write meanwhile: in a kernel that bell is the writer's own time …
+/// How often the ring is looked at while a batch gathers. Its frame waits for `max_delay` anyway, and nobody
+/// has to ring a bell for each write meanwhile: in a kernel that bell is the writer's own time …
 const GATHER: Duration = Duration::from_millis(10);
 /// … and how often while the ring is fuller than this.
 const GATHER_BUSY: Duration = Duration::from_millis(1);
 const BUSY: f64 = 1.0 / 32.0;
-/// From this fill of the ring on what counts is how much is compressed a second; below it, that nobody waits for a core:
-/// frames are as long as their settings allow, or as short as this, a millisecond of compressing (decision 0023).
+/// From this fill of the ring on what counts is how much is compressed a second; below it, that nobody waits
+/// for a core: frames are as long as their settings allow, or as short as this, a millisecond of compressing
+/// (decision 0023).
 const HASTE: f64 = 0.25;
 const EASY_FRAME_BYTES: usize = 256 << 10;
 /// Sleep while records wait for their backing write before their room can be released.
@@ -113,7 +116,8 @@ pub struct Shared {
     pub apart: Arc<AtomicBool>,
     /// What was not sent because a file system called it free.
     pub(crate) skipped: Arc<Skipped>,
-    /// The synchronisation wants a new epoch; withdrawn by the pipeline when it has begun, or cannot begin now.
+    /// The synchronisation wants a new epoch; withdrawn by the pipeline when it has begun, or cannot begin
+    /// now.
     pub epoch_due: Arc<AtomicBool>,
 }
 
@@ -159,8 +163,8 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// Takes over ring and journal. `writer` stands in the epoch of `stamp`; `None` where no journal can be had: then
-    /// the ring is in bitmap mode and everything is given up from the start.
+    /// Takes over ring and journal. `writer` stands in the epoch of `stamp`; `None` where no journal can be
+    /// had: then the ring is in bitmap mode and everything is given up from the start.
     ///
     /// # Errors
     /// The ring has a consumer already, or threads cannot be started.
@@ -204,8 +208,8 @@ impl Pipeline {
         self.is_broken() || self.apart || self.shortage.is_some()
     }
 
-    /// Runs until `stop` is set and everything captured is journaled and synced. Returns the last position and whether
-    /// the run was unbroken.
+    /// Runs until `stop` is set and everything captured is journaled and synced. Returns the last position
+    /// and whether the run was unbroken.
     ///
     /// # Errors
     /// The ring's memory was overwritten, or the state file cannot be written.
@@ -255,8 +259,8 @@ impl Pipeline {
         Ok((self.journaled, self.shared.health.is_good() && self.shared.ring.mode() == Mode::Ring))
     }
 
-    /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so that
-    /// finished frames do not wait.
+    /// Moves what is published into batches; true when there was anything. Returns after a bounded amount, so
+    /// that finished frames do not wait.
     fn gather(&mut self) -> Result<bool> {
         if self.shortage.as_ref().is_some_and(Shortage::keeps_records) {
             return Ok(false);
@@ -288,7 +292,8 @@ impl Pipeline {
         Ok(gathered > 0)
     }
 
-    /// Raw bytes of a frame at most, now: none that keeps a core for long, while the ring is far from full. Tells the pool.
+    /// Raw bytes of a frame at most, now: none that keeps a core for long, while the ring is far from full.
+    /// Tells the pool.
     fn frame_bytes(&self) -> usize {
         let in_haste = self.shared.ring.fill_ratio() >= HASTE;
         self.pool.set_in_haste(in_haste);
@@ -400,8 +405,8 @@ impl Pipeline {
         }
     }
 
-    /// Keeps the journal within its quota by dropping acknowledged segments, oldest first, then what older epochs hold: a
-    /// receiver may start at this one, which has everything. False when that is not enough.
+    /// Keeps the journal within its quota by dropping acknowledged segments, oldest first, then what older
+    /// epochs hold: a receiver may start at this one, which has everything. False when that is not enough.
     fn make_room(&mut self, bytes: u64) -> journal::Result<bool> {
         loop {
             let Some(writer) = &mut self.writer else { return Ok(false) };

@@ -1,12 +1,13 @@
 //! Ring records as journal records. The numbers of the ops are the same on purpose.
 //!
 //! Most pass as they are. Four do not:
-//! * a sync slot is reserved empty and gets here what the synchronisation has read, without the sectors that records
-//!   behind its begin have written; its pieces share its lsn, as the format allows them to;
+//! * a sync slot is reserved empty and gets here what the synchronisation has read, without the sectors that
+//!   records behind its begin have written; its pieces share its lsn, as the format allows them to;
 //! * `resync-begin` gets its reason;
-//! * a volume that the kernel saw growing gets its full record, and the new size is durable before it is needed;
-//! * what reaches beyond the size that the stream knows (a growth that could not be recorded) is emitted empty and
-//!   becomes dirty bits, since no receiver could apply it.
+//! * a volume that the kernel saw growing gets its full record, and the new size is durable before it is
+//!   needed;
+//! * what reaches beyond the size that the stream knows (a growth that could not be recorded) is emitted
+//!   empty and becomes dirty bits, since no receiver could apply it.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -41,7 +42,8 @@ impl Translator {
         Translator { shared, told }
     }
 
-    /// A volume's record was given up: until it is stated again, what touches the volume has no place in the stream.
+    /// A volume's record was given up: until it is stated again, what touches the volume has no place in the
+    /// stream.
     pub fn forget(&mut self, volume: u32) {
         self.told.remove(&volume);
         self.shared.health.leave_untold(volume);

@@ -1,14 +1,15 @@
 //! When the journal takes no frames: what is captured and not journaled becomes dirty bits, in proportion.
 //!
-//! No room (quota, full disk) is left by itself: the frames that are journaled stay and are sent, acknowledged ones make
-//! room, and then the lsns that were given up get their places in the stream, as the beginning of a gap without content,
-//! so that the epoch goes on. What is dirty is synchronised afterwards like after an overflow. A journal that failed is
-//! followed by a new epoch (`epoch`), in a journal that is opened anew.
+//! No room (quota, full disk) is left by itself: the frames that are journaled stay and are sent,
+//! acknowledged ones make room, and then the lsns that were given up get their places in the stream, as the
+//! beginning of a gap without content, so that the epoch goes on. What is dirty is synchronised afterwards
+//! like after an overflow. A journal that failed is followed by a new epoch (`epoch`), in a journal that is
+//! opened anew.
 //!
-//! Order of giving up: 1 writes only set bits; 2 it is durable that records may go that no journal holds; 3 each
-//! record's range is dirty; 4 its room is given back. So a new owner of the ring finds bits for all that it misses. Where
-//! step 2 has no room either, on a full disk, it is tried again and the ring keeps what it holds: clients set bits
-//! meanwhile, and feel nothing.
+//! Order of giving up: 1 writes only set bits; 2 it is durable that records may go that no journal holds; 3
+//! each record's range is dirty; 4 its room is given back. So a new owner of the ring finds bits for all that
+//! it misses. Where step 2 has no room either, on a full disk, it is tried again and the ring keeps what it
+//! holds: clients set bits meanwhile, and feel nothing.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -99,7 +100,8 @@ impl Pipeline {
         Ok(())
     }
 
-    /// Makes it durable whether records may be missing that no journal holds; false where the disk has no room for that.
+    /// Makes it durable whether records may be missing that no journal holds; false where the disk has no
+    /// room for that.
     fn remember(&self, given_up: bool) -> Result<bool> {
         let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         if file.get().given_up == given_up {
@@ -200,7 +202,8 @@ impl Pipeline {
         while self.pool.recv().is_some() {}
     }
 
-    /// The journal takes nothing more: what is captured becomes dirty bits, until the synchronisation asks for a new epoch.
+    /// The journal takes nothing more: what is captured becomes dirty bits, until the synchronisation asks
+    /// for a new epoch.
     pub(super) fn give_up(&mut self, cause: &str) -> Result<()> {
         if self.is_broken() {
             return Ok(());
@@ -215,9 +218,9 @@ impl Pipeline {
         Ok(())
     }
 
-    /// The stream of this epoch is over. Order: 1 the ring takes no more records, 2 every volume is dirty in the ring (which
-    /// outlives us) and the gap is durable (which outlives the machine), and only then 3 the room of records that no
-    /// journal holds is given back (by `gather`).
+    /// The stream of this epoch is over. Order: 1 the ring takes no more records, 2 every volume is dirty in
+    /// the ring (which outlives us) and the gap is durable (which outlives the machine), and only then 3 the
+    /// room of records that no journal holds is given back (by `gather`).
     pub(super) fn lose_all(&mut self, cause: &str) -> Result<()> {
         self.shared.ring.set_mode_bitmap(CAUSE_QUOTA)?;
         let mut file = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -236,7 +239,8 @@ impl Pipeline {
             state.needs_resync = Some(gap);
             state.gap_in_ring = false;
         }) {
-            // The dirty map says the same to the next owner on this boot, and an unclean start after a reboot.
+            // The dirty map says the same to the next owner on this boot, and an unclean start after a
+            // reboot.
             tracing::error!(%error, "the gap cannot be remembered in the state file");
         }
         drop(file);

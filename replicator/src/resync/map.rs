@@ -1,4 +1,5 @@
-//! What the synchronisation and the ring's consumer share: the mask of the window, and the content of its slots.
+//! What the synchronisation and the ring's consumer share: the mask of the window, and the content of its
+//! slots.
 //!
 //! ```text
 //!  engine:   begin ── barrier ── read a chunk ── reserve slots, hand the bytes over ──┐ under this map's lock
@@ -6,12 +7,13 @@
 //! ```
 //!
 //! Invariants
-//! * The mask holds exactly the sectors that records behind the window's begin have written, as far as they were
-//!   consumed. It starts empty at every begin: a sector masked by an older record would be dropped although its
-//!   newer content is in no record (`models/resync.py`, B).
-//! * Begin and reserve happen under the map's lock, so the consumer cannot reach a record before the map knows of it.
-//! * A slot that the map does not know has no content (its agent died, or the window was given up): it is emitted
-//!   empty, and the dirty bits that stand for its range stay.
+//! * The mask holds exactly the sectors that records behind the window's begin have written, as far as they
+//!   were consumed. It starts empty at every begin: a sector masked by an older record would be dropped
+//!   although its newer content is in no record (`models/resync.py`, B).
+//! * Begin and reserve happen under the map's lock, so the consumer cannot reach a record before the map
+//!   knows of it.
+//! * A slot that the map does not know has no content (its agent died, or the window was given up): it is
+//!   emitted empty, and the dirty bits that stand for its range stay.
 
 use machine::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, VecDeque};
@@ -76,7 +78,8 @@ pub struct SyncMap {
 #[derive(Debug, Default)]
 pub struct SharedMap {
     map: Mutex<SyncMap>,
-    /// A window is open, so records must be looked at. Set before begin, so whoever sees a record behind begin sees it.
+    /// A window is open, so records must be looked at. Set before begin, so whoever sees a record behind
+    /// begin sees it.
     active: AtomicBool,
     /// Changes by others that the consumer passed while a window was open.
     live_changes: AtomicU64,

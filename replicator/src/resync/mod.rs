@@ -1,8 +1,9 @@
 //! Synchronisation: online, without a snapshot, for both kinds of capture (DESIGN section 6, decision 0009).
 //!
-//! One thread looks at the ring: whenever writes were only noted as dirty bits (an overflow, a journal without room, a new
-//! epoch, where all bits are set), it waits until the ring is drained and copies what is dirty, window by window, while
-//! everybody goes on writing. Bits survive in the ring, so a restarted agent goes on with what is left.
+//! One thread looks at the ring: whenever writes were only noted as dirty bits (an overflow, a journal
+//! without room, a new epoch, where all bits are set), it waits until the ring is drained and copies what is
+//! dirty, window by window, while everybody goes on writing. Bits survive in the ring, so a restarted agent
+//! goes on with what is left.
 //!
 //! ```text
 //!   begin ─► barrier ─► copy a window ─► … next window … ─► end ─► end is journaled ─► replicating
@@ -15,8 +16,8 @@
 //! * `verify`: looks at what is believed to be equal, when ordered to.
 //! * `proof`: the same of what nothing proves, by itself.
 //!
-//! Ranges of single writes that failed, while everything else is recorded, are read again behind a fence; the state stays
-//! `replicating`, and `points` marks them by their `failed` records.
+//! Ranges of single writes that failed, while everything else is recorded, are read again behind a fence; the
+//! state stays `replicating`, and `points` marks them by their `failed` records.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -116,7 +117,8 @@ impl<'a> Engine<'a> {
         }
     }
 
-    /// Looks and repairs until the agent stops. `cause`: what the start found to be repaired, empty for nothing.
+    /// Looks and repairs until the agent stops. `cause`: what the start found to be repaired, empty for
+    /// nothing.
     ///
     /// # Errors
     /// The ring failed.
@@ -144,8 +146,8 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// A stop is no failure; what was begun is in the ring. A journal that takes nothing any more is said to be the state,
-    /// whichever of the two threads spoke last.
+    /// A stop is no failure; what was begun is in the ring. A journal that takes nothing any more is said to
+    /// be the state, whichever of the two threads spoke last.
     fn ended(&self, done: Result<()>) -> Result<()> {
         let shared = &self.agent.shared;
         let why = shared.health.why();
@@ -494,7 +496,8 @@ impl<'a> Engine<'a> {
         })
     }
 
-    /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed` records say.
+    /// Ranges of failed writes to a volume that was detached since: they stay inexact, as their `failed`
+    /// records say.
     fn forget_detached(&self, _quiet: &MutexGuard<'_, ()>) -> Result<()> {
         let ring = &self.agent.shared.ring;
         if self.agent.detached_between().is_some() {
@@ -544,8 +547,8 @@ impl<'a> Engine<'a> {
 struct Unreadable(Vec<(Arc<Volume>, Range<u64>)>);
 
 impl Unreadable {
-    /// What of a dirty range is left to be read. Beyond the bitmap, from `covered` on, nothing behind what could not be read
-    /// becomes clean: it is left, too.
+    /// What of a dirty range is left to be read. Beyond the bitmap, from `covered` on, nothing behind what
+    /// could not be read becomes clean: it is left, too.
     fn without(&self, volume: &Volume, range: Range<u64>, covered: u64) -> Vec<Range<u64>> {
         let mut left = vec![range];
         for (_, hole) in self.0.iter().filter(|(unread, _)| unread.id == volume.id) {

@@ -1,9 +1,10 @@
 //! How fast content is copied: its own rate, and never at the expense of the disk's own writes.
 //!
-//! What yields to what: a ring that fills shows that the journal does not keep up, so the copy slows down at a quarter and
-//! stands still at a half. A journal that fills with frames which nobody acknowledges is left half empty for live writes.
-//! While others write, the copy rests after each chunk, for twice as long as that took on its way into the journal: at most a
-//! third of the time is its own then, and where the cores are short, chunks take longer, and so do the rests (decision 0023).
+//! What yields to what: a ring that fills shows that the journal does not keep up, so the copy slows down at
+//! a quarter and stands still at a half. A journal that fills with frames which nobody acknowledges is left
+//! half empty for live writes. While others write, the copy rests after each chunk, for twice as long as that
+//! took on its way into the journal: at most a third of the time is its own then, and where the cores are
+//! short, chunks take longer, and so do the rests (decision 0023).
 
 use std::time::{Duration, Instant};
 

@@ -1,9 +1,10 @@
 //! Compares, while everybody goes on writing, the disks of which nothing proves that they were left alone
-//! ([`crate::start::proof`]). It is a verification that the agent orders itself, and that shows beside the state.
+//! ([`crate::start::proof`]). It is a verification that the agent orders itself, and that shows beside the
+//! state.
 //!
-//! Equal: the doubt is removed, durably. The first difference that is no write on its way: others wrote. Then all of those
-//! volumes is dirty, and a synchronisation begins, which offers no point before it has found everything that differs, and
-//! says since when points lack what others wrote.
+//! Equal: the doubt is removed, durably. The first difference that is no write on its way: others wrote. Then
+//! all of those volumes is dirty, and a synchronisation begins, which offers no point before it has found
+//! everything that differs, and says since when points lack what others wrote.
 
 use std::time::{Duration, Instant};
 
@@ -71,9 +72,9 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Others wrote, or nothing can tell. Order: 1 the volumes are dirty and writes only set bits, so that no point is offered;
-    /// 2 it is durable that the ring knows, and that nothing is left to be compared. Since when something is in
-    /// doubt stays until the synchronisation that names it has ended.
+    /// Others wrote, or nothing can tell. Order: 1 the volumes are dirty and writes only set bits, so that no
+    /// point is offered; 2 it is durable that the ring knows, and that nothing is left to be compared. Since
+    /// when something is in doubt stays until the synchronisation that names it has ended.
     fn is_refuted(&self, report: &VerifyReport) -> Result<()> {
         let agent = self.agent;
         let in_doubt = agent.unproven();

@@ -20,8 +20,8 @@ impl Tables {
         tables
     }
 
-    /// A volume whose table was exchanged since it was looked at last: its id and name. One that was attached meanwhile
-    /// is dirty anyway.
+    /// A volume whose table was exchanged since it was looked at last: its id and name. One that was attached
+    /// meanwhile is dirty anyway.
     pub fn exchanged(&mut self, volumes: &[Arc<Volume>]) -> Option<(u32, String)> {
         for volume in volumes {
             let Some(disk) = volume.disk() else {

@@ -1,5 +1,5 @@
-//! Random writes race with a copy, against a disk of bytes: replica and disk must end up equal, and do not when the mask
-//! or the barrier is left out.
+//! Random writes race with a copy, against a disk of bytes: replica and disk must end up equal, and do not
+//! when the mask or the barrier is left out.
 
 use std::collections::VecDeque;
 use std::ops::Range;

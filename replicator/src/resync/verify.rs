@@ -1,4 +1,5 @@
-//! The synchronising thread's part of a verification: which window to look at next, and what becomes of what it finds.
+//! The synchronising thread's part of a verification: which window to look at next, and what becomes of what
+//! it finds.
 //!
 //! ```text
 //!  every window once ─► what differed, again and again ─► judged twice, undisturbed: a difference ─► repair ─► equal?

@@ -4,8 +4,8 @@
 //!  read ≤ 1 MiB ─► slots ≤ 128 KiB, reserved when the read has finished ─► consumer ─► journal ─► bits cleared
 //! ```
 //!
-//! Invariants: nothing is read before the barrier has passed; the bits of a range are cleared only when every slot of it
-//! is in the journal, in whole granules; a window whose slots were lost clears nothing more.
+//! Invariants: nothing is read before the barrier has passed; the bits of a range are cleared only when every
+//! slot of it is in the journal, in whole granules; a window whose slots were lost clears nothing more.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -70,7 +70,8 @@ pub enum Ended {
     Done(Vec<Range<u64>>),
     /// Something outside is in the way; in an operator's words.
     Later(String),
-    /// Something came in between (an overflow, no room in the journal): what is still dirty is copied from a new begin.
+    /// Something came in between (an overflow, no room in the journal): what is still dirty is copied from a
+    /// new begin.
     Lost,
 }
 
@@ -89,7 +90,8 @@ pub(crate) struct Copier<'a> {
     report: &'a mut Report,
     outstanding: VecDeque<Outstanding>,
     bytes: u64,
-    /// The rate holds for what is read to be hashed, too: not in a synchronisation, whose rate is for what is sent.
+    /// The rate holds for what is read to be hashed, too: not in a synchronisation, whose rate is for what is
+    /// sent.
     paces_hashes: bool,
     /// Journaled and next to each other, from the last granule on that is not whole yet.
     journaled: Range<u64>,
@@ -114,14 +116,15 @@ impl From<Error> for Stop {
 
 type Copied<T> = std::result::Result<T, Stop>;
 
-/// Waits until what was submitted before the last begin has come back, and drains what has no queue of its own; or in
-/// words why that cannot be.
+/// Waits until what was submitted before the last begin has come back, and drains what has no queue of its
+/// own; or in words why that cannot be.
 ///
 /// # Errors
 /// The agent stops, or the ring failed.
 ///
-/// ⚠ The kernel takes a drain for one of all devices that it captures. One that an order attaches just now is not on our list
-/// yet, and would never be drained: so orders wait from the question to its answer, but not for what hangs.
+/// ⚠ The kernel takes a drain for one of all devices that it captures. One that an order attaches just now is
+/// not on our list yet, and would never be drained: so orders wait from the question to its answer, but not
+/// for what hangs.
 pub(crate) fn barrier(agent: &Agent) -> Result<std::result::Result<(), String>> {
     let ring = &agent.shared.ring;
     let (mut quiet, mut since) = (None, machine::now());
@@ -427,7 +430,8 @@ impl<'a> Copier<'a> {
         Ok(())
     }
 
-    /// Whether what was reserved is still on its way into the journal, but for the last frame, which waits for more.
+    /// Whether what was reserved is still on its way into the journal, but for the last frame, which waits
+    /// for more.
     fn is_passing(&self) -> bool {
         let journaled = self.agent.shared.progress.position().lsn.0;
         self.outstanding.back().is_some_and(|last| journaled + LAST_FRAME < last.last_lsn)
@@ -521,7 +525,8 @@ impl<'a> Copier<'a> {
                 let next = front.range.clone();
                 self.bytes -= front.bytes;
                 self.outstanding.pop_front();
-                // Runs of data and holes end anywhere; a granule is whole when all that lies in it is through.
+                // Runs of data and holes end anywhere; a granule is whole when all that lies in it is
+                // through.
                 let joins = self.journaled.end == next.start;
                 self.journaled = if joins { self.journaled.start..next.end } else { next };
                 self.clear(self.journaled.clone())?;

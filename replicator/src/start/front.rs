@@ -15,9 +15,9 @@ use crate::state::StateFile;
 
 /// The ring of the last run, redone to the backings, or in words why it is lost.
 ///
-/// ⚠ Order: 1 the disks are judged, by what they were before anything of the last run reaches them; 2 only those that are
-/// proven to be the ones it served, and not to have been changed since, are written to. What is not redone was never
-/// answered; its range is read again.
+/// ⚠ Order: 1 the disks are judged, by what they were before anything of the last run reaches them; 2 only
+/// those that are proven to be the ones it served, and not to have been changed since, are written to. What
+/// is not redone was never answered; its range is read again.
 pub(super) fn take_over(
     found: &Found<'_>,
     state: &StateFile,
@@ -41,7 +41,8 @@ pub(super) fn take_over(
             };
         }
     };
-    // Before anything is redone: the writes of a ring that does not join are meant for what the disk was then.
+    // Before anything is redone: the writes of a ring that does not join are meant for what the disk was
+    // then.
     if let Err(why) = found.joins(state, taken.first_held_lsn(), taken.captured_lsn()) {
         return Ok(Err(why));
     }
@@ -59,7 +60,8 @@ pub(super) fn take_over(
         if volume.is_some_and(|volume| !verdict(volume, &ended).lets_redo()) {
             failed.push((record.volume(), record.offset()..record.offset() + record.length()));
         } else if let Err(error) = redo(&record, volumes) {
-            // The write was never answered: its range is read again instead of keeping the whole disk from its users.
+            // The write was never answered: its range is read again instead of keeping the whole disk from
+            // its users.
             tracing::error!(%error, "an unfinished write of the last run cannot be redone");
             failed.push((record.volume(), record.offset()..record.offset() + record.length()));
         }

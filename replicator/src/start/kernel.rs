@@ -17,7 +17,8 @@ use crate::capture::{attach, contexts};
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Capturing, KnownVolume, StateFile};
 
-/// How long writes in flight may take before they are not waited for here (the synchronisation waits for them anyway).
+/// How long writes in flight may take before they are not waited for here (the synchronisation waits for them
+/// anyway).
 const SETTLE: Duration = Duration::from_secs(10);
 
 fn io(what: &str) -> impl Fn(kfilter::Error) -> Error {
@@ -36,7 +37,8 @@ fn device() -> Result<Device> {
     Device::open().map_err(io("use the kernel module"))
 }
 
-/// The group that the kernel still holds, with every device attached that should be; or in words why there is none.
+/// The group that the kernel still holds, with every device attached that should be; or in words why there is
+/// none.
 pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::result::Result<Group, String>> {
     let group = match device()?.take_over(&ring_identity(state)?) {
         Ok(group) => group,
@@ -58,9 +60,9 @@ pub(super) fn take_over(found: &Found<'_>, state: &StateFile) -> Result<std::res
         };
         match group.volume(volume.known.id.0) {
             Ok(status) if status.device == 0 => {
-                // It was being attached, or detached, when the agent died: from now on, and all of it is dirty. Only as
-                // bits, until the synchronisation begins: what this volume wrote meanwhile is in no record, so that no
-                // point of the group may be offered.
+                // It was being attached, or detached, when the agent died: from now on, and all of it is
+                // dirty. Only as bits, until the synchronisation begins: what this volume wrote meanwhile is
+                // in no record, so that no point of the group may be offered.
                 group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
                 attach::attach(&group, volume.known.id.0, disk, false)?;
             }
@@ -116,7 +118,8 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
     let group = device()?.create(&spec).map_err(io("make the group in the kernel"))?;
     if !clean {
         announce(&group, state)?;
-        // Before the first device: the stream of an epoch begins with its volumes and `resync-begin`, not with a write.
+        // Before the first device: the stream of an epoch begins with its volumes and `resync-begin`, not
+        // with a write.
         group.bitmap(CAUSE_AGENT).map_err(io("switch to dirty bits"))?;
     }
     mark_between(&group, state)?;
@@ -133,8 +136,9 @@ pub(super) fn create(found: &Found<'_>, state: &mut StateFile, first_lsn: Lsn, c
     Ok(group)
 }
 
-/// A group of the current epoch in place of the running agent's own, which has given up all that it held. Every device is
-/// attached anew, so everything is dirty, and writes only set bits until the synchronisation begins.
+/// A group of the current epoch in place of the running agent's own, which has given up all that it held.
+/// Every device is attached anew, so everything is dirty, and writes only set bits until the synchronisation
+/// begins.
 ///
 /// # Errors
 /// The kernel module's.
@@ -196,7 +200,8 @@ fn size_now(volume: &OpenVolume) -> u64 {
     }
 }
 
-/// Writes may have slipped in between the look at the start and the capture; they have come back after the barrier, and are counted.
+/// Writes may have slipped in between the look at the start and the capture; they have come back after the
+/// barrier, and are counted.
 fn is_still_clean(group: &Group, volume: &OpenVolume, disk: &Disk) -> Result<bool> {
     let barrier = |drained| group.barrier(SETTLE, drained).map_err(io("wait for writes in flight"));
     let mut passed = barrier(false)?;

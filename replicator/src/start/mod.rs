@@ -9,8 +9,9 @@
 //!
 //! The ring is the NBD front's in tmpfs (`front`) or the kernel module's (`kernel`).
 //!
-//! Invariant: nothing is served before this has decided, and every doubt ends in a synchronisation of everything. A new
-//! epoch's ring begins with its volumes, then all bits are set and writes only set bits, until `resync-begin`.
+//! Invariant: nothing is served before this has decided, and every doubt ends in a synchronisation of
+//! everything. A new epoch's ring begins with its volumes, then all bits are set and writes only set bits,
+//! until `resync-begin`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -216,9 +217,9 @@ pub fn start(settings: &conf::Replicator, surroundings: &Surroundings) -> Result
     }
     drop(same_epoch);
 
-    // New epoch. Order: 1 the gap is durable, so that a crash from here on ends in this branch again; 2 the epoch is
-    // durable, above everything used; 3 the journal's epoch begins; 4 the ring, in which everything is dirty; 5 it is
-    // durable that the ring knows of the gap.
+    // New epoch. Order: 1 the gap is durable, so that a crash from here on ends in this branch again; 2 the
+    // epoch is durable, above everything used; 3 the journal's epoch begins; 4 the ring, in which everything
+    // is dirty; 5 it is durable that the ring knows of the gap.
     let cause = cause::join(doubts.always.iter().map(String::as_str));
     state.update(|state| {
         state.needs_resync = Some(Gap { cause: cause.clone(), since_ns: now_ns() });
@@ -269,8 +270,9 @@ impl Found<'_> {
         }
     }
 
-    /// Whether a ring of this group and epoch joins the journal and the state, or in words why not. One that was moved away
-    /// and brought back is behind: to go on with it would use lsns twice, and forget what was captured since.
+    /// Whether a ring of this group and epoch joins the journal and the state, or in words why not. One that
+    /// was moved away and brought back is behind: to go on with it would use lsns twice, and forget what was
+    /// captured since.
     fn joins(&self, state: &StateFile, first_held: u64, captured: u64) -> std::result::Result<(), String> {
         let state = state.get();
         let Some(journaled) = self.journaled else {
@@ -289,7 +291,8 @@ impl Found<'_> {
         Ok(())
     }
 
-    /// A new ring in the current epoch; it begins with the volumes, and everything is dirty but what is skipped.
+    /// A new ring in the current epoch; it begins with the volumes, and everything is dirty but what is
+    /// skipped.
     fn create(&self, state: &mut StateFile, first_lsn: Lsn, skipped: Option<&Skipped>) -> Result<OpenRing> {
         Ok(match self.settings.capture {
             conf::Capture::Nbd => OpenRing::Front(front::create(self, state, first_lsn, skipped)?),

@@ -1,4 +1,5 @@
-//! Whether a disk is the one that the last run served, and holds what that run left. What nobody saw is not believed.
+//! Whether a disk is the one that the last run served, and holds what that run left. What nobody saw is not
+//! believed.
 //!
 //! | verdict | then |
 //! |---|---|
@@ -7,18 +8,21 @@
 //! | doubt | go on in the epoch; nothing is redone (its ranges are read again), and the content is compared in the background |
 //! | other | nothing is redone; a new epoch, which compares everything before it offers a point |
 //!
-//! After a clean stop everything was durable when the mark was taken, and the state file keeps it. After a kill our own
-//! writes have moved the times of the disk. What the dead run could have done is bounded by the marks that it kept in the
-//! ring's memory while it lived ([`crate::alive`]): a file that was changed last while that run was seen alive was changed by
-//! nobody since. One that was changed later than any sign of life was changed by others.
+//! After a clean stop everything was durable when the mark was taken, and the state file keeps it. After a
+//! kill our own writes have moved the times of the disk. What the dead run could have done is bounded by the
+//! marks that it kept in the ring's memory while it lived ([`crate::alive`]): a file that was changed last
+//! while that run was seen alive was changed by nobody since. One that was changed later than any sign of
+//! life was changed by others.
 //!
-//! A block device that is no loop device has no such time. Unless the dead run had been idle, nothing proves it unchanged.
+//! A block device that is no loop device has no such time. Unless the dead run had been idle, nothing proves
+//! it unchanged.
 
 use machine::disk::{Continuity, DiskIdentity, Same, Unchanged};
 
 use crate::alive::Alive;
 
-/// A run that lives says so at least this often, unless the machine is very busy: a change within it is its own last write …
+/// A run that lives says so at least this often, unless the machine is very busy: a change within it is its
+/// own last write …
 const TAIL_NS: u64 = 300_000_000;
 /// … and within this may be: the machine was busy, or the disk wrote back what it had cached.
 const BUSY_NS: u64 = 10_000_000_000;

@@ -1,10 +1,12 @@
 //! Where the ring of a group lies, how large it is, and which dead rings go.
 //!
-//! Rings lie in `RING_DIR/GROUP-ID/`, in directories that are this user's alone ([`kfilter::RingDir`]). The file `owner` beside a
-//! ring says which state directory it belongs to, and on which file system that directory's parent lies.
+//! Rings lie in `RING_DIR/GROUP-ID/`, in directories that are this user's alone ([`kfilter::RingDir`]). The
+//! file `owner` beside a ring says which state directory it belongs to, and on which file system that
+//! directory's parent lies.
 //!
-//! ⚠ A ring is swept only where it is proven to be dead: it is ours, no process locks it, and its state directory is another
-//! group's by now, or gone from a file system that is mounted as it was. An agent that is merely away finds its ring again.
+//! ⚠ A ring is swept only where it is proven to be dead: it is ours, no process locks it, and its state
+//! directory is another group's by now, or gone from a file system that is mounted as it was. An agent that
+//! is merely away finds its ring again.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +19,8 @@ use kfilter::{ErrorKind as Cause, Region, RingDir, region::RegionSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::state::{self, StateFile};
 
-/// A ring is no smaller than this, however little room there is: sixteen records of the longest payload, twice.
+/// A ring is no smaller than this, however little room there is: sixteen records of the longest payload,
+/// twice.
 const LEAST_BYTES: u64 = conf::Ring::LEAST_BYTES;
 /// What lies in the directory of a ring.
 const FILES: [&str; 5] = ["ring", "ring.tmp", "owner", "alive", "ring.lock"];
@@ -29,8 +32,8 @@ pub fn ring_dir(settings: &conf::Replicator, state: &StateFile) -> PathBuf {
     base(settings, state).join(state.get().group.to_string())
 }
 
-/// The directory of all rings: what the settings say; where they say nothing, the one that holds the ring of this group, or the
-/// first that is in memory.
+/// The directory of all rings: what the settings say; where they say nothing, the one that holds the ring of
+/// this group, or the first that is in memory.
 fn base(settings: &conf::Replicator, state: &StateFile) -> PathBuf {
     if settings.ring_dir != Path::new(conf::RING_DIR) {
         return settings.ring_dir.clone();
@@ -138,7 +141,8 @@ fn sweep_one(dir: &RingDir, group: GroupId) -> std::result::Result<bool, kfilter
     Ok(true)
 }
 
-/// Whether the state directory that a ring names is another group's now, or gone from a file system that is there.
+/// Whether the state directory that a ring names is another group's now, or gone from a file system that is
+/// there.
 fn is_dead(dir: &RingDir, group: GroupId) -> bool {
     use std::os::unix::ffi::OsStrExt as _;
     let Ok(text) = dir.read("owner") else { return false };
@@ -224,7 +228,8 @@ mod tests {
         let (home, rings) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
         let settings = settings(home.path(), rings.path());
         let state = state(home.path());
-        // More than any machine has, halved until it fits, would take a machine's memory: the least of all is asked for alone.
+        // More than any machine has, halved until it fits, would take a machine's memory: the least of all is
+        // asked for alone.
         let vast = RegionSpec { ring_bytes: 1 << 50, ..spec(&state, &VOLUMES) };
         let refused = Region::create(open(&settings, &state).unwrap().path(), &vast).unwrap_err();
         assert_eq!(refused.kind, Cause::NoSpace);

@@ -13,7 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 const OWN: [&str; 8] =
     ["state", "lock", "verify", "verify.new", "skipped", "control.sock", "journal", "identity"];
 
-/// Refuses a path inside what is ours. Beside our files, in the state directory itself, disks may lie: `up` puts its own there.
+/// Refuses a path inside what is ours. Beside our files, in the state directory itself, disks may lie: `up`
+/// puts its own there.
 pub(super) fn is_outside(settings: &conf::Replicator, volume: &conf::Volume) -> Result<()> {
     let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let path = match (volume.path.parent(), volume.path.file_name()) {
@@ -33,8 +34,9 @@ pub(super) fn is_outside(settings: &conf::Replicator, volume: &conf::Volume) -> 
     Err(Error::new(ErrorKind::Settings, at))
 }
 
-/// Makes the file of a new volume, in a directory that exists: one that does not is a file system that is not mounted, or an
-/// error of typing. One that is known and gone is not made again: an empty disk would take its place, and its replica's.
+/// Makes the file of a new volume, in a directory that exists: one that does not is a file system that is not
+/// mounted, or an error of typing. One that is known and gone is not made again: an empty disk would take its
+/// place, and its replica's.
 pub(super) fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()> {
     let (name, path) = (&volume.name, volume.path.display());
     let Some(size) = volume.size else { return Ok(()) };
@@ -58,7 +60,8 @@ pub(super) fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()
              make the directory",
         ));
     };
-    // A file in the place of a device would lie in memory, and be taken for the device. /dev/shm is for files.
+    // A file in the place of a device would lie in memory, and be taken for the device. /dev/shm is for
+    // files.
     if parent.starts_with("/dev") && !parent.starts_with("/dev/shm") {
         return Err(refused(
             "is not there, and no disk is made in /dev: attach the device, or correct the path",
@@ -81,8 +84,8 @@ pub(super) fn create_missing(volume: &conf::Volume, is_known: bool) -> Result<()
     Ok(())
 }
 
-/// Refuses a file that holds a disk in a format of its own. Only for a new volume: what a guest writes to the beginning of a
-/// disk that is protected already is its own affair.
+/// Refuses a file that holds a disk in a format of its own. Only for a new volume: what a guest writes to the
+/// beginning of a disk that is protected already is its own affair.
 pub(super) fn is_no_container(volume: &conf::Volume) -> Result<()> {
     let found = File::open(&volume.path).ok().and_then(|file| Container::of(&file));
     let Some(container) = found else { return Ok(()) };
@@ -109,8 +112,9 @@ pub(super) fn is_free(volume: &conf::Volume, backing: &Backing) -> Result<()> {
     Err(Error::new(ErrorKind::Busy, at))
 }
 
-/// Refuses two volumes on one disk: two paths to it, and behind the front a file and a loop device over it, or a disk and its
-/// partition. In the kernel a disk and its partition may be two volumes: each sees what is written through the other.
+/// Refuses two volumes on one disk: two paths to it, and behind the front a file and a loop device over it,
+/// or a disk and its partition. In the kernel a disk and its partition may be two volumes: each sees what is
+/// written through the other.
 pub(super) fn is_one_each(volumes: &[OpenVolume]) -> Result<()> {
     let shares = |a: &OpenVolume, b: &OpenVolume| match (&a.content, &b.content) {
         (Opened::Front(a), Opened::Front(b)) => a.shares_with(b),

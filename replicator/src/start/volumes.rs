@@ -14,7 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::state::{Capturing, Gap, KnownVolume, MAX_VOLUMES, StateFile};
 use crate::surroundings::Surroundings;
 
-/// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the replica.
+/// Opens the disks and compares them with what the group knows; returns what gives reason to doubt the
+/// replica.
 pub(super) fn open(
     settings: &conf::Replicator,
     surroundings: &Surroundings,

@@ -1,5 +1,5 @@
-//! States as older versions wrote them. They knew a disk by fewer things: what they kept of one proves nothing to this
-//! version, so that its content is compared once.
+//! States as older versions wrote them. They knew a disk by fewer things: what they kept of one proves
+//! nothing to this version, so that its content is compared once.
 
 use journal::{Epoch, GroupId, Lineage, Lsn, VolumeId, VolumeUuid};
 use serde::Deserialize;

@@ -1,4 +1,5 @@
-//! What becomes of directories and control files: rings put back, slots that rot, copies that were taken while a daemon ran.
+//! What becomes of directories and control files: rings put back, slots that rot, copies that were taken
+//! while a daemon ran.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +12,8 @@ use super::{GROUP, Step, Story};
 use crate::disk::identify;
 use crate::model::Back;
 
-/// How long a receiver has to come right by itself before its operator orders an overwriting, in looks of 20 ms.
+/// How long a receiver has to come right by itself before its operator orders an overwriting, in looks of 20
+/// ms.
 const LOOKS: usize = 200;
 
 impl Story {
@@ -79,8 +81,8 @@ impl Story {
         self.comes_right("after a control file was damaged")
     }
 
-    /// The receiver's directory is copied while it runs: control files and journal first, replicas later. The copy takes
-    /// its place.
+    /// The receiver's directory is copied while it runs: control files and journal first, replicas later. The
+    /// copy takes its place.
     fn copy_receiver(&mut self) -> Step {
         // A replica that no control file names yet is refused as a file of others: it must be moved away.
         self.equal()?;

@@ -132,7 +132,8 @@ impl Story {
         self.equal()
     }
 
-    /// A hostile source with the right identity and the group's name for a while; then the honest one is back.
+    /// A hostile source with the right identity and the group's name for a while; then the honest one is
+    /// back.
     fn lying_source(&mut self) -> Step {
         self.note("source: a liar takes its place");
         self.end_source()?;
@@ -160,8 +161,8 @@ impl Story {
         self.equal()
     }
 
-    /// The source's machine is cloned while it runs, and the clone is started beside it: the first goes on, the clone is
-    /// refused, and the replica stays the first one's.
+    /// The source's machine is cloned while it runs, and the clone is started beside it: the first goes on,
+    /// the clone is refused, and the replica stays the first one's.
     fn clone_source(&mut self) -> Step {
         self.note("source: its machine is cloned, and the clone starts");
         self.until_well("before the clone")?;
@@ -220,8 +221,8 @@ impl Story {
         Ok(())
     }
 
-    /// Others write to a replica while no receiver runs, or another replica takes its place. It is left alone until its
-    /// overwriting is ordered.
+    /// Others write to a replica while no receiver runs, or another replica takes its place. It is left alone
+    /// until its overwriting is ordered.
     fn edit_replica(&mut self) -> Step {
         self.until_well("before a replica is edited")?;
         self.note("receiver: stop; then others write to a replica");

@@ -124,7 +124,8 @@ impl Story {
         self.receiver_kept_its_word()
     }
 
-    /// The link is away until the quota is used up, and from then on nobody writes: what was given up has only its own bits.
+    /// The link is away until the quota is used up, and from then on nobody writes: what was given up has
+    /// only its own bits.
     fn shortage(&mut self) -> Step {
         self.note("network: cut until the quota is used up");
         self.site.net.set(Weather { cut: true, ..Weather::FAIR });
@@ -173,8 +174,8 @@ impl Story {
         Ok(())
     }
 
-    /// More than the ring takes, over a journal that hardly moves; at times the clients' own disk becomes slow then, and
-    /// writes are still under way when the gap is repaired.
+    /// More than the ring takes, over a journal that hardly moves; at times the clients' own disk becomes
+    /// slow then, and writes are still under way when the gap is repaired.
     fn burst(&mut self) -> Step {
         let slow_us = if self.room().chance(500) { 1000 + self.room().draw(100_000) } else { 0 };
         self.note(format!("clients: a burst, the source journal's disk slow, theirs by up to {slow_us} us"));
@@ -304,7 +305,8 @@ impl Story {
         Ok(())
     }
 
-    /// On its own, the source gives out lsns that the receiver knows another content of, and goes beyond them.
+    /// On its own, the source gives out lsns that the receiver knows another content of, and goes beyond
+    /// them.
     fn passes(&self, newest: u64) {
         for _ in 0..2000 {
             if self.source().is_ok_and(|source| source.captured_lsn().0 > newest.saturating_add(50)) {

@@ -1,4 +1,5 @@
-//! What the parts of the way of a write cost when nothing else is around: CPU-seconds per GiB of captured bytes.
+//! What the parts of the way of a write cost when nothing else is around: CPU-seconds per GiB of captured
+//! bytes.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;

@@ -1,9 +1,10 @@
-//! Comparison by hash after an unclean end, against reading both files at once as fast as the disk gives them.
+//! Comparison by hash after an unclean end, against reading both files at once as fast as the disk gives
+//! them.
 //!
-//! The source's process is killed and its ring lost, as when its machine dies; one per cent of the disk is changed where
-//! nobody records it. From its start to `replicating`, connecting, sending and the replica's writes included, stands
-//! beside two `dd` with O_DIRECT on source and replica, before and after it: below the guest another cache may be warm.
-//! Caches are dropped before each.
+//! The source's process is killed and its ring lost, as when its machine dies; one per cent of the disk is
+//! changed where nobody records it. From its start to `replicating`, connecting, sending and the replica's
+//! writes included, stands beside two `dd` with O_DIRECT on source and replica, before and after it: below
+//! the guest another cache may be warm. Caches are dropped before each.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;

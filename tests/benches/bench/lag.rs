@@ -1,7 +1,9 @@
-//! Steady lag: from the client's acknowledgement of a write to the receiver's durable one, as the source learns of it.
+//! Steady lag: from the client's acknowledgement of a write to the receiver's durable one, as the source
+//! learns of it.
 //!
-//! The source runs in this process, so that lsns and acknowledgements are seen without polling; the receiver is a
-//! process of its own. Beside it, in the same seconds, a loop of appends with fdatasync on the same disk.
+//! The source runs in this process, so that lsns and acknowledgements are seen without polling; the receiver
+//! is a process of its own. Beside it, in the same seconds, a loop of appends with fdatasync on the same
+//! disk.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

@@ -1,7 +1,8 @@
 //! `just bench`: every figure beside its peer or bare limit, measured in the same run on the same machine.
 //!
-//! Arguments: names of parts to run (`front sustained lag restore compare sync`; all without), `--json` for JSON on
-//! standard output instead of the table. The disk under test is `AFTERIMAGE_TEST_DIR`, or the temporary directory.
+//! Arguments: names of parts to run (`front sustained lag restore compare sync`; all without), `--json` for
+//! JSON on standard output instead of the table. The disk under test is `AFTERIMAGE_TEST_DIR`, or the
+//! temporary directory.
 
 mod bare;
 mod compare;

@@ -1,5 +1,5 @@
-//! What an application feels while its disk is copied for the first time: the same fio on the same mounted ext4, during the
-//! copy and right after it, in turns. Beside it a tar extraction, in both.
+//! What an application feels while its disk is copied for the first time: the same fio on the same mounted
+//! ext4, during the copy and right after it, in turns. Beside it a tar extraction, in both.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;

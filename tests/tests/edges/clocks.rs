@@ -71,8 +71,8 @@ fn steps(pair: &Pair<'_>) -> Result<usize> {
         .count())
 }
 
-/// A day ahead, and later in 1999, for some writes each: `time:` gives what the disk held, or refuses; what was before is
-/// still had, and `lsn:` as ever.
+/// A day ahead, and later in 1999, for some writes each: `time:` gives what the disk held, or refuses; what
+/// was before is still had, and `lsn:` as ever.
 #[test]
 fn a_time_is_never_older_content_after_the_clock_was_wrong() -> Result<()> {
     story("wrong clocks", |home| {

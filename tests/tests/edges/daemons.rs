@@ -36,8 +36,8 @@ fn client(pair: &Pair<'_>) -> Result<NbdClient> {
     NbdClient::connect(socket, name)
 }
 
-/// A pair whose receiver lives on a file system of its own, with so much room left before the first copy, of content that
-/// does not shrink. The mount goes after the pair.
+/// A pair whose receiver lives on a file system of its own, with so much room left before the first copy, of
+/// content that does not shrink. The mount goes after the pair.
 fn on_small_disk(home: &Home, room_bytes: u64, tell: impl FnOnce(&Pair<'_>) -> Result<()>) -> Result<()> {
     need(&nbd::PROGRAMS)?;
     need(&["mkfs.ext4"])?;
@@ -141,7 +141,8 @@ fn a_time_behind_that_is_not_known_is_null() -> Result<()> {
     })
 }
 
-/// The source told of writes that the receiver has no room for: a fail-over that waits must not go on without them.
+/// The source told of writes that the receiver has no room for: a fail-over that waits must not go on without
+/// them.
 #[test]
 fn a_wait_at_a_receiver_without_room_does_not_end_well() -> Result<()> {
     story("wait without room", |home| {
@@ -250,8 +251,8 @@ fn a_disk_that_hangs_holds_up_neither_status_nor_link() -> Result<()> {
     })
 }
 
-/// The disk below the source's own directory (state, journal, which copy it is) does not answer, while clients write, orders
-/// come, and the receiver goes and returns.
+/// The disk below the source's own directory (state, journal, which copy it is) does not answer, while
+/// clients write, orders come, and the receiver goes and returns.
 #[test]
 fn a_state_directory_that_hangs_holds_up_neither_status_nor_link_nor_orders() -> Result<()> {
     story("hung state directory", |home| {

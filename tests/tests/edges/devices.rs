@@ -1,4 +1,5 @@
-//! Replicas and restore targets on block devices: growth, file systems, comparison, and a first copy that is cut.
+//! Replicas and restore targets on block devices: growth, file systems, comparison, and a first copy that is
+//! cut.
 
 use std::fs::{self, File};
 use std::io::{Read, Write as _};
@@ -92,7 +93,8 @@ fn a_file_system_comes_back_from_a_restore_to_a_device() -> Result<()> {
     })
 }
 
-/// All content of a replica device is compared under writes, and after an unclean end only what differs is sent.
+/// All content of a replica device is compared under writes, and after an unclean end only what differs is
+/// sent.
 #[test]
 fn a_replica_device_is_compared_and_what_is_equal_is_not_sent_again() -> Result<()> {
     story("device compared", |home| {

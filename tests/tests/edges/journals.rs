@@ -81,8 +81,8 @@ fn a_directory_that_is_no_journal_is_a_usage_error() -> Result<()> {
         let pair = Pair::start(home, &PairSpec { volumes: &[("disk", 1 << 20)], ..PairSpec::default() })?;
         for dir in ["receiver", "source", &format!("receiver/groups/{GROUP}")] {
             let dir = home.path(dir);
-            // The receiver's group is made by the first hello; of a journal that is being written the end may be met between
-            // two writes.
+            // The receiver's group is made by the first hello; of a journal that is being written the end may
+            // be met between two writes.
             poll("a whole journal", MINUTE, || Ok((bounded("verify", &dir)?.code == 0).then_some(())))?;
             let listed = afterimage(["journal", "ls", &dir.to_string_lossy()])?.expect(0)?;
             ensure!(listed.stdout.contains("journal"), "{listed:?}");

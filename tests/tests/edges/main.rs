@@ -1,5 +1,5 @@
-//! Stories of the edges: what users and others do to disks, replicas, rings, directories and clocks. Each is short, and two may
-//! run side by side: none judges a latency.
+//! Stories of the edges: what users and others do to disks, replicas, rings, directories and clocks. Each is
+//! short, and two may run side by side: none judges a latency.
 
 mod clocks;
 mod daemons;

@@ -344,7 +344,8 @@ fn a_write_and_zeros_in_one_page_reach_a_replica_device() -> Result<()> {
     })
 }
 
-/// What an image replica can do a device can do: kills, clean restarts, rewind and resume, restores to another device.
+/// What an image replica can do a device can do: kills, clean restarts, rewind and resume, restores to
+/// another device.
 #[test]
 fn a_replica_device_is_killed_restarted_rewound_and_restored() -> Result<()> {
     story("life of a replica device", |home| {

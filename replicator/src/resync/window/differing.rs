@@ -1,9 +1,10 @@
-//! Of a long dirty range, copies only what the replica does not hold already: after an unclean end of the machine, or with
-//! a replica that was brought by other means, nearly all of it is there.
+//! Of a long dirty range, copies only what the replica does not hold already: after an unclean end of the
+//! machine, or with a replica that was brought by other means, nearly all of it is there.
 //!
-//! Both sides hash chunks of a granule; ours are read after the barrier, the receiver's when it holds everything up to our
-//! begin. Equal hashes mean that every sector that nobody has written since begin is equal, and the others are records:
-//! the chunk's bits are cleared. A differing chunk is read again and copied as any other.
+//! Both sides hash chunks of a granule; ours are read after the barrier, the receiver's when it holds
+//! everything up to our begin. Equal hashes mean that every sector that nobody has written since begin is
+//! equal, and the others are records: the chunk's bits are cleared. A differing chunk is read again and
+//! copied as any other.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -30,9 +31,10 @@ pub(super) struct Asked {
 }
 
 impl Copier<'_> {
-    /// Whether there is something to compare with. Waits for the receiver to say so: without it nothing of a long range
-    /// could be sent either. The first synchronisation waits only until the first attempt to reach it has failed: mostly
-    /// there is nothing at the other end yet, and what it will need can be journaled meanwhile.
+    /// Whether there is something to compare with. Waits for the receiver to say so: without it nothing of a
+    /// long range could be sent either. The first synchronisation waits only until the first attempt to reach
+    /// it has failed: mostly there is nothing at the other end yet, and what it will need can be journaled
+    /// meanwhile.
     pub(super) fn compares(&mut self, range: &Range<u64>) -> Copied<bool> {
         let (is_first, epoch, is_part) = {
             let state = self.agent.remembered();
@@ -44,7 +46,8 @@ impl Copier<'_> {
         let progress = &self.agent.shared.progress;
         loop {
             if let Some(is_offered) = progress.questions().is_offered() {
-                // A first synchronisation that was broken off: what arrived of it is there, and only the map of it is lost.
+                // A first synchronisation that was broken off: what arrived of it is there, and only the map
+                // of it is lost.
                 let questions = progress.questions();
                 let holds = questions.is_seeded() || is_part || questions.holds_earlier(epoch);
                 return Ok(is_offered && (!is_first || holds));
@@ -119,8 +122,9 @@ impl Copier<'_> {
         let theirs = loop {
             match questions.wait(pending, || self.look())? {
                 Answer::Hashes(hashes, connection) if hashes.len() == ours.len() => {
-                    // ⚠ Order: 1 it is durable that this epoch lacks content, so that no receiver which holds nothing starts
-                    // at it; 2 no other receiver was let in before that; 3 bits are cleared without a record.
+                    // ⚠ Order: 1 it is durable that this epoch lacks content, so that no receiver which holds
+                    // nothing starts at it; 2 no other receiver was let in before that; 3 bits are cleared
+                    // without a record.
                     self.agent.epoch_is_part()?;
                     if questions.connection() == connection {
                         break hashes;
@@ -150,8 +154,8 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Hashes of the range's chunks as the disk holds them; an unreadable chunk has one that equals no other. What the disk
-    /// calls a hole, asked after the barrier as reading is, has that of zeros and is not read.
+    /// Hashes of the range's chunks as the disk holds them; an unreadable chunk has one that equals no other.
+    /// What the disk calls a hole, asked after the barrier as reading is, has that of zeros and is not read.
     pub(super) fn hashes(
         &mut self,
         range: Range<u64>,
@@ -194,7 +198,8 @@ impl Copier<'_> {
         Ok(hashes)
     }
 
-    /// Whether a piece lies in one hole. `runs` are those of the disk that were asked for last, from there on.
+    /// Whether a piece lies in one hole. `runs` are those of the disk that were asked for last, from there
+    /// on.
     fn is_hole_in(&self, runs: &mut VecDeque<(Range<u64>, bool)>, piece: Range<u64>, end: u64) -> bool {
         while runs.front().is_some_and(|(run, _)| run.end <= piece.start) {
             runs.pop_front();
@@ -210,8 +215,9 @@ impl Copier<'_> {
     }
 }
 
-/// How far the next question about a range goes, and by which chunks, where a hole of ours ends at `hole_end`. A long hole is
-/// asked for by the largest chunks, so that nothing grows with it: neither what is said, nor what is waited for.
+/// How far the next question about a range goes, and by which chunks, where a hole of ours ends at
+/// `hole_end`. A long hole is asked for by the largest chunks, so that nothing grows with it: neither what is
+/// said, nor what is waited for.
 fn question(range: Range<u64>, hole_end: u64) -> (u64, u64) {
     let large = u64::from(compare::MAX_CHUNK_BYTES);
     let hole_end = hole_end.min(range.end) / large * large;

@@ -1,10 +1,11 @@
-//! Compares ranges of one window with the replica while they are written, and never takes a write on its way for a
-//! difference.
+//! Compares ranges of one window with the replica while they are written, and never takes a write on its way
+//! for a difference.
 //!
-//! ⚠ Order: 1 a fence: everything submitted before it comes back from the disk (barrier), and the mask starts at its lsn;
-//! 2 both sides hash, the receiver when it holds everything up to the fence; 3 what was captured by then has passed the
-//! mask; 4 only then is judged: a chunk that no record behind the fence has touched was the same content on the disk all
-//! the time, and the same on the replica. Any other that differs is looked at again.
+//! ⚠ Order: 1 a fence: everything submitted before it comes back from the disk (barrier), and the mask starts
+//! at its lsn; 2 both sides hash, the receiver when it holds everything up to the fence; 3 what was captured
+//! by then has passed the mask; 4 only then is judged: a chunk that no record behind the fence has touched
+//! was the same content on the disk all the time, and the same on the replica. Any other that differs is
+//! looked at again.
 
 use std::ops::Range;
 
@@ -51,7 +52,8 @@ impl Copier<'_> {
         }
     }
 
-    /// Whether to go on waiting for an answer: a range that is to be repaired does not wait for a receiver that is away.
+    /// Whether to go on waiting for an answer: a range that is to be repaired does not wait for a receiver
+    /// that is away.
     fn look_for_receiver(&self) -> Copied<()> {
         if self.agent.shared.progress.peer().connected.is_none() {
             return Err(Stop::Later("the receiver is not connected".to_owned()));

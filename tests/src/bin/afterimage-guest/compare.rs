@@ -10,7 +10,8 @@ const BLOCK: usize = 4096;
 /// Differing runs that are told.
 const TOLD: usize = 20;
 
-/// Fails when the images are not equal, and says where: runs of differing blocks, and which side is zero there.
+/// Fails when the images are not equal, and says where: runs of differing blocks, and which side is zero
+/// there.
 pub fn run(a: &Path, b: &Path) -> Result<()> {
     let open = |path: &Path| -> Result<(File, u64)> {
         let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;

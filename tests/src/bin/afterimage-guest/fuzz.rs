@@ -1,7 +1,9 @@
-//! Calls the kernel device with what nobody sane would pass, from several threads, while the device is written to.
+//! Calls the kernel device with what nobody sane would pass, from several threads, while the device is
+//! written to.
 //!
-//! Arguments are plausible ones with some fields replaced by boundary values, or bytes by chance. Nothing is expected of
-//! an answer but that it comes; then the device must still work, and without `CAP_SYS_ADMIN` nobody gets in.
+//! Arguments are plausible ones with some fields replaced by boundary values, or bytes by chance. Nothing is
+//! expected of an answer but that it comes; then the device must still work, and without `CAP_SYS_ADMIN`
+//! nobody gets in.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -202,12 +204,14 @@ fn plausible(call: u32, chance: &mut StdRng, scratch: u64, shared: &Shared) -> V
     bytes
 }
 
-/// A thread's scratch, alone in four GiB of addresses that begin at a multiple of four GiB. A pointer to it whose lower half
-/// is replaced leads nowhere else: the kernel would be told to write over this process's own heap, and would be right to.
+/// A thread's scratch, alone in four GiB of addresses that begin at a multiple of four GiB. A pointer to it
+/// whose lower half is replaced leads nowhere else: the kernel would be told to write over this process's own
+/// heap, and would be right to.
 fn scratch() -> Result<&'static mut [u8]> {
     const ALONE: usize = 4 << 30;
     let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a fresh mapping at an address of the kernel's choice, and a part of it, which nobody else has and which stays.
+    // SAFETY: a fresh mapping at an address of the kernel's choice, and a part of it, which nobody else has
+    // and which stays.
     unsafe {
         let reserved = libc::mmap(std::ptr::null_mut(), 2 * ALONE, libc::PROT_NONE, nothing, -1, 0);
         ensure!(reserved != libc::MAP_FAILED, "reserve addresses: {}", std::io::Error::last_os_error());
@@ -270,8 +274,9 @@ fn caller(shared: &Shared, mut chance: StdRng) -> Result<()> {
             2 => pointer = boundary(&mut chance, at, shared),
             _ => {}
         }
-        // SAFETY: `argument` and `scratch` live through the call and are longer than what the calls read or write; other
-        // pointers are not this process's memory, or reach its scratch, and the kernel must refuse those that are not.
+        // SAFETY: `argument` and `scratch` live through the call and are longer than what the calls read or
+        // write; other pointers are not this process's memory, or reach its scratch, and the kernel must
+        // refuse those that are not.
         let answer = unsafe { libc::ioctl(file.as_raw_fd(), u64::from(call), pointer) };
         if CALLS.get(index) == Some(&call) {
             shared.answered[index][usize::from(answer < 0)].fetch_add(1, Relaxed);

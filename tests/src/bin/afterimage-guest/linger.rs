@@ -1,4 +1,5 @@
-//! A process that forgets groups and keeps their pages mapped: they go on being counted, and their number is bounded.
+//! A process that forgets groups and keeps their pages mapped: they go on being counted, and their number is
+//! bounded.
 
 use anyhow::{Result, bail, ensure};
 use kfilter::device::{Device, Group, GroupSpec};

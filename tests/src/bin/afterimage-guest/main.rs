@@ -13,12 +13,13 @@
 //! ```
 //!
 //! `sink` captures devices as a group of its own and consumes what comes, to nowhere (`--stalled`: nothing;
-//! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame; `--detach-ms`: writes on their way are waited for
-//! no longer than that, and the group is forgotten when they are over; `--barrier`: asks for a barrier at the end).
-//! `fuzz` calls the kernel device with arguments that nobody sane would pass. `marks` and `replay` read the log of
-//! dm-log-writes: the independent witness of a write order. `compare` says where two images differ.
-//! `forget` detaches and forgets, for groups that have no agent. `sg-write` writes 4 KiB by SG_IO, past the block layer.
-//! `linger` forgets groups and keeps them mapped, until the module's memory limit says no.
+//! `--batch-ms`: lets records gather that long, as an agent does while it fills a frame; `--detach-ms`:
+//! writes on their way are waited for no longer than that, and the group is forgotten when they are over;
+//! `--barrier`: asks for a barrier at the end). `fuzz` calls the kernel device with arguments that nobody
+//! sane would pass. `marks` and `replay` read the log of dm-log-writes: the independent witness of a write
+//! order. `compare` says where two images differ. `forget` detaches and forgets, for groups that have no
+//! agent. `sg-write` writes 4 KiB by SG_IO, past the block layer. `linger` forgets groups and keeps them
+//! mapped, until the module's memory limit says no.
 
 mod compare;
 mod fuzz;

@@ -69,7 +69,8 @@ pub fn write(disk: &Path, sector: u32) -> Result<()> {
         duration: 0,
         info: 0,
     };
-    // SAFETY: the header is the kernel's, and what it points to lives through the call and is as long as it says.
+    // SAFETY: the header is the kernel's, and what it points to lives through the call and is as long as it
+    // says.
     let done = unsafe { libc::ioctl(file.as_raw_fd(), SG_IO, &raw mut header) };
     ensure!(done == 0, "SG_IO: {}", std::io::Error::last_os_error());
     ensure!(header.status == 0 && header.host_status == 0, "the disk refused it: {}", header.status);

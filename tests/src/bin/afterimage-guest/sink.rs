@@ -1,4 +1,5 @@
-//! Captures devices and consumes what comes, to nowhere: the bare price of capture, and the shortest life of a group.
+//! Captures devices and consumes what comes, to nowhere: the bare price of capture, and the shortest life of
+//! a group.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
@@ -103,7 +104,8 @@ pub fn capture(devices: &[PathBuf], ring_bytes: u64) -> Result<Group> {
     Ok(group)
 }
 
-/// Detaches everything and forgets the group, when what was on its way at a detach that did not wait so long is over.
+/// Detaches everything and forgets the group, when what was on its way at a detach that did not wait so long
+/// is over.
 pub fn release(group: &Group, detach: Duration) -> Result<()> {
     let mut left = false;
     for id in group.volume_ids() {
