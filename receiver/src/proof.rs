@@ -82,7 +82,7 @@ pub(crate) fn doubt(
     if let Written::Batch(until_ns) = written {
         return Ok(beyond_batch(mark, file.continuity(Ends::Skip)?, until_ns));
     }
-    let ends = if mark.left.ends.is_some() { Ends::Read } else { Ends::Skip };
+    let ends = if mark.left.ends.is_some() { Ends::Within(mark.left.size_bytes) } else { Ends::Skip };
     let Some(now) = file.continuity(ends)? else { return Ok(None) };
     Ok(match since(mark, &now) {
         Unchanged::Proven => None,
@@ -114,14 +114,14 @@ pub(crate) fn doubt_now(mark: &Mark, file: &dyn File) -> std::io::Result<Option<
     })
 }
 
-/// What became of a replica since its mark. A device that has grown is judged by its counters: it has another
-/// end, and the file below a loop device was touched to make it longer.
+/// What became of a replica since its mark. A device that has grown is judged by its counters, and by the ends
+/// of what it was: the file below a loop device was touched to make it longer.
 fn since(mark: &Mark, now: &Continuity) -> Unchanged {
     let is_device = matches!(mark.identity, DiskIdentity::Device(_));
     if !is_device || now.size_bytes <= mark.left.size_bytes {
         return mark.left.until(now);
     }
-    let of_before = |seen: &Continuity| Continuity { size_bytes: 0, ends: None, times: None, ..*seen };
+    let of_before = |seen: &Continuity| Continuity { size_bytes: 0, times: None, ..*seen };
     of_before(&mark.left).until(&of_before(now))
 }
 
@@ -231,8 +231,12 @@ mod tests {
         };
         let mark = |identity| Mark { volume: VolumeId(0), identity, left: left.clone() };
         let device = mark(DiskIdentity::Device(identity));
-        let grown = Continuity { size_bytes: 2 << 20, ends: Some([3; 16]), times: times(6), ..left.clone() };
+        let grown = Continuity { size_bytes: 2 << 20, times: times(6), ..left.clone() };
         assert_eq!(since(&device, &grown), Unchanged::Proven);
+        let rebooted = Continuity { boot: [2; 16], counters: counters(0), ..grown.clone() };
+        assert_eq!(since(&device, &rebooted), Unchanged::Proven);
+        let changed = Continuity { ends: Some([3; 16]), ..rebooted.clone() };
+        assert!(matches!(since(&device, &changed), Unchanged::Changed(_)));
         let written = Continuity { counters: counters(10), ..grown.clone() };
         assert!(matches!(since(&device, &written), Unchanged::Changed(_)));
         let smaller = Continuity { size_bytes: 1 << 19, ..grown.clone() };

@@ -266,7 +266,7 @@ fn continuity_of(below: &SimDisk, path: &Path, ends: Ends) -> io::Result<Continu
     Ok(Continuity {
         boot: [0; 16],
         size_bytes: content.len() as u64,
-        ends: (ends == Ends::Read).then(|| xxhash_rust::xxh3::xxh3_128(&content).to_le_bytes()),
+        ends: (ends != Ends::Skip).then(|| xxhash_rust::xxh3::xxh3_128(&content).to_le_bytes()),
         times: Some(Times { modified_ns: at, changed_ns: at, is_remote: false, is_shared: false }),
         counters: None,
     })

@@ -85,6 +85,8 @@ pub struct Counters {
 pub enum Ends {
     /// They are: up to 2 MiB, uncached where the descriptor is direct.
     Read,
+    /// Those of a disk of this size, which may have grown since.
+    Within(u64),
     /// They are not: no disk access.
     Skip,
 }
@@ -102,7 +104,11 @@ impl Continuity {
         }
         // The ends first: reading them changes nothing, and what is written meanwhile shows below.
         let size_bytes = rustix::fs::seek(held, rustix::fs::SeekFrom::End(0))?;
-        let ends = (ends == Ends::Read).then(|| hash_ends(held, size_bytes)).transpose()?;
+        let ends = match ends {
+            Ends::Read => Some(hash_ends(held, size_bytes)?),
+            Ends::Within(before) => Some(hash_ends(held, before.min(size_bytes))?),
+            Ends::Skip => None,
+        };
         let (times, counters) = if is_device {
             let sysfs = system::sysfs(metadata.rdev());
             (times_behind(held, &sysfs), counters(&sysfs))
@@ -296,8 +302,14 @@ mod tests {
             std::time::UNIX_EPOCH + std::time::Duration::from_nanos(then.times.unwrap().modified_ns);
         file.set_modified(modified).unwrap();
         assert!(is_unknown(&then.until(&mark(&file))), "its modification time was set back");
+        let written = mark(&file);
         file.set_len(9 << 20).unwrap();
         assert!(is_changed(&then.until(&mark(&file))));
+        let within = |size_bytes| Continuity::of(&file, Ends::Within(size_bytes)).unwrap().ends;
+        assert_eq!(within(8 << 20), written.ends, "the ends of the disk before it grew");
+        file.write_at(b"x", (8 << 20) - 1).unwrap();
+        assert_ne!(within(8 << 20), written.ends);
+        assert_eq!(within(10 << 20), mark(&file).ends, "a disk that shrank has only its own");
     }
 
     #[test]

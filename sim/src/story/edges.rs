@@ -233,7 +233,14 @@ impl Story {
         let path = self.ground.paths.receiver.join("replica").join(GROUP).join("v0.img");
         let block = self.room().draw(self.shape.volumes[0] as u64) * BLOCK as u64;
         let edit = self.room().draw(u64::MAX).to_le_bytes().repeat(BLOCK / 8);
-        let file = self.receiver_disk.open(&path).map_err(|error| error.to_string())?;
+        let file = match self.receiver_disk.open(&path) {
+            // The receiver was stopped before the first record came: there is no replica yet.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.start_receiver();
+                return Ok(());
+            }
+            file => file.map_err(|error| error.to_string())?,
+        };
         file.write_at(&edit, block).and_then(|()| file.sync()).map_err(|error| error.to_string())?;
         drop(file);
         if self.room().chance(300) {
