@@ -104,20 +104,32 @@ impl Story {
         // The copy knows nothing of what was acknowledged since it was taken.
         self.acknowledged = (0, 0);
         self.start_receiver();
-        self.comes_right("after the receiver was copied")
+        if self.recovers()? {
+            return Err("replicating to a copy that was taken while its receiver ran".to_owned());
+        }
+        self.overwrite_by_order("after the receiver was copied")
     }
 
     /// By itself, or by the order to overwrite a replica that is not proven.
     fn comes_right(&mut self, when: &str) -> Step {
+        if self.recovers()? { self.equal() } else { self.overwrite_by_order(when) }
+    }
+
+    /// Whether the group replicates soon without an order.
+    fn recovers(&mut self) -> Result<bool, String> {
         self.until_greeted()?;
         for _ in 0..LOOKS {
             let status = self.source()?.status();
             if status.groups[0].state == State::Replicating && status.groups[0].why.is_empty() {
-                return self.equal();
+                return Ok(true);
             }
             self.promises()?;
             machine::sleep(Duration::from_millis(20));
         }
+        Ok(false)
+    }
+
+    fn overwrite_by_order(&mut self, when: &str) -> Step {
         self.points(4)?;
         self.note("receiver: overwriting is ordered");
         let ordered = self.on_receiver(|handle| async move {
